@@ -1,0 +1,21 @@
+"""The custom operations of Med-DANet V2, each with a plain-PyTorch `<name>_reference` beside it."""
+
+from .conv_train import fake_quant_conv2d, fake_quant_conv2d_reference
+from .crop_paste import (
+    affine_paste,
+    affine_paste_reference,
+    bilinear_crop,
+    bilinear_crop_reference,
+)
+from .quantize import fake_quantize, fake_quantize_reference
+
+__all__ = [
+    "affine_paste",
+    "affine_paste_reference",
+    "bilinear_crop",
+    "bilinear_crop_reference",
+    "fake_quant_conv2d",
+    "fake_quant_conv2d_reference",
+    "fake_quantize",
+    "fake_quantize_reference",
+]
