@@ -17,12 +17,12 @@ _BOX = ((42, 198), (36, 226), (0, 151))  # mm, no voxel outside it belongs to th
 _TUMOUR_SHARE = 0.58  # of the slices, at most
 # value of each tissue in standard deviations from the brain's mean, per modality
 _CSF = np.array([-2.3, -1.5, -2.3, 3.2], np.float32)
-_GREY = np.array([0.3, -0.3, -0.2, 0.0], np.float32)
-_WHITE = np.array([-0.2, 0.35, 0.75, -0.55], np.float32)
+_GREY = np.array([0.5, -0.3, -0.3, -0.05], np.float32)
+_WHITE = np.array([-0.35, 0.35, 0.75, -0.6], np.float32)
 _VESSEL = np.array([0.0, 3.5, 0.5, 0.5], np.float32)
-_NECROSIS = np.array([1.6, -0.9, -0.7, 2.2], np.float32)
-_OEDEMA = np.array([1.9, -0.3, -0.3, 1.2], np.float32)
-_ENHANCING = np.array([1.8, 2.9, 0.2, 1.0], np.float32)
+_NECROSIS = np.array([1.3, -0.8, -0.4, 2.0], np.float32)
+_OEDEMA = np.array([1.5, -0.1, 0.1, 0.9], np.float32)
+_ENHANCING = np.array([1.5, 2.3, 0.3, 0.9], np.float32)
 _SPREAD = np.array([0.33, 0.36, 0.26, 0.45], np.float32)  # standard deviation / mean of the brain
 
 
@@ -140,20 +140,20 @@ def _anatomy(grid: _Grid, noise: _Noise) -> _Anatomy:
     ax = np.abs(x)
     point = (ax, y, z)
     # the lower half of the cerebrum is flatter than the upper
-    flat = (ax, y, np.where(z < 78, 78 - (78 - z) * np.float32(1.35), z))
+    flat = (ax, y, np.where(z < 78, 78 - (78 - z) * np.float32(1.5), z))
+    stem = _inside(point, (0, 140, 32), (14, 14, 34))
     depth = _inside(flat, (0, 128, 78), (67, 84, 64))
-    np.maximum(depth, _union(point, ((42, 112, 50), (24, 38, 24)), ((24, 172, 36), (32, 30, 25)),
-                             ((0, 142, 30), (15, 15, 36))), out=depth)  # fmt: skip
-    brain = np.maximum(depth, _inside(point, (0, 142, 46), (42, 48, 30))) > 0
+    lobes = _union(point, ((38, 104, 48), (25, 38, 25)), ((26, 164, 38), (33, 38, 27)))
+    depth = np.maximum(np.maximum(depth, lobes), stem)
+    brain = np.maximum(depth, _inside(point, (0, 136, 50), (40, 40, 22))) > 0
 
-    fold = noise.smooth(9)
+    fold = noise.smooth(8)
     fissure = ax * 2 + np.clip(_inside(point, (0, 132, 62), (60, 46, 30)), 0, None) * 2
-    # distance to the nearest fluid: the surface, or the sheet at the bottom of a sulcus
-    gap = np.minimum(depth, fissure)
-    sulcus = np.abs(fold) * 7 + np.clip(depth - 12, 0, None) * np.float32(0.9)
-    gap = np.minimum(gap + 1, sulcus + np.float32(0.4))
-    csf = 1 - _ramp(gap - np.float32(1.2), 1.2)
-    white = _ramp(gap - np.float32(4.6), 1.4)
+    # about the distance to the nearest fluid: the surface, or the sheet within a sulcus
+    sulcus = np.abs(fold) * 6 + np.clip(depth - 16, 0, None) * np.float32(0.6)
+    gap = np.minimum(np.minimum(depth, fissure) + np.float32(0.6), sulcus + np.float32(0.2))
+    csf = 1 - _ramp(gap - np.float32(0.8), 1.2)
+    white = _ramp(gap - np.float32(4.8), 1.4)
 
     size = noise.uniform(0.75, 1.35)
     ventricle = _union(
@@ -162,7 +162,12 @@ def _anatomy(grid: _Grid, noise: _Noise) -> _Anatomy:
         ((20, 158, 80), (6 * size, 22, 8 * size)),
         ((0, 132, 72), (2.5 * size, 13, 10)),
         ((0, 160, 36), (5, 5, 8)),
+        ((0, 114, 50), (12, 12, 5)),
+        ((50, 108, 66), (17, 9, 2.5)),
     )
+    # the cistern around the brain stem
+    cistern = 2 - np.abs(stem + 2) + np.clip(58 - z, -6, 0)
+    ventricle = np.maximum(ventricle, cistern)
     nuclei = _union(
         point,
         ((12, 140, 76), (8, 14, 9)),
@@ -194,7 +199,7 @@ def _centre(anatomy: _Anatomy, grid: _Grid, noise: _Noise, margin: float) -> tup
         at = tuple(noise.uniform(a, b) for a, b in zip(low, high, strict=True))
         axes = (grid.x, grid.y, grid.z)
         i, j, k = (int(np.abs(g.ravel() - np.float32(p)).argmin()) for g, p in zip(axes, at))
-        if anatomy.depth[i, j, k] > margin and abs(anatomy.side[i, j, k]) > 14:
+        if anatomy.depth[i, j, k] > margin and abs(anatomy.side[i, j, k]) > margin + 4:
             break
     return at
 
@@ -206,11 +211,11 @@ def _lesion(anatomy: _Anatomy, grid: _Grid, noise: _Noise, core: float) -> _Lesi
     stretch = [noise.uniform(0.85, 1.2) for _ in range(3)]
     point = (grid.x, grid.y, grid.z)
     distance = -_inside(point, centre, tuple(stretch)) / np.float32(min(stretch)) + 1
-    ripple, finger = noise.smooth(12), noise.smooth(16)
+    ripple, finger = noise.smooth(12), noise.smooth(13)
 
     inner = distance + ripple * np.float32(0.12 * core + 0.4)
-    reach = noise.uniform(4, 14)
-    outer = distance + finger * np.float32(0.3 * reach) - anatomy.white * np.float32(0.3 * reach)
+    reach = noise.uniform(4, 15)
+    outer = distance + finger * np.float32(0.4 * reach) - anatomy.white * np.float32(0.6 * reach)
     tissue = anatomy.brain & (anatomy.csf < 0.5) & (anatomy.depth > 1)
     same_side = anatomy.side * np.float32(centre[0] - 120) > 0
     labels = np.zeros(grid.shape, np.uint8)
@@ -262,8 +267,8 @@ def _render(anatomy: _Anatomy, lesions: list[_Lesion], noise: _Noise, channel: i
             value = mean[channel] + lesion.shift[tissue, channel]
             image[where] = value + texture[where] * np.float32(0.35)
     _blur(image)
-    image += noise.smooth(4) * np.float32(0.12)
-    image += noise.rough() * np.float32(0.1)
+    image += noise.smooth(5) * np.float32(0.06)
+    image += noise.rough() * np.float32(0.08)
     spread = _SPREAD[channel] * np.float32(noise.uniform(0.8, 1.15))
     image = (1 + spread * image) * (1 + np.float32(0.04) * noise.smooth(70))
     image *= np.float32(noise.uniform(400, 1600))

@@ -1,0 +1,248 @@
+"""Drop-in layers whose weights and inputs live on the package's quantisation grid.
+
+Each subclasses the PyTorch layer it replaces: same constructor, same parameter names, and float
+state_dicts load with strict=True both ways, because the running input range is not persistent.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import fake_quant_conv2d, fake_quantize
+from .kernels.conv_train import conv_per_width, weight_amax
+
+RANGE_MOMENTUM = 0.05
+
+
+class QuantizedInput:
+    """Mixin: one running input range and the switch between float and quantised arithmetic.
+
+    Attributes:
+        num_bits: Width of the weights, 2..16, used where `forward` is given none.
+        input_num_bits: Width of the input, 2..16.
+        per_channel: One weight range per output channel instead of one per tensor.
+        quantize: False runs the plain PyTorch layer.
+        update_range: Whether training updates the running range; once False, training uses it as
+            `eval()` does.
+        input_amax: Running range, a scalar buffer; 0 until the first training batch.
+    """
+
+    def _init_quantization(self, num_bits: int, input_num_bits: int, per_channel: bool) -> None:
+        self.num_bits = num_bits
+        self.input_num_bits = input_num_bits
+        self.per_channel = per_channel
+        self.quantize = True
+        self.update_range = True
+        self.register_buffer("input_amax", torch.zeros(()), persistent=False)
+
+    def input_range(self, input: Tensor) -> Tensor | None:
+        """Returns the range to quantise with: None means each sample's own maximum.
+
+        A sample's own maximum serves while the range is being learnt, or where none was ever set.
+        """
+        if self.training and self.update_range:
+            if input.numel():
+                largest = input.detach().abs().flatten(1).amax(1).mean().to(self.input_amax.dtype)
+                unset = self.input_amax == 0
+                self.input_amax.lerp_(largest, RANGE_MOMENTUM)
+                self.input_amax.copy_(torch.where(unset, largest, self.input_amax))
+            return None
+        return self.input_amax if bool(self.input_amax > 0) else None
+
+    def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
+        """Fake-quantises `input` [N, ...] by the layer's range and width."""
+        width = self.input_num_bits if input_num_bits is None else input_num_bits
+        amax = self.input_range(input)
+        if amax is None and isinstance(width, int):
+            width = torch.full((input.shape[0],), width, device=input.device)
+        return fake_quantize(input, width, amax)
+
+    def extra_repr(self) -> str:
+        """Adds the widths to PyTorch's description."""
+        widths = f"num_bits={self.num_bits}, input_num_bits={self.input_num_bits}"
+        return f"{super().extra_repr()}, {widths}"
+
+
+class QuantConv2d(QuantizedInput, nn.Conv2d):
+    """`nn.Conv2d` with fake-quantised weights and input.
+
+    Args:
+        *args, **kwargs: As for `nn.Conv2d`.
+        num_bits: Width of the weights.
+        input_num_bits: Width of the input.
+        per_channel: One weight range per output channel.
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_bits: int = 8,
+        input_num_bits: int = 8,
+        per_channel: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quantization(num_bits, input_num_bits, per_channel)
+
+    def forward(
+        self,
+        input: Tensor,
+        num_bits: int | Tensor | None = None,
+        input_num_bits: int | Tensor | None = None,
+    ) -> Tensor:
+        """Convolves [N, Cin, H, W]; widths per call or per sample ([N]) override the layer's own."""
+        if not self.quantize:
+            return super().forward(input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return fake_quant_conv2d(
+            self.quantized_input(input, input_num_bits),
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            num_bits=self.num_bits if num_bits is None else num_bits,
+            per_channel=self.per_channel,
+        )
+
+
+class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with fake-quantised weights and input; arguments as `QuantConv2d`.
+
+    Weights have one range per tensor.
+    """
+
+    def __init__(self, *args, num_bits: int = 8, input_num_bits: int = 8, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quantization(num_bits, input_num_bits, per_channel=False)
+
+    def forward(
+        self,
+        input: Tensor,
+        num_bits: int | Tensor | None = None,
+        input_num_bits: int | Tensor | None = None,
+    ) -> Tensor:
+        """Convolves [N, Cin, H, W]; widths per call or per sample ([N]) override the layer's own."""
+        if not self.quantize:
+            return super().forward(input)
+
+        def convolve(x: Tensor, w: Tensor) -> Tensor:
+            return F.conv_transpose2d(
+                x, w, None, self.stride, self.padding, self.output_padding, self.groups,
+                self.dilation,
+            )
+
+        width = self.num_bits if num_bits is None else num_bits
+        output = _run(convolve, self.quantized_input(input, input_num_bits), self.weight, width,
+                      weight_amax(self.weight, per_channel=False))
+        return output if self.bias is None else output + self.bias.reshape(1, -1, 1, 1)
+
+
+class QuantLinear(QuantizedInput, nn.Linear):
+    """`nn.Linear` with fake-quantised weights and input; arguments as `QuantConv2d`."""
+
+    def __init__(
+        self,
+        *args,
+        num_bits: int = 8,
+        input_num_bits: int = 8,
+        per_channel: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quantization(num_bits, input_num_bits, per_channel)
+
+    def forward(
+        self,
+        input: Tensor,
+        num_bits: int | Tensor | None = None,
+        input_num_bits: int | Tensor | None = None,
+    ) -> Tensor:
+        """Maps [N, ..., Cin] to [N, ..., Cout]; widths override the layer's own."""
+        if not self.quantize:
+            return super().forward(input)
+        width = self.num_bits if num_bits is None else num_bits
+        output = _run(F.linear, self.quantized_input(input, input_num_bits), self.weight, width,
+                      weight_amax(self.weight, self.per_channel))
+        return output if self.bias is None else output + self.bias
+
+
+def _run(function, input: Tensor, weight: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:
+    if isinstance(num_bits, Tensor) and input.shape[0] > 0:
+        return conv_per_width(function, input, weight, num_bits, amax)
+    width = num_bits if isinstance(num_bits, int) else 8
+    return function(input, fake_quantize(weight, width, amax))
+
+
+class BitSelector(nn.Module):
+    """Chooses a bit width per sample from the image's gradients and the feature's spread.
+
+    A single linear layer, as in the official code; all weights start at 1 and the last width is
+    favoured by a bias of 1.
+
+    Args:
+        channels: Channels C of the stage's input feature.
+        in_channels: Channels of the network's input image.
+        num_bits: Widths to choose from, such as (8, 16).
+
+    Source: Med-DANet V2, section 3.4, Eq. 7.
+    """
+
+    def __init__(
+        self, channels: int, in_channels: int = 4, num_bits: tuple[int, ...] = (8, 16)
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels + 2 * in_channels, len(num_bits))
+        nn.init.ones_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():
+            self.linear.bias[-1] = 1.0
+        self.register_buffer(
+            "widths", torch.tensor(num_bits, dtype=torch.float32), persistent=False
+        )
+
+    def forward(self, gradients: Tensor, feature: Tensor) -> Tensor:
+        """Returns float widths [N]: the most probable in value, the expected one in gradient.
+
+        Args:
+            gradients: [N, 2 * in_channels] from `image_gradients`.
+            feature: [N, C, H, W], input of the stage.
+        """
+        spread = feature.detach().flatten(2).std(2, correction=0)
+        probability = self.linear(torch.cat([gradients, spread], 1)).softmax(1)
+        soft = (probability * self.widths).sum(1)
+        hard = self.widths[probability.argmax(1)]
+        return hard - soft.detach() + soft if soft.requires_grad else hard
+
+
+def image_gradients(input: Tensor) -> Tensor:
+    """Returns the mean absolute Sobel responses of every channel, x then y: [N, 2 * C].
+
+    Args:
+        input: [N, C, H, W]; borders are replicated, kernels are divided by 8.
+
+    Source: Med-DANet V2, section 3.4 ("gradient of spatial feature" of the input image).
+    """
+    sobel = input.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernel = torch.stack([sobel, sobel.T])[:, None].repeat(input.shape[1], 1, 1, 1)
+    padded = F.pad(input, (1, 1, 1, 1), mode="replicate")
+    response = F.conv2d(padded, kernel, groups=input.shape[1])
+    return response.abs().mean((2, 3))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedInput]:
+    """Returns the quantised layers of a model by their qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedInput)}
+
+
+def set_quantization(model: nn.Module, *, quantize: bool, update_range: bool) -> None:
+    """Switches every quantised layer between float and quantised, learning and fixed ranges."""
+    for layer in quantized_layers(model).values():
+        layer.quantize = quantize
+        layer.update_range = update_range

@@ -1,0 +1,1 @@
+"""The networks: segmenters and decision networks, built from plain numbers by `meddanet.build`."""
