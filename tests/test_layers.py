@@ -1,0 +1,112 @@
+"""Quantised layers against plain PyTorch run on values rounded by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from meddanet.layers import (
+    BitSelector,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    image_gradients,
+    quantized_layers,
+    set_quantization,
+)
+
+
+def on_grid(x: torch.Tensor, bits: int, amax: float) -> torch.Tensor:
+    """The contract's grid in float64, written out."""
+    largest = 32639 if bits == 16 else 2 ** (bits - 1) - 1
+    step = amax / largest
+    return (x.double() / step).round().clamp(-largest, largest) * step
+
+
+CASES = {
+    "conv": (QuantConv2d, nn.Conv2d, (6, 5, 3), {"padding": 1, "stride": 2}, (3, 6, 9, 7)),
+    "conv reflect": (
+        QuantConv2d, nn.Conv2d, (6, 5, 3), {"padding": 1, "padding_mode": "reflect"}, (3, 6, 9, 7)
+    ),
+    "conv same grouped": (
+        QuantConv2d, nn.Conv2d, (6, 4, 3), {"padding": "same", "groups": 2}, (3, 6, 9, 7)
+    ),
+    "transposed": (QuantConvTranspose2d, nn.ConvTranspose2d, (6, 4, 2), {"stride": 2}, (3, 6, 5, 4)),
+    "linear": (QuantLinear, nn.Linear, (6, 5), {"bias": False}, (3, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_layer_is_its_parent_on_rounded_values(name):
+    quantised, plain, args, kwargs, shape = CASES[name]
+    torch.manual_seed(0)
+    layer = quantised(*args, **kwargs, num_bits=8, input_num_bits=16).eval()
+    layer.input_amax.fill_(1.5)
+    parent = plain(*args, **kwargs).double()
+    parent.load_state_dict(layer.state_dict(), strict=True)
+    with torch.no_grad():
+        parent.weight.copy_(on_grid(layer.weight, 8, layer.weight.abs().max().item()))
+        x = torch.randn(shape)
+        wanted = parent(on_grid(x, 16, 1.5))
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-4, atol=1e-5)
+        layer.quantize = False
+        layer.load_state_dict(parent.state_dict(), strict=True)
+        torch.testing.assert_close(layer(x).double(), parent(x.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_widths_per_sample_are_as_each_sample_alone():
+    torch.manual_seed(0)
+    layer = QuantConv2d(4, 6, 3, padding=1).eval()
+    x = torch.randn(5, 4, 8, 8)
+    widths = torch.tensor([8, 16, 4, 16, 8])
+    together = layer(x, widths, widths)
+    for index, width in enumerate(widths.tolist()):
+        alone = layer(x[index : index + 1], width, width)
+        torch.testing.assert_close(together[index : index + 1], alone)
+
+
+def test_the_range_is_learnt_in_training_and_fixed_afterwards():
+    layer = QuantLinear(3, 2)
+    first, second = torch.tensor([[1.0, -2.0, 0.5], [4.0, 0.0, 0.0]]), torch.full((1, 3), 5.0)
+    layer(first)
+    assert layer.input_amax.item() == 3.0  # mean of the samples' maxima 2 and 4
+    layer(second)
+    assert layer.input_amax.item() == pytest.approx(3.0 + 0.05 * (5.0 - 3.0))
+    layer.update_range = False
+    layer(second * 9)
+    assert layer.input_amax.item() == pytest.approx(3.1)
+    layer.eval()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.zero_()
+        # values beyond the range saturate: 3 x 3.1
+        assert layer(torch.full((1, 3), 100.0))[0, 0].item() == pytest.approx(9.3, rel=1e-6)
+
+
+def test_set_quantization_reaches_every_layer():
+    model = nn.Sequential(QuantConv2d(1, 1, 1), nn.ReLU(), nn.Sequential(QuantLinear(2, 2)))
+    assert list(quantized_layers(model)) == ["0", "2.0"]
+    set_quantization(model, quantize=False, update_range=False)
+    assert not any(m.quantize or m.update_range for m in quantized_layers(model).values())
+
+
+def test_the_selector_starts_at_the_papers_probability():
+    selector = BitSelector(16)
+    widths = selector(torch.rand(7, 8), torch.randn(7, 16, 5, 5))
+    assert torch.equal(widths.detach(), torch.full((7,), 16.0))
+    # p(16) = sigmoid(1) = 0.731; the gradient flows through 8 p8 + 16 p16
+    widths.sum().backward()
+    p = 1 / (1 + math.exp(-1))
+    assert selector.linear.bias.grad[1].item() == pytest.approx(7 * 8 * p * (1 - p), rel=1e-4)
+
+
+def test_image_gradients_of_ramps():
+    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(5.0), indexing="ij")
+    image = torch.stack([3 * columns, 2 * rows])[None]
+    padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs().mean((2, 3)) / 2
+    y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).abs().mean((2, 3)) / 2
+    wanted = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
+    torch.testing.assert_close(image_gradients(image), wanted)

@@ -1,0 +1,202 @@
+"""The dynamic model; each test named d1..d13 holds a defect of the official code at bay."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from meddanet.build import build_med_danet_v2
+from meddanet.layers import set_quantization
+from meddanet.losses import segmentation_loss
+from meddanet.med_danet_v2 import MedDANetV2
+
+
+class FixedLogits(nn.Module):
+    """A decision network whose answer for each slice is written in the slice's first pixel row."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        return self.table[slices[:, 0, 0, 0].round().long()]
+
+
+@pytest.fixture
+def model() -> MedDANetV2:
+    torch.manual_seed(0)
+    model = build_med_danet_v2("unet-12", num_classes=3, in_channels=2, crop_sizes=(16, 24))
+    set_quantization(model, quantize=False, update_range=False)
+    model.policy = FixedLogits(torch.eye(4) * 9)
+    return model.eval()
+
+
+def slices_for(decisions: list[int], side: tuple[int, int] = (40, 48)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    slices = torch.randn(len(decisions), 2, *side, generator=generator)
+    slices[:, 0, 0, 0] = torch.tensor(decisions, dtype=torch.float32)
+    return slices
+
+
+def expected_labels(model: MedDANetV2, slices: torch.Tensor, decision: int) -> torch.Tensor:
+    """One slice, by hand: slicing instead of the crop op, an indexed copy instead of the paste."""
+    height, width = slices.shape[2:]
+    if decision == 0:
+        return torch.zeros(1, height, width, dtype=torch.uint8)
+    if decision == 3:
+        return model.segmenter(slices).argmax(1).to(torch.uint8)
+    size = model.crop_sizes[decision - 1]
+    share = model.position(slices).sigmoid()[0]
+    y = int((share[0] * (height - size)).round())
+    x = int((share[1] * (width - size)).round())
+    features = model.segmenter.features(slices[:, :, y : y + size, x : x + size])
+    canvas = torch.zeros(1, features.shape[1], height, width)
+    canvas[:, :, y : y + size, x : x + size] = features
+    return model.crop_last_stages[decision - 1](canvas).argmax(1).to(torch.uint8)
+
+
+@torch.no_grad()
+def test_d8_segment_routes_a_mixed_batch_as_slice_by_slice(model):
+    decisions = [0, 1, 3, 2, 1, 0, 3]
+    slices = slices_for(decisions)
+    result = model.segment(slices)
+    assert result.decisions.tolist() == decisions
+    for index, decision in enumerate(decisions):
+        wanted = expected_labels(model, slices[index : index + 1], decision)
+        # rounding differs with the batch only where two logits tie
+        assert (result.labels[index] != wanted[0]).float().mean() < 1e-3
+
+
+@torch.no_grad()
+def test_d1_a_crop_comes_back_where_it_was_cut(model):
+    """With the segmenter an identity, a bright pixel returns to its own place, not the transposed."""
+
+    class Identity(nn.Module):
+        in_channels, num_classes, stride = 2, 3, 8
+
+        def features(self, input, choose_bits=None):
+            for stage in range(4):
+                choose_bits(stage, input)
+            return input
+
+    model.segmenter = Identity()
+    model.bit_selectors = nn.ModuleList(
+        type(selector)(2, in_channels=2) for selector in model.bit_selectors
+    )
+    model.crop_last_stages[0] = nn.Identity()
+    slices = torch.zeros(1, 2, 40, 48)
+    slices[0, 1, 12, 30] = 1.0
+    logits, _ = model.crop_branch(slices, torch.tensor([[4.0, 20.0]]), 0)
+    assert torch.equal(logits, slices)
+
+
+def test_d2_the_crop_teaches_the_position_network(model):
+    slices = slices_for([1, 1])
+    offset = model.offset(model.locate(slices), 16, 40, 48).detach().requires_grad_()
+    from meddanet.kernels import bilinear_crop
+
+    bilinear_crop(slices, offset, 16).square().sum().backward()
+    assert (offset.grad.abs() > 1e-3).all()
+    out = model.train()(slices)
+    out.branch_logits[0].square().mean().backward()
+    assert model.position.classifier.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_d3_evaluation_is_deterministic(model):
+    slices = slices_for([3, 1, 2])
+    first, second = model(slices), model(slices)
+    assert torch.equal(first.mixed, second.mixed)
+    assert torch.equal(model.segment(slices).labels, model.segment(slices).labels)
+
+
+@torch.no_grad()
+def test_d4_skip_is_background_with_probability_one(model):
+    slices = slices_for([0, 0])
+    mixed = model(slices).mixed
+    assert torch.equal(mixed[:, 0], torch.ones(2, 40, 48)) and not mixed[:, 1:].any()
+    assert not model.segment(slices).labels.any()
+
+
+@torch.no_grad()
+def test_d4_a_skipping_window_votes_for_background(model):
+    """Where windows disagree, the mean counts the skipping ones as background, none abstains."""
+    slices = slices_for([3], (48, 48))
+    slices[0, 0] = 0.0
+    slices[0, 0, 0, 0] = 3.0  # only the first window runs; all others read decision 0
+    result = model.segment_windows(slices, window=32)
+    origins = [(y, x) for y in (0, 10, 16) for x in (0, 10, 16)]
+    assert result.decisions[0].tolist() == [3] + [0] * 8
+    votes = torch.zeros(3, 48, 48)
+    for y, x in origins:
+        if (y, x) == (0, 0):
+            votes[:, :32, :32] += model.segmenter(slices[:, :, :32, :32]).softmax(1)[0]
+        else:
+            votes[0, y : y + 32, x : x + 32] += 1
+    assert torch.equal(result.labels[0].long(), votes.argmax(0))
+
+
+def test_d12_calling_the_background_one_class_is_no_optimum():
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    labels[:, 10:14, 10:14] = 2
+    absorbed = F.one_hot(torch.where(labels == 0, 1, labels), 4).movedim(-1, 1) * 10.0
+    missed = F.one_hot(torch.zeros_like(labels), 4).movedim(-1, 1) * 10.0
+    right = F.one_hot(labels, 4).movedim(-1, 1) * 10.0
+    assert segmentation_loss(right, labels) < segmentation_loss(missed, labels)
+    assert segmentation_loss(missed, labels) < segmentation_loss(absorbed, labels)
+
+
+@torch.no_grad()
+def test_results_do_not_depend_on_neighbours_in_the_batch(model):
+    set_quantization(model, quantize=True, update_range=False)
+    slices = slices_for([1, 3, 2, 1])
+    together = model.segment(slices)
+    for index in range(4):
+        alone = model.segment(slices[index : index + 1])
+        assert (alone.labels[0] != together.labels[index]).float().mean() < 1e-3
+        assert torch.equal(alone.num_bits[0], together.num_bits[index])
+
+
+@torch.no_grad()
+def test_blank_slices_do_not_even_reach_the_policy(model):
+    seen = []
+    model.policy.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    slices = slices_for([0, 3, 1])
+    slices[0] = 0
+    assert not model.segment(slices).labels[0].any()
+    assert seen == [2]
+
+
+def test_training_output_is_differentiable_everywhere(model):
+    model.policy = build_med_danet_v2(
+        "unet-12", num_classes=3, in_channels=2, crop_sizes=(16, 24)
+    ).policy
+    set_quantization(model, quantize=True, update_range=True)
+    out = model.train()(slices_for([1, 2, 3]))
+    assert out.mixed.shape == (3, 3, 40, 48) and out.choice.shape == (3, 4)
+    loss = out.mixed.square().mean() + sum(bits.mean() for bits in out.num_bits)
+    loss = loss + sum(logits.square().mean() for logits in out.branch_logits)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 2, 41, 48), "pad to 48x48"), ((1, 3, 40, 48), r"\[N, 2, H, W\]"),
+     ((1, 2, 16, 48), "smaller than the crop of 24")],
+)
+def test_bad_shapes_name_the_cure(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model.segment(torch.ones(shape))
+
+
+def test_d5_a_batch_holds_every_sample_asked_for(tmp_path):
+    import numpy as np
+
+    from meddanet.data.slices import SliceSampler, read_cache, write_cache
+
+    images, labels = np.ones((5, 2, 16, 16), np.float32), np.zeros((5, 16, 16), np.uint8)
+    write_cache("a", images, labels, tmp_path)
+    images, labels = SliceSampler([read_cache("a", tmp_path)], seed=0).batch(15)
+    assert images.shape == (15, 2, 16, 16) and labels.shape == (15, 16, 16)
