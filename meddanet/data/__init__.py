@@ -1,0 +1,39 @@
+"""Volumes on disk and in memory. Nothing here imports torch; `slices` (training) does."""
+
+from .conventions import MODALITIES, Case, canonical_modality, case_from_files, find_cases
+from .labels import LABELS, detect_label_convention, from_classes, to_classes
+from .nifti import load_labels, load_volume, save_image, save_volume
+from .volume import (
+    Volume,
+    VolumeError,
+    canonical,
+    from_canonical,
+    from_slices,
+    normalize,
+    to_slices,
+    window_origins,
+)
+
+__all__ = [
+    "LABELS",
+    "MODALITIES",
+    "Case",
+    "Volume",
+    "VolumeError",
+    "canonical",
+    "canonical_modality",
+    "case_from_files",
+    "detect_label_convention",
+    "find_cases",
+    "from_canonical",
+    "from_classes",
+    "from_slices",
+    "load_labels",
+    "load_volume",
+    "normalize",
+    "save_image",
+    "save_volume",
+    "to_classes",
+    "to_slices",
+    "window_origins",
+]

@@ -1,0 +1,126 @@
+"""What the numbers in a label file mean, and how they become classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .conventions import MODALITIES, Case
+from .volume import Volume, VolumeError
+
+# class (1 necrotic core, 2 oedema, 3 enhancing tumour) -> value in the file
+LABELS = {
+    "brats2021": {1: 1, 2: 2, 3: 4},
+    "brats2023": {1: 1, 2: 2, 3: 3},
+    "msd": {1: 2, 2: 1, 3: 3},
+}
+
+
+def to_classes(labels: np.ndarray, convention: str) -> np.ndarray:
+    """Translates a label file's values to classes 0..3.
+
+    Args:
+        labels: Values of a label file, any shape.
+        convention: Key of `LABELS`.
+
+    Returns:
+        uint8 of the same shape.
+
+    Raises:
+        VolumeError: If a value is not one of the convention's.
+        ValueError: If the convention is unknown.
+    """
+    table = {value: index for index, value in _table(convention).items()}
+    labels = _as_bytes(labels)
+    _check_values(_present(labels), convention)
+    return _look_up(labels, table)
+
+
+def from_classes(classes: np.ndarray, convention: str) -> np.ndarray:
+    """Translates classes 0..3, any shape, to the values of a label convention, uint8.
+
+    Raises:
+        ValueError: If a class is above 3 or the convention is unknown.
+    """
+    table = _table(convention)
+    classes = _as_bytes(classes)
+    if classes.size and classes.max() > 3:
+        raise ValueError(f"classes reach {classes.max()}, expected 0..3")
+    return _look_up(classes, table)
+
+
+def detect_label_convention(case: Case | Volume, values: Iterable[int] = ()) -> str:
+    """Returns the label convention of a brain tumour case, from its naming.
+
+    Where the naming decides nothing (nnU-Net, named files), the values decide if only one
+    convention has them all.
+
+    Args:
+        case: The case or the volume loaded from it.
+        values: Values that occur in its label file, if there is one.
+
+    Raises:
+        VolumeError: If a value contradicts the naming, or nothing decides.
+    """
+    found = {int(value) for value in values} - {0}
+    if case.modalities and not set(case.modalities) <= set(MODALITIES):
+        raise VolumeError(
+            f"{case.name}: modalities {', '.join(case.modalities)} have no brain tumour labels; "
+            f"expected some of {', '.join(MODALITIES)}"
+        )
+    if case.convention in LABELS:
+        _check_values(found, case.convention, case.name)
+        return case.convention
+    fitting = [name for name, table in LABELS.items() if found <= set(table.values())]
+    if len(fitting) != 1:
+        raise VolumeError(
+            f"{case.name}: the names of its files do not tell the label convention; "
+            f"choose one of {', '.join(fitting or LABELS)}"
+        )
+    return fitting[0]
+
+
+def _table(convention: str) -> dict[int, int]:
+    if convention not in LABELS:
+        raise ValueError(f"label convention is {convention!r}, expected one of {', '.join(LABELS)}")
+    return LABELS[convention]
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype == np.uint8:
+        return array
+    small = array.astype(np.uint8)
+    if not np.array_equal(small, array):
+        raise VolumeError("labels hold values that are not whole numbers from 0 to 255")
+    return small
+
+
+def _present(array: np.ndarray) -> set[int]:
+    seen = np.zeros(256, bool)
+    seen[array] = True
+    return set(np.flatnonzero(seen).tolist()) - {0}
+
+
+def _look_up(array: np.ndarray, table: dict[int, int]) -> np.ndarray:
+    lookup = np.zeros(256, np.uint8)
+    lookup[list(table)] = list(table.values())
+    return lookup[array]
+
+
+def _check_values(found: set[int], convention: str, name: str = "labels") -> None:
+    expected = sorted(LABELS[convention].values())
+    if not found - set(expected):
+        return
+    message = (
+        f"{name}: values {sorted(found)} are not those of the {convention} convention {expected}"
+    )
+    if convention == "brats2021" and 3 in found:
+        message += "; enhancing tumour as 3 points to brats2023, or msd where 1 is oedema"
+    elif 4 in found:
+        message += (
+            "; 4 is enhancing tumour in brats2021 files, "
+            "but the resection cavity in BraTS 2024 post-operative ones"
+        )
+    raise VolumeError(message)

@@ -1,0 +1,302 @@
+"""Reads and writes NIfTI files; the only module that knows nibabel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from .conventions import (
+    MODALITIES,
+    Case,
+    canonical_modality,
+    case_from_files,
+    find_cases,
+    is_label_name,
+)
+from .storage import compress, read_bytes, read_head, write_bytes
+from .volume import Volume, VolumeError
+
+# as many distinct whole numbers as a label map of tumour parts may have, and an image never has
+_MAX_LABEL_VALUES = 8
+# relative to the voxel size; exports of one scan differ by 1e-8
+_AFFINE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One file as stored: values [H, W, D, C] before slope and intercept."""
+
+    path: Path
+    header: Any
+    affine: np.ndarray
+    stored: np.ndarray
+
+    def channel(self, index: int) -> np.ndarray:
+        """Returns one channel [H, W, D] with slope and intercept applied."""
+        stored = self.stored[..., index]
+        slope, intercept = self.header.get_slope_inter()
+        if slope is None or (slope, intercept) == (1, 0):
+            return stored
+        return stored.astype(np.float64) * slope + intercept
+
+
+def load_volume(
+    path: str | Path | Mapping[str, str | Path] | Case, modalities: Sequence[str] | None = None
+) -> Volume:
+    """Loads one case, its files decompressed in parallel.
+
+    Args:
+        path: A case folder, a 3-D or 4-D file, named files (modality -> path) or a `Case`.
+        modalities: Channels wanted, in this order. Where the naming does not tell what the
+            channels are (nnU-Net or 4-D files without dataset.json), their names in file order.
+            Default: flair, t1ce, t1, t2 for brain tumour cases, otherwise the files' own order.
+
+    Returns:
+        Raw intensities, slope and intercept applied, in the file's voxel order.
+
+    Raises:
+        VolumeError: If a modality is missing or a file is not a valid image (one line: which file,
+            what is wrong, what would be right).
+    """
+    case = _as_case(path)
+    given = None if modalities is None else tuple(canonical_modality(name) for name in modalities)
+    sources = _sources(case, given)
+    wanted = given or _usual_order(case.modalities)
+    if missing := [name for name in wanted if name not in sources]:
+        raise VolumeError(
+            f"{case.name}: modality {', '.join(missing)} is missing; expected "
+            f"{', '.join(wanted)}, found {', '.join(sources)} in {case.folder}"
+        )
+    paths = list(dict.fromkeys(sources[name][0] for name in wanted))
+    with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+        images = dict(zip(paths, pool.map(_read, paths), strict=True))
+        first = images[paths[0]]
+        for image in images.values():
+            _check_channels(image, len(sources) if image.path == case.files else 1)
+            _check_same_grid(image, first.stored.shape[:3], first.affine, str(first.path))
+        # filled in the file's own memory order: no transposition here
+        data = np.empty((len(wanted), *first.stored.shape[2::-1]), np.float32).transpose(0, 3, 2, 1)
+        channels = [(images[sources[name][0]], sources[name][1]) for name in wanted]
+        list(pool.map(lambda target, source: _fill(target, *source), data, channels))
+    return Volume(data, first.affine, first.header, wanted, case.convention, case.name)
+
+
+def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
+    """Loads a segmentation.
+
+    Args:
+        path: A 3-D NIfTI file of whole numbers.
+        like: The volume it belongs to; shape and affine must agree.
+
+    Returns:
+        The file's own values [H, W, D] in its voxel order (`to_classes` translates them), uint8,
+        or uint16 where they exceed 255.
+
+    Raises:
+        VolumeError: If the file is unreadable, holds other than whole numbers or does not fit.
+    """
+    image = _read(Path(path))
+    _check_channels(image, 1)
+    if like is not None:
+        _check_same_grid(image, like.data.shape[1:], like.affine, f"volume {like.name}")
+    values = image.channel(0)
+    with np.errstate(invalid="ignore"):
+        labels = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
+    if not np.array_equal(labels, values):
+        raise VolumeError(f"{path}: is no segmentation; expected whole numbers from 0 to 65535")
+    return labels
+
+
+def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
+    """Writes labels as uint8 NIfTI with the affine, form codes and units of the input.
+
+    The file appears under its name only when it is complete.
+
+    Args:
+        labels: [H, W, D] whole numbers 0..255, in the voxel order of `like`.
+        path: Ends in .nii, or .nii.gz to be compressed.
+        like: The volume the labels were computed from.
+
+    Raises:
+        ValueError: If shape, values or the file's ending do not fit.
+        VolumeError: If the file cannot be written.
+    """
+    if labels.shape != like.data.shape[1:]:
+        raise ValueError(f"labels have shape {labels.shape}, expected {like.data.shape[1:]}")
+    with np.errstate(invalid="ignore"):
+        stored = labels.astype(np.uint8, copy=False)
+    if not np.array_equal(stored, labels):
+        raise ValueError("labels hold values that are not whole numbers from 0 to 255")
+    header = like.header.copy()
+    header["descrip"] = header["aux_file"] = header["intent_name"] = b""
+    header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
+    _save(stored, Path(path), header)
+
+
+def save_image(data: np.ndarray, path: str | Path, affine: np.ndarray) -> None:
+    """Writes an image [H, W, D] or [H, W, D, C] in its own dtype, in millimetres.
+
+    Raises:
+        ValueError: If the file's ending does not fit.
+        VolumeError: If the file cannot be written.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_shape(data.shape)
+    header.set_sform(affine, code="scanner")
+    header.set_qform(affine, code="scanner")
+    header.set_xyzt_units("mm")
+    _save(data, Path(path), header)
+
+
+def _as_case(path: str | Path | Mapping[str, str | Path] | Case) -> Case:
+    if isinstance(path, Case):
+        return path
+    if isinstance(path, Mapping):
+        return case_from_files(path)
+    cases = find_cases(path)
+    if len(cases) > 1:
+        names = ", ".join(case.name for case in cases[:3])
+        raise VolumeError(
+            f"{path}: holds {len(cases)} cases ({names} ...); expected one, see find_cases"
+        )
+    return cases[0]
+
+
+def _sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tuple[Path, int]]:
+    """Returns the file and the channel in it of every modality the case has."""
+    paths = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    for path in paths:
+        if is_label_name(path):
+            raise VolumeError(f"{path}: is a label file; expected an image")
+    if given is not None and (not given or len(set(given)) < len(given)):
+        raise ValueError(f"modalities are {', '.join(given) or 'none'}, expected each name once")
+    names = case.modalities or given
+    if names is None:
+        raise VolumeError(
+            f"{case.name}: what its channels are is unknown; pass modalities=, in their order"
+        )
+    if isinstance(case.files, Path):
+        return {name: (case.files, index) for index, name in enumerate(names)}
+    if case.modalities:
+        return {name: (path, 0) for name, path in case.files.items()}
+    if len(names) != len(paths):
+        raise VolumeError(
+            f"{case.name}: has {len(paths)} channel files, expected {len(names)} "
+            f"({', '.join(names)})"
+        )
+    ordered = sorted(case.files)
+    return {name: (case.files[key], 0) for name, key in zip(names, ordered, strict=True)}
+
+
+def _usual_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=MODALITIES.index)) if set(names) <= set(MODALITIES) else names
+
+
+def _read(path: Path) -> _Image:
+    header, affine, dtype, shape = _header(path)
+    offset = max(int(header["vox_offset"]), header.single_vox_offset)
+    size = math.prod(shape) * dtype.itemsize
+    voxels = read_bytes(path, offset + size)[offset:].view(dtype)
+    return _Image(path, header, affine, voxels.reshape((*shape[:3], -1), order="F"))
+
+
+def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
+    """Returns (header, affine, dtype, shape), all of them valid."""
+    head = read_head(path, nib.Nifti2Header.sizeof_hdr)
+    if head[344:348] == nib.Nifti1Header.single_magic.ljust(4, b"\0"):
+        form = nib.Nifti1Header
+    elif head[4:7] == nib.Nifti2Header.single_magic[:3]:
+        form = nib.Nifti2Header
+    else:
+        raise VolumeError(f"{path}: is not a NIfTI file; expected a single .nii or .nii.gz")
+    try:
+        header = form(head[: form.sizeof_hdr])
+        dtype, shape = header.get_data_dtype(), tuple(map(int, header.get_data_shape()))
+        affine, _ = header.get_best_affine(), header.get_slope_inter()
+        int(header["vox_offset"])
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        problem = " ".join(str(error).split())
+        raise VolumeError(
+            f"{path}: the NIfTI header is invalid ({problem}); expected a valid one"
+        ) from error
+    if len(shape) < 3:
+        raise VolumeError(f"{path}: is {len(shape)}-D with shape {shape}; expected a 3-D volume")
+    if min(shape) < 1 or math.prod(shape[4:]) > 1:
+        raise VolumeError(f"{path}: has shape {shape}; expected [H, W, D] or [H, W, D, C]")
+    if dtype.kind not in "iuf":
+        raise VolumeError(f"{path}: holds {dtype} voxels; expected integers or floats")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * spacing.prod() > 0:
+        raise VolumeError(
+            f"{path}: the affine is singular or not finite; expected three independent axes"
+        )
+    return header, affine, dtype, shape
+
+
+def _check_channels(image: _Image, expected: int) -> None:
+    if image.stored.shape[3] != expected:
+        raise VolumeError(
+            f"{image.path}: number of channels is {image.stored.shape[3]}, expected {expected}"
+        )
+
+
+def _check_same_grid(
+    image: _Image, shape: tuple[int, ...], affine: np.ndarray, reference: str
+) -> None:
+    if image.stored.shape[:3] != shape:
+        raise VolumeError(
+            f"{image.path}: shape {image.stored.shape[:3]} differs from {shape} of {reference}; "
+            "expected files on one voxel grid"
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0).min()
+    difference = np.abs(image.affine - affine).max()
+    if difference > _AFFINE_TOLERANCE * spacing:
+        raise VolumeError(
+            f"{image.path}: the affine differs by up to {difference:.4g} from that of {reference}; "
+            "expected co-registered files on one voxel grid"
+        )
+
+
+def _fill(target: np.ndarray, image: _Image, index: int) -> None:
+    """Writes one channel of a file into float32 memory, if it is an image."""
+    values = image.channel(index)
+    with np.errstate(over="ignore"):
+        target[...] = values
+    if values.dtype.kind == "f" and not np.isfinite(target).all():
+        count = target.size - int(np.isfinite(target).sum())
+        raise VolumeError(f"{image.path}: {count} voxels are NaN or infinite; expected finite ones")
+    if _looks_like_labels(target):
+        raise VolumeError(
+            f"{image.path}: holds only the values {np.unique(target).astype(int).tolist()}, "
+            "so it is a label file; expected an image"
+        )
+
+
+def _looks_like_labels(values: np.ndarray) -> bool:
+    if len(np.unique(values[::7, ::7, ::7])) > _MAX_LABEL_VALUES:
+        return False
+    if values.min() < 0 or values.max() > 255:
+        return False
+    distinct = np.unique(values)
+    return 2 <= len(distinct) <= _MAX_LABEL_VALUES and bool((distinct == np.rint(distinct)).all())
+
+
+def _save(data: np.ndarray, path: Path, header: Any) -> None:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    header = header.as_byteswapped("<")
+    header.set_data_shape(data.shape)
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    header["magic"], header["vox_offset"] = header.single_magic, header.single_vox_offset
+    voxels = data.astype(data.dtype.newbyteorder("<"), copy=False).ravel(order="F")
+    parts = header.binaryblock, bytes(4), voxels.data
+    write_bytes(path, *([compress(*parts)] if path.name.endswith(".gz") else parts))

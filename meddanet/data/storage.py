@@ -1,0 +1,132 @@
+"""Bytes from plain and gzip-compressed files, never more than they hold, and whole files back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from isal import igzip, igzip_threaded, isal_zlib
+
+from .volume import VolumeError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+# deflate cannot shrink further than 258 bytes to two bits
+_MAX_RATIO = 1032
+_CHUNK = 1 << 20
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """Returns the first `size` decompressed bytes, fewer if the file is shorter.
+
+    Raises:
+        VolumeError: If the file cannot be read or decompressed.
+    """
+    with _errors_of(path), (igzip.open if _is_gzip(path) else open)(path, "rb") as stream:
+        return stream.read(size)
+
+
+def read_bytes(path: Path, size: int) -> np.ndarray:
+    """Returns the first `size` decompressed bytes, with the whole file's checksum verified.
+
+    Memory is claimed only once it is known that the file holds as much.
+
+    Raises:
+        VolumeError: If the file holds fewer bytes, is truncated or fails its checksum.
+    """
+    with _errors_of(path):
+        compressed = _is_gzip(path)
+        held = _decompressed_size(path, size) if compressed else path.stat().st_size
+        if held < size:
+            raise VolumeError(
+                f"{path}: the header asks for {size} bytes but the file holds "
+                f"{'at most ' if compressed else ''}{held}; expected a complete NIfTI file"
+            )
+        buffer = np.empty(size, np.uint8)
+        with (igzip_threaded.open if compressed else open)(path, "rb") as stream:
+            _fill(stream, memoryview(buffer), path)
+            if compressed:
+                _count(stream)
+    return buffer
+
+
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes a file that appears under its name only when it is complete and on disk.
+
+    Raises:
+        VolumeError: If it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as stream:
+            stream.writelines(parts)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise VolumeError(
+            f"{path}: cannot be written ({error.strerror}); expected a writable folder"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def compress(*parts: bytes | memoryview) -> bytes:
+    """Returns the parts as one gzip member without a time stamp: equal input, equal bytes."""
+    return igzip.compress(b"".join(parts), compresslevel=1, mtime=0)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise VolumeError(
+            f"{path}: the gzip data is truncated; expected a complete file, copy it again"
+        ) from error
+    except (igzip.BadGzipFile, isal_zlib.error) as error:
+        raise VolumeError(
+            f"{path}: the gzip data is damaged ({error}); expected an intact file, copy it again"
+        ) from error
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _is_gzip(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(2) == _GZIP_MAGIC
+
+
+def _decompressed_size(path: Path, wanted: int) -> int:
+    """Returns how many bytes a gzip file holds; only an upper bound where that settles it."""
+    bound = _MAX_RATIO * path.stat().st_size
+    if bound < wanted:
+        return bound
+    with open(path, "rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stated = int.from_bytes(stream.read(4), "little")
+    if stated == wanted:
+        return stated
+    # several members, over 4 GiB, trailing bytes or damage: only counting tells
+    with igzip.open(path, "rb") as stream:
+        return _count(stream)
+
+
+def _count(stream: BinaryIO) -> int:
+    chunk, total = bytearray(_CHUNK), 0
+    while read := stream.readinto(chunk):  # type: ignore[attr-defined]
+        total += read
+    return total
+
+
+def _fill(stream: BinaryIO, target: memoryview, path: Path) -> None:
+    filled = 0
+    while filled < len(target):
+        read = stream.readinto(target[filled:])  # type: ignore[attr-defined]
+        if not read:
+            raise VolumeError(f"{path}: ends after {filled} bytes, expected {len(target)}")
+        filled += read
