@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .data.volume import window_origins
 from .kernels import affine_paste, bilinear_crop
 from .layers import image_gradients
 from .networks.unet import check_input
@@ -267,18 +268,6 @@ class MedDANetV2(nn.Module):
                 f"slices of {slices.shape[2]}x{slices.shape[3]} are smaller than the crop of "
                 f"{max(self.crop_sizes)}; pad them, or build the model with smaller crop_sizes"
             )
-
-
-def window_origins(size: int, window: int) -> list[int]:
-    """Returns the first pixels of overlapping windows that cover `size`, a third apart.
-
-    Source: the official code's protocol; 240 and 128 give 0, 42, 84, 112.
-    """
-    if size < window:
-        raise ValueError(f"a side of {size} pixels is smaller than the window of {window}")
-    stride = window // 3
-    count = -(-(size - window) // stride) + 1
-    return [min(index * stride, size - window) for index in range(count)]
 
 
 def channels_last(input: Tensor) -> Tensor:

@@ -7,19 +7,36 @@ warm-up and poly schedule (Med-DANet V2, section 4.1: Adam with amsgrad, weight 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+import numpy as np
 from tqdm import tqdm
 
-from .data.slices import CachedCase, SliceSampler, augment
+from .build import build_med_danet_v2, build_segmenter
+from .cost import cost_table
+from .data import (
+    canonical,
+    detect_label_convention,
+    find_cases,
+    load_labels,
+    load_volume,
+    normalize,
+    to_classes,
+    to_slices,
+)
+from .data.phantom import make_phantom
+from .data.slices import CachedCase, SliceSampler, augment, folds, read_cache, write_cache
+from .layers import quantized_layers, set_quantization
 from .losses import dice_loss, segmentation_loss
-from .med_danet_v2 import channels_last
+from .med_danet_v2 import MedDANetV2, TrainingOutput, channels_last
+from .weights import save_model
 
 
 @dataclass
@@ -52,10 +69,10 @@ class Batches:
     """
 
     cases: list[CachedCase]
+    phantoms: list[CachedCase] = field(default_factory=list)
     seed: int = 0
     cost_weight: float = 0.06
     bit_weight: float = 0.06
-    phantoms: list[CachedCase] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
     windows: SliceSampler = field(init=False)
     slices: SliceSampler = field(init=False)
@@ -74,6 +91,52 @@ class Batches:
     def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Returns augmented whole slices in their natural mix."""
         return augment(*self.slices.batch(size), self.generator, shift=0.06)
+
+
+@dataclass
+class TrainConfig:
+    """One training run; the defaults are the recipe of the shipped weights.
+
+    Attributes:
+        data: Folder of labelled cases, in any naming that `meddanet segment` reads.
+        out: Folder for checkpoints, the log, the configuration and the final weights.
+        cache: Folder for the uncompressed slices; None = `<out>/cache`.
+        folds: Number of folds k; every k-th case by name is held out.
+        fold: Which of them is held out.
+        seed: Seed of weights, sampling and augmentation.
+        threads: CPU threads; 0 = all.
+        phantoms: Synthetic cases mixed into the training cases.
+        segmenter: Name for `build_segmenter`.
+        decision_network: Name for `build_decision_network`.
+        crop_sizes: Sides of the crops in pixels.
+        num_bits: Widths the selectors choose from.
+        cost_weight: Lambda of the joint phase.
+        bit_weight: Weight of the mean width in the quantised phase.
+        phases: What is trained, in this order; a finished phase is not repeated.
+        static_steps: Steps of a plain segmenter trained beside, as the baseline; 0 = none.
+    """
+
+    data: str
+    out: str
+    cache: str | None = None
+    folds: int = 5
+    fold: int = 0
+    seed: int = 0
+    threads: int = 0
+    phantoms: int = 3
+    segmenter: str = "unet-16"
+    decision_network: str = "shufflenetv2-m"
+    crop_sizes: tuple[int, ...] = (96,)
+    num_bits: tuple[int, ...] = (8, 16)
+    cost_weight: float = 0.06
+    bit_weight: float = 0.06
+    phases: list[PhaseConfig] = field(default_factory=lambda: [
+        PhaseConfig("segmenter", steps=1600, batch=8, learning_rate=1e-3),
+        PhaseConfig("decisions", steps=800, batch=8, learning_rate=2e-3),
+        PhaseConfig("quantised", steps=200, batch=8, learning_rate=3e-4),
+        PhaseConfig("joint", steps=60, batch=6, learning_rate=5e-5),
+    ])
+    static_steps: int = 2600
 
 
 Objective = Callable[[nn.Module, Batches, int, int], Tensor]
@@ -235,3 +298,108 @@ def run_phase(
             }
             with log.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+
+
+def width_share(model: MedDANetV2, num_bits: Tensor) -> Tensor:
+    """Returns the mean width as a share of the widest, stages weighted by nothing but themselves."""
+    return (num_bits / model.bit_selectors[0].widths.max()).mean()
+
+
+def relative_cost(model: MedDANetV2, output: TrainingOutput, side: int = 128) -> Tensor:
+    """Returns the chosen route's cost [N] as a share of a whole window at full precision.
+
+    Costs are true multiply-adds, those of quantised stages scaled by b / 32; differentiable in the
+    choice and in the widths (Med-DANet V2, Eq. 8).
+    """
+    table = cost_table(model, (1, model.in_channels, side, side), "mac")
+    batch = len(output.choice)
+    widths = [torch.full_like(output.num_bits[0], 32.0), *output.num_bits]
+    costs = [
+        table.slice_cost(torch.full((batch,), route, device=bits.device), bits)
+        for route, bits in enumerate(widths)
+    ]
+    dearest = table.slice_cost(torch.tensor([len(model.routes) - 1]), widths[0][:1].cpu())
+    return (output.choice * torch.stack(costs, 1)).sum(1) / dearest.item()
+
+
+# quantised?, ranges still learnt?
+_ARITHMETIC = {
+    "static": (False, True), "segmenter": (False, True), "decisions": (False, True),
+    "quantised": (True, True), "joint": (True, False),
+}
+
+
+def prepare_cases(config: TrainConfig) -> tuple[list[CachedCase], list[CachedCase], list[CachedCase]]:
+    """Caches every case once and returns (training, held out, phantoms)."""
+    cache = Path(config.cache or Path(config.out) / "cache")
+    found = {case.name: case for case in find_cases(config.data) if case.label is not None}
+    for name, case in tqdm(found.items(), desc="cache", disable=None):
+        if not (cache / f"{name}.images.npy").exists():
+            volume = load_volume(case)
+            labels = load_labels(case.label, like=volume)
+            classes = to_classes(labels, detect_label_convention(volume, np.unique(labels)))
+            classes = canonical(classes, volume.affine).transpose(2, 0, 1)
+            write_cache(name, to_slices(volume), classes, cache)
+    phantoms = [f"phantom-{1000 + index}" for index in range(config.phantoms)]
+    for index, name in enumerate(phantoms):
+        if not (cache / f"{name}.images.npy").exists():
+            phantom = make_phantom(1000 + index)
+            images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+            write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)
+    training, held_out = folds(list(found), config.folds, config.fold)
+    return tuple([read_cache(n, cache) for n in part] for part in (training, held_out, phantoms))
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the phases, then the static baseline; finished phases are loaded, not repeated.
+
+    Returns:
+        The path of the final weights, `<out>/model.safetensors`.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    training, held_out, phantoms = prepare_cases(config)
+    split = {"trained_on": [c.name for c in training], "held_out": [c.name for c in held_out]}
+    (out / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+    torch.manual_seed(config.seed)
+    in_channels = training[0].images.shape[1]
+    num_classes = 1 + max(int(case.labels.max()) for case in training)
+    model = build_med_danet_v2(
+        config.segmenter, in_channels=in_channels, num_classes=num_classes,
+        crop_sizes=config.crop_sizes, num_bits=config.num_bits,
+        decision_network=config.decision_network,
+    ).to(memory_format=torch.channels_last)
+    for number, phase in enumerate(config.phases):
+        batches = Batches(
+            training, phantoms, config.seed + 10 * number, config.cost_weight, config.bit_weight
+        )
+        _phase(model, phase, batches, out)
+    path = out / "model.safetensors"
+    save_model(model.eval(), path, **split)
+    if config.static_steps:
+        plain = build_segmenter(config.segmenter, in_channels, num_classes)
+        phase = PhaseConfig("static", config.static_steps)
+        _phase(plain.to(memory_format=torch.channels_last), phase, Batches(training, phantoms), out)
+    return path
+
+
+def _phase(model: nn.Module, phase: PhaseConfig, batches: Batches, out: Path) -> None:
+    checkpoint = out / f"{phase.objective}.pt"
+    layers = quantized_layers(model)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for name, amax in state["input_amax"].items():
+            layers[name].input_amax.copy_(amax)
+        return
+    quantize, update_range = _ARITHMETIC[phase.objective]
+    set_quantization(model, quantize=quantize, update_range=update_range)
+    objective = OBJECTIVES[phase.objective]
+    run_phase(model.train(), model.parameters(), objective, phase, batches, out / "log.jsonl")
+    amax = {name: layer.input_amax for name, layer in layers.items()}
+    partial = checkpoint.with_suffix(".partial")
+    torch.save({"model": model.state_dict(), "input_amax": amax}, partial)
+    os.replace(partial, checkpoint)

@@ -1,0 +1,112 @@
+"""Builds models from plain numbers; the only place that knows sizes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from torch import nn
+
+from .layers import BitSelector, set_quantization
+from .med_danet_v2 import MedDANetV2
+from .networks.decision import ShuffleNetV2
+from .networks.unet import UNet
+
+UNET_WIDTHS = {"unet-12": 12, "unet-16": 16}
+SHUFFLENET_WIDTHS = {
+    "shufflenetv2-m": (12, 24, 48, 96, 256),
+    "shufflenetv2": (24, 48, 96, 192, 1024),
+}
+
+
+def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> nn.Module:
+    """Builds a 2-D segmenter in full precision.
+
+    Args:
+        name: "unet-12" or "unet-16" (V1's M1 and M2; V2's baseline is the latter).
+        in_channels: Channels of the image.
+        num_classes: Classes, background included.
+
+    Returns:
+        A module that maps [N, in_channels, H, W] to logits [N, num_classes, H, W].
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in UNET_WIDTHS:
+        raise ValueError(f"unknown segmenter {name!r}; known are {', '.join(UNET_WIDTHS)}")
+    model = UNet(UNET_WIDTHS[name], in_channels, num_classes)
+    set_quantization(model, quantize=False, update_range=True)
+    return model
+
+
+def build_decision_network(name: str, num_classes: int, in_channels: int = 4) -> nn.Module:
+    """Builds a decision network in full precision.
+
+    Args:
+        name: "shufflenetv2-m" or "shufflenetv2" (V1 Table 5).
+        num_classes: Outputs K.
+        in_channels: Channels of the image.
+
+    Returns:
+        A module that maps [N, in_channels, H, W] to [N, K].
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in SHUFFLENET_WIDTHS:
+        known = ", ".join(SHUFFLENET_WIDTHS)
+        raise ValueError(f"unknown decision network {name!r}; known are {known}")
+    model = ShuffleNetV2(SHUFFLENET_WIDTHS[name], num_classes, in_channels)
+    set_quantization(model, quantize=False, update_range=True)
+    return model
+
+
+def build_med_danet_v2(
+    segmenter: str = "unet-16",
+    in_channels: int = 4,
+    num_classes: int = 4,
+    crop_sizes: tuple[int, ...] = (96,),
+    num_bits: tuple[int, ...] = (8, 16),
+    decision_network: str = "shufflenetv2-m",
+) -> MedDANetV2:
+    """Builds Med-DANet V2 with everything on the quantisation grid.
+
+    Encoder stages follow their bit selectors; every other layer, the policy and position networks
+    included, has 8-bit weights and inputs.
+
+    Args:
+        segmenter: Name for `build_segmenter`.
+        in_channels: Channels of the image.
+        num_classes: Classes, background included.
+        crop_sizes: Sides of the crops in pixels, ascending multiples of 8.
+        num_bits: Widths the selectors choose from.
+        decision_network: Name for `build_decision_network`, of policy and position network.
+
+    Raises:
+        ValueError: If a name is unknown or a crop size does not fit.
+
+    Source: Med-DANet V2, sections 3 and 4.1.
+    """
+    network = build_segmenter(segmenter, in_channels, num_classes)
+    crop_sizes, num_bits = tuple(crop_sizes), tuple(num_bits)
+    if list(crop_sizes) != sorted(set(crop_sizes)) or any(p % network.stride for p in crop_sizes):
+        raise ValueError(
+            f"crop_sizes must ascend and be multiples of {network.stride}, got {crop_sizes}"
+        )
+    model = MedDANetV2(
+        segmenter=network,
+        policy=build_decision_network(decision_network, 2 + len(crop_sizes), in_channels),
+        position=build_decision_network(decision_network, 2, in_channels),
+        bit_selectors=nn.ModuleList(
+            BitSelector(channels, in_channels, num_bits) for channels in network.stage_channels
+        ),
+        crop_last_stages=nn.ModuleList(deepcopy(network.last_stage) for _ in crop_sizes),
+        crop_sizes=crop_sizes,
+    )
+    model.config = {
+        "segmenter": segmenter, "in_channels": in_channels, "num_classes": num_classes,
+        "crop_sizes": list(crop_sizes), "num_bits": list(num_bits),
+        "decision_network": decision_network,
+    }
+    set_quantization(model, quantize=True, update_range=True)
+    return model
