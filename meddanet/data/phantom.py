@@ -7,12 +7,15 @@ asked for, so that any shape shows the whole head. Tissue contrasts are those of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from .labels import from_classes
+from .nifti import save_image
 from .phantom_anatomy import FIELD_OF_VIEW, Anatomy, Grid, Noise, Point, draw_anatomy, inside
 
-MODALITIES = ("flair", "t1ce", "t1", "t2")
+MODALITIES = ("flair", "t1ce", "t1", "t2")  # the order of the columns below
 
 _BRAIN_BOX = ((42, 198), (36, 226), (0, 151))  # mm, no voxel outside it belongs to the brain
 _TUMOUR_SHARE = 0.58  # of the slices, at most
@@ -21,9 +24,9 @@ _CSF = np.array([-2.3, -1.5, -2.3, 3.2], np.float32)
 _GREY = np.array([0.5, -0.3, -0.3, -0.05], np.float32)
 _WHITE = np.array([-0.35, 0.35, 0.75, -0.6], np.float32)
 _VESSEL = np.array([0.0, 3.5, 0.5, 0.5], np.float32)
-_NECROSIS = np.array([1.0, -0.8, -0.4, 2.0], np.float32)
-_OEDEMA = np.array([1.1, -0.1, 0.1, 0.9], np.float32)
-_ENHANCING = np.array([1.2, 1.9, 0.3, 0.9], np.float32)
+_NECROSIS = np.array([0.9, -0.8, -0.4, 2.0], np.float32)
+_OEDEMA = np.array([0.95, -0.1, 0.1, 0.85], np.float32)
+_ENHANCING = np.array([1.1, 1.9, 0.3, 0.9], np.float32)
 _SPREAD = np.array([0.33, 0.36, 0.26, 0.45], np.float32)  # standard deviation / mean of the brain
 
 
@@ -65,7 +68,7 @@ def _lesion(anatomy: Anatomy, grid: Grid, noise: Noise, core: float) -> _Lesion:
     """A core of about `core` mm radius, with or without an enhancing rim, in an oedema."""
     reach, kind = noise.uniform(4, 13), noise.uniform(0, 1)
     centre = _centre(anatomy, grid, noise, 8 + core / 3)
-    stretch = tuple(noise.uniform(0.85, 1.2) for _ in range(3))
+    stretch = noise.uniform(0.85, 1.2), noise.uniform(0.85, 1.2), noise.uniform(0.85, 1.2)
     distance = 1 - inside((grid.x, grid.y, grid.z), centre, stretch) / np.float32(min(stretch))
 
     tissue = anatomy.cerebrum & (anatomy.side * np.float32(centre[0] - 120) > 0)
@@ -78,8 +81,8 @@ def _lesion(anatomy: Anatomy, grid: Grid, noise: Noise, core: float) -> _Lesion:
 
     labels = np.zeros(grid.shape, np.uint8)
     labels[oedema & (anatomy.csf < 0.5)] = 2
-    labels[centre_mass] = 3 if kind > 0.85 else 1
-    if kind < 0.7:
+    labels[centre_mass] = 3 if kind < 0.12 else 1
+    if kind > 0.4:
         rim = np.clip(np.float32(noise.uniform(2, 4.5)) * (1 + noise.smooth(14) / 2), 0.8, None)
         labels[centre_mass & (inner > core - rim)] = 3
     shift = [[noise.uniform(-0.35, 0.35) for _ in MODALITIES] for _ in range(3)]
@@ -126,7 +129,7 @@ def _render(anatomy: Anatomy, lesions: list[_Lesion], noise: Noise, channel: int
     image += noise.smooth(5) * np.float32(0.06)
     image += noise.rough() * np.float32(0.08)
     spread = _SPREAD[channel] * np.float32(noise.uniform(0.8, 1.15))
-    image = (1 + spread * image) * (1 + np.float32(0.04) * noise.smooth(70))
+    image = (1 + spread * image) * (1 + np.float32(0.07) * noise.smooth(70))
     image *= np.float32(noise.uniform(400, 1600))
     image = np.clip(np.rint(image), 1, 32767)
     return np.where(anatomy.brain, image, np.float32(0))
@@ -173,3 +176,35 @@ def make_phantom(seed: int = 0, shape: tuple[int, int, int] = (240, 240, 155)) -
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = shape[1] - 1
     return Phantom(data, labels, affine)
+
+
+def write_phantom(
+    folder: str | Path,
+    seed: int = 0,
+    name: str = "phantom_000",
+    shape: tuple[int, int, int] = (240, 240, 155),
+) -> Path:
+    """Write a phantom as a BraTS 2021 case folder: int16 images, uint8 labels 0, 1, 2, 4.
+
+    Args:
+        folder: where the case's folder appears, created if absent.
+        seed: as in `make_phantom`.
+        name: of the case, its folder and the start of its file names.
+        shape: as in `make_phantom`.
+
+    Returns:
+        The case's folder, `folder / name`.
+
+    Raises:
+        VolumeError: if a file cannot be written.
+        OSError: if the folder cannot be created.
+    """
+    phantom = make_phantom(seed, shape)
+    case = Path(folder) / name
+    case.mkdir(parents=True, exist_ok=True)
+    for modality, image in zip(phantom.modalities, phantom.data, strict=True):
+        path = case / f"{name}_{modality}.nii.gz"
+        save_image(image.astype(np.int16), path, phantom.affine)
+    labels = from_classes(phantom.labels, "brats2021")
+    save_image(labels, case / f"{name}_seg.nii.gz", phantom.affine)
+    return case

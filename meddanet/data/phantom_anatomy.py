@@ -22,6 +22,7 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Voxels along the three axes."""
         return self.x.size, self.y.size, self.z.size
 
 
@@ -33,6 +34,7 @@ class Noise:
         self.grid = grid
 
     def uniform(self, low: float, high: float) -> float:
+        """One draw between `low` and `high`."""
         return low + (high - low) * float(self.rng.random())
 
     def smooth(self, cell: float) -> np.ndarray:
