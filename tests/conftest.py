@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Tolerances:
+    """How exact is exact: one rule per kind of result, never loosened inside a test.
+
+    A rule changes only in a commit of its own, with the reason.
+    """
+
+    @staticmethod
+    def elementwise(actual: Tensor, expected: Tensor) -> None:
+        """float32, float64: gathers, element-wise arithmetic, quantisation, crop and paste."""
+        assert expected.dtype in (torch.float32, torch.float64), f"no rule for {expected.dtype}"
+        torch.testing.assert_close(actual, expected)
+
+    @staticmethod
+    def reduction(actual: Tensor, *, native: Tensor, exact: Tensor) -> None:
+        """Convolutions and sums: at most twice the error of PyTorch's own operation, `native`.
+
+        Both errors are taken against `exact`, the float64 answer; one epsilon of its largest
+        value is added for natives that happen to hit it. float64 results have no better answer:
+        the element-wise rule holds for them.
+        """
+        assert exact.dtype == torch.float64 and actual.dtype == native.dtype
+        assert actual.shape == native.shape == exact.shape, "nothing is broadcast here"
+        if actual.dtype == torch.float64:
+            return torch.testing.assert_close(actual, exact)
+        error = (actual.double() - exact).abs().max().item()
+        native_error = (native.double() - exact).abs().max().item()
+        bound = 2 * native_error + torch.finfo(actual.dtype).eps * exact.abs().max().item()
+        # written so that a NaN fails
+        assert error <= bound, f"error {error:.3g} > {bound:.3g} (PyTorch's own {native_error:.3g})"
+
+    @staticmethod
+    def codes(actual: Tensor, expected: Tensor, *, quotient: Tensor) -> None:
+        """Integer codes: equal, or one step apart where rounding is a toss-up.
+
+        `quotient` is the float64 value before rounding. A toss-up lies within one float32 ulp of
+        a rounding tie; at most one code in a thousand may be decided by it.
+        """
+        assert quotient.dtype == torch.float64 and actual.shape == expected.shape
+        from_tie = (quotient - quotient.floor() - 0.5).abs()
+        tie = from_tie <= quotient.abs() * torch.finfo(torch.float32).eps
+        difference = (actual.long() - expected.long()).abs()
+        wrong = int(((difference > 1) | ((difference == 1) & ~tie)).sum())
+        assert wrong == 0, f"{wrong} of {difference.numel()} codes differ away from a rounding tie"
+        share = difference.count_nonzero().item() / max(1, difference.numel())
+        print(f"codes that differ, all at rounding ties: {share:.2e}")
+        assert share <= 1e-3, f"{share:.2e} of the codes differ at rounding ties, more than 1e-3"
+
+    @staticmethod
+    def labels(actual: np.ndarray, expected: np.ndarray, *, share: float = 0.0) -> None:
+        """Label maps: equal, unless the test states the share of voxels that may differ."""
+        assert actual.shape == expected.shape
+        differing = float(np.mean(actual != expected))
+        print(f"voxels that differ: {differing:.2e}")
+        assert differing <= share, f"{differing:.2e} of the voxels differ, more than {share:.2e}"
+
+
+@pytest.fixture(scope="session")
+def tolerances() -> type[Tolerances]:
+    return Tolerances
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real volumes beside the checkout; tests that need it skip without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no real volumes: ../shared/data is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def nan_poisoning() -> Iterator[None]:
+    """Fills uninitialised memory with NaN (integers: their maximum) while a test runs."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
