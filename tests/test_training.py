@@ -1,0 +1,204 @@
+"""Objectives, sampling and phases of training, on hand-made cases small enough to reason about."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meddanet.build import build_med_danet_v2
+from meddanet.cost import cost_table
+from meddanet.data.slices import SliceSampler, augment, folds, read_cache, write_cache
+from meddanet.kernels.conv_train import conv_per_width
+from meddanet.layers import set_quantization
+from meddanet.losses import dice_loss
+from meddanet.med_danet_v2 import TrainingOutput
+from meddanet.training import (
+    Batches,
+    PhaseConfig,
+    _phase,
+    centred_offset,
+    inside_crop,
+    lesion_box,
+    oracle_route,
+    relative_cost,
+    schedule,
+)
+
+
+def labels_with_boxes(*boxes: tuple[int, int, int, int] | None, side: int = 64) -> torch.Tensor:
+    """One [side, side] label map per (top, left, height, width), None for no lesion."""
+    labels = torch.zeros(len(boxes), side, side, dtype=torch.long)
+    for label, box in zip(labels, boxes, strict=True):
+        if box is not None:
+            top, left, height, width = box
+            label[top, left] = label[top + height - 1, left + width - 1] = 2
+    return labels
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """Two cases of 6 slices: noise in a disc, a bright square lesion in slices 2 and 3."""
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:64, :64] - 32
+    disc = rows**2 + columns**2 < 28**2
+    for name in ("a", "b"):
+        images = random.normal(size=(6, 2, 64, 64)).astype(np.float32) * disc
+        labels = np.zeros((6, 64, 64), np.uint8)
+        labels[2:4, 24:34, 28:38] = 1
+        images[:, :, :, :] += 4 * labels[:, None]
+        images[0] = 0
+        write_cache(name, images, labels, tmp_path)
+    return [read_cache(name, tmp_path) for name in ("a", "b")]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_med_danet_v2("unet-12", in_channels=2, num_classes=2, crop_sizes=(24,))
+
+
+def test_lesion_box_route_and_offset_by_hand():
+    labels = labels_with_boxes((10, 20, 5, 8), None, (0, 60, 30, 4), (3, 3, 20, 55), (50, 2, 1, 1))
+    first, last, present = lesion_box(labels)
+    assert first[0].tolist() == [10, 20] and last[0].tolist() == [14, 27]
+    assert present.tolist() == [True, False, True, True, True]
+    assert oracle_route(labels, (24, 40)).tolist() == [1, 0, 2, 3, 1]
+    # centred: (10 + 15 - 24) / 2 = 0.5, (20 + 28 - 24) / 2 = 12; at the far edge kept inside
+    assert centred_offset(labels, 24)[0].tolist() == [0.5, 12.0]
+    assert centred_offset(labels, 24)[2].tolist() == [3.0, 40.0]
+
+
+def test_inside_crop_keeps_the_crop_alone():
+    labels = torch.ones(1, 8, 8, dtype=torch.long)
+    kept = inside_crop(labels, torch.tensor([[2.0, 3.0]]), 4)
+    wanted = torch.zeros(1, 8, 8, dtype=torch.long)
+    wanted[0, 2:6, 3:7] = 1
+    assert torch.equal(kept, wanted)
+
+
+def test_folds_hold_out_every_patient_once():
+    names = [f"p{index}" for index in range(13)]
+    held_out = [name for fold in range(5) for name in folds(names, 5, fold)[1]]
+    assert sorted(held_out) == sorted(names)
+    training, held = folds(names, 5, 2)
+    assert set(training) | set(held) == set(names) and not set(training) & set(held)
+
+
+def test_the_sampler_keeps_its_shares(cases):
+    sampler = SliceSampler(cases, seed=3, lesion_share=0.5, window=32)
+    _, labels = sampler.batch(400)
+    # half from the 2 lesion slices, the other half 2 of 5 brain slices: 0.5 + 0.5 * 0.4
+    share = labels.flatten(1).any(1).double().mean().item()
+    assert share == pytest.approx(0.7, abs=0.1)
+    assert labels.shape == (400, 32, 32)
+    again = SliceSampler(cases, seed=3, lesion_share=0.5, window=32).batch(400)[1]
+    assert torch.equal(labels, again)
+
+
+def test_augmentation_moves_image_and_labels_together_and_keeps_background():
+    labels = labels_with_boxes(*[(20, 12, 9, 17)] * 32)
+    labels[:, 20:29, 12:29] = 1
+    images = labels[:, None].float().repeat(1, 2, 1, 1) * 5
+    moved, turned = augment(images, labels, torch.Generator().manual_seed(0), shift=0.1)
+    inside = (moved[:, 0] > 2.5) == (turned > 0)
+    assert inside.double().mean() > 0.99
+    assert not torch.equal(moved, images)
+    corners = moved[:, :, :4, :4]
+    assert corners.abs().max() == 0
+
+
+def test_d6_the_cost_is_a_mean_over_samples(model):
+    def output(batch: int) -> TrainingOutput:
+        choice = torch.tensor([[0.0, 1.0, 0.0]]).repeat(batch, 1)
+        bits = [torch.full((batch, 4), 8.0), torch.full((batch, 4), 16.0)]
+        return TrainingOutput([], None, choice, None, None, bits)
+
+    assert relative_cost(model, output(1)).mean() == pytest.approx(
+        relative_cost(model, output(15)).mean().item()
+    )
+
+
+def test_relative_cost_is_differentiable_in_choice_and_width(model):
+    choice = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
+    bits = [torch.full((2, 4), 8.0, requires_grad=True) for _ in range(2)]
+    cost = relative_cost(model, TrainingOutput([], None, choice, None, None, bits))
+    cost.sum().backward()
+    assert (choice.grad[:, 2] > choice.grad[:, 1]).all() and (choice.grad[:, 1] > 0).all()
+    assert (bits[0].grad[0] > 0).all() and (bits[1].grad[1] > 0).all()
+    assert bits[0].grad[1].abs().max() == 0
+
+
+def test_d13_costs_come_from_the_model():
+    def whole(name: str) -> float:
+        model = build_med_danet_v2(name, in_channels=2, num_classes=2, crop_sizes=(24,))
+        table = cost_table(model, (1, 2, 64, 64), "mac")
+        return table.slice_cost(torch.tensor([2]), torch.full((1, 4), 32.0)).item()
+
+    assert whole("unet-16") > 1.5 * whole("unet-12")
+
+
+def test_d7_a_phase_moves_only_its_own_parts(model, cases, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _phase(model, PhaseConfig("decisions", steps=3, batch=2), Batches(cases), tmp_path)
+    for name, value in model.state_dict().items():
+        if not name.startswith(("policy.", "position.")):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(model.policy.classifier.weight, before["policy.classifier.weight"])
+
+
+def test_a_finished_phase_is_loaded_and_not_repeated(model, cases, tmp_path):
+    phase = PhaseConfig("quantised", steps=2, batch=2, learning_rate=1e-3)
+    _phase(model, phase, Batches(cases), tmp_path)
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    other = build_med_danet_v2("unet-12", in_channels=2, num_classes=2, crop_sizes=(24,))
+    _phase(other, phase, Batches(cases), tmp_path)
+    assert all(torch.equal(value, trained[name]) for name, value in other.state_dict().items())
+    assert other.segmenter.init.input_amax == model.segmenter.init.input_amax > 0
+
+
+@pytest.mark.parametrize("objective", ["segmenter", "quantised", "joint", "static"])
+def test_each_objective_learns(model, cases, tmp_path, objective):
+    from meddanet.training import OBJECTIVES
+
+    set_quantization(model, quantize=objective != "static", update_range=True)
+    batches = Batches(cases)
+    batches.windows.window = 48
+    trained = model.segmenter if objective == "static" else model
+    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
+    losses = []
+    for step in range(16):
+        loss = OBJECTIVES[objective](trained.train(), batches, step, 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_the_schedule_warms_up_and_falls_to_nothing():
+    rates = [schedule(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 50) and max(rates) == 1.0
+    assert rates[525] == pytest.approx(0.5**0.9, rel=1e-3)
+    assert rates[-1] < 0.01 and all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
+def test_dice_loss_by_hand():
+    labels = torch.tensor([[[0, 1], [1, 2]]])
+    probability = F.one_hot(torch.tensor([[[0, 1], [0, 0]]]), 3).movedim(-1, 1).double()
+    # class 1: (2 * 1 + 1) / (1 + 2 + 1), class 2: (0 + 1) / (0 + 1 + 1)
+    assert dice_loss(probability, labels).item() == pytest.approx(1 - (0.75 + 0.5) / 2)
+
+
+def test_d9_one_convolution_per_width_not_per_sample():
+    calls = []
+
+    def convolve(x, w):
+        calls.append(len(x))
+        return F.conv2d(x, w)
+
+    widths = torch.tensor([8, 16, 8, 8, 16, 8])
+    conv_per_width(convolve, torch.randn(6, 3, 4, 4), torch.randn(2, 3, 1, 1), widths,
+                   torch.tensor(1.0))
+    assert sorted(calls) == [2, 4]
