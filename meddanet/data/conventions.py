@@ -89,7 +89,10 @@ def find_cases(path: str | Path) -> list[Case]:
         return _cases_among([path], path.parent) or [Case(stem(path), path, "files")]
     if not path.is_dir():
         raise VolumeError(f"{path}: no such file or folder")
-    cases = sorted(_walk(path, _MAX_DEPTH), key=lambda case: case.name)
+    try:
+        cases = sorted(_walk(path, _MAX_DEPTH), key=lambda case: case.name)
+    except OSError as error:
+        raise VolumeError(f"{error.filename}: cannot be listed ({error.strerror})") from error
     if not cases:
         raise VolumeError(_nothing_found(path))
     return _with_unique_names(cases)
@@ -180,13 +183,13 @@ def _msd_case(path: Path, order: tuple[str, ...]) -> Case:
 
 def _nnunet_cases(name: str, files: dict[str, Path], order: tuple[str, ...]) -> list[Case]:
     folder = next(iter(files.values())).parent
-    if "0000" not in files and folder.name.startswith("images"):
+    known = bool(order) and max(map(int, files)) < len(order)
+    if not known and "0000" not in files:
         # four digits that do not count from 0000 are case numbers
-        return [_msd_case(path, order) for path in files.values()]
-    if order and max(map(int, files)) < len(order):
+        return [_msd_case(path, order) for path in files.values() if _is_msd_name(path)]
+    if known:
         files = {order[int(channel)]: path for channel, path in files.items()}
-    else:
-        order = ()
+    order = order if known else ()
     return [Case(name, files, "nnunet", order, _label_beside(folder, name))]
 
 

@@ -91,7 +91,8 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     if array.dtype == np.uint8:
         return array
-    small = array.astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        small = array.astype(np.uint8)
     if not np.array_equal(small, array):
         raise VolumeError("labels hold values that are not whole numbers from 0 to 255")
     return small

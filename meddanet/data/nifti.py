@@ -13,21 +13,15 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from .conventions import (
-    MODALITIES,
-    Case,
-    canonical_modality,
-    case_from_files,
-    find_cases,
-    is_label_name,
-)
+from .conventions import Case, canonical_modality
+from .sources import as_case, channel_sources, usual_order
 from .storage import compress, read_bytes, read_head, write_bytes
 from .volume import Volume, VolumeError
 
-# as many distinct whole numbers as a label map of tumour parts may have, and an image never has
-_MAX_LABEL_VALUES = 8
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3
+# as many distinct whole numbers as a label map of tumour parts may have, and an image never has
+_MAX_LABEL_VALUES = 8
 
 
 @dataclass(frozen=True)
@@ -66,10 +60,10 @@ def load_volume(
         VolumeError: If a modality is missing or a file is not a valid image (one line: which file,
             what is wrong, what would be right).
     """
-    case = _as_case(path)
+    case = as_case(path)
     given = None if modalities is None else tuple(canonical_modality(name) for name in modalities)
-    sources = _sources(case, given)
-    wanted = given or _usual_order(case.modalities)
+    sources = channel_sources(case, given)
+    wanted = given or usual_order(case.modalities)
     if missing := [name for name in wanted if name not in sources]:
         raise VolumeError(
             f"{case.name}: modality {', '.join(missing)} is missing; expected "
@@ -135,7 +129,7 @@ def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
         stored = labels.astype(np.uint8, copy=False)
     if not np.array_equal(stored, labels):
         raise ValueError("labels hold values that are not whole numbers from 0 to 255")
-    header = like.header.copy()
+    header = _new_header(like.affine) if like.header is None else like.header.copy()
     header["descrip"] = header["aux_file"] = header["intent_name"] = b""
     header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
     _save(stored, Path(path), header)
@@ -148,56 +142,7 @@ def save_image(data: np.ndarray, path: str | Path, affine: np.ndarray) -> None:
         ValueError: If the file's ending does not fit.
         VolumeError: If the file cannot be written.
     """
-    header = nib.Nifti1Header()
-    header.set_data_shape(data.shape)
-    header.set_sform(affine, code="scanner")
-    header.set_qform(affine, code="scanner")
-    header.set_xyzt_units("mm")
-    _save(data, Path(path), header)
-
-
-def _as_case(path: str | Path | Mapping[str, str | Path] | Case) -> Case:
-    if isinstance(path, Case):
-        return path
-    if isinstance(path, Mapping):
-        return case_from_files(path)
-    cases = find_cases(path)
-    if len(cases) > 1:
-        names = ", ".join(case.name for case in cases[:3])
-        raise VolumeError(
-            f"{path}: holds {len(cases)} cases ({names} ...); expected one, see find_cases"
-        )
-    return cases[0]
-
-
-def _sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tuple[Path, int]]:
-    """Returns the file and the channel in it of every modality the case has."""
-    paths = [case.files] if isinstance(case.files, Path) else list(case.files.values())
-    for path in paths:
-        if is_label_name(path):
-            raise VolumeError(f"{path}: is a label file; expected an image")
-    if given is not None and (not given or len(set(given)) < len(given)):
-        raise ValueError(f"modalities are {', '.join(given) or 'none'}, expected each name once")
-    names = case.modalities or given
-    if names is None:
-        raise VolumeError(
-            f"{case.name}: what its channels are is unknown; pass modalities=, in their order"
-        )
-    if isinstance(case.files, Path):
-        return {name: (case.files, index) for index, name in enumerate(names)}
-    if case.modalities:
-        return {name: (path, 0) for name, path in case.files.items()}
-    if len(names) != len(paths):
-        raise VolumeError(
-            f"{case.name}: has {len(paths)} channel files, expected {len(names)} "
-            f"({', '.join(names)})"
-        )
-    ordered = sorted(case.files)
-    return {name: (case.files[key], 0) for name, key in zip(names, ordered, strict=True)}
-
-
-def _usual_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted(names, key=MODALITIES.index)) if set(names) <= set(MODALITIES) else names
+    _save(data, Path(path), _new_header(affine))
 
 
 def _read(path: Path) -> _Image:
@@ -233,8 +178,9 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
         raise VolumeError(f"{path}: has shape {shape}; expected [H, W, D] or [H, W, D, C]")
     if dtype.kind not in "iuf":
         raise VolumeError(f"{path}: holds {dtype} voxels; expected integers or floats")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * spacing.prod() > 0:
+    axes = affine[:3, :3]
+    smallest = 1e-6 * np.linalg.norm(axes, axis=0).prod()
+    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) <= smallest:
         raise VolumeError(
             f"{path}: the affine is singular or not finite; expected three independent axes"
         )
@@ -287,6 +233,15 @@ def _looks_like_labels(values: np.ndarray) -> bool:
         return False
     distinct = np.unique(values)
     return 2 <= len(distinct) <= _MAX_LABEL_VALUES and bool((distinct == np.rint(distinct)).all())
+
+
+def _new_header(affine: np.ndarray) -> nib.Nifti1Header:
+    header = nib.Nifti1Header()
+    header.set_data_shape((1, 1, 1))
+    header.set_sform(affine, code="scanner")
+    header.set_qform(affine, code="scanner")
+    header.set_xyzt_units("mm")
+    return header
 
 
 def _save(data: np.ndarray, path: Path, header: Any) -> None:

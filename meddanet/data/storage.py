@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from isal import igzip, igzip_threaded, isal_zlib
+from isal import igzip, igzip_lib, igzip_threaded
 
 from .volume import VolumeError
 
@@ -47,7 +47,7 @@ def read_bytes(path: Path, size: int) -> np.ndarray:
             )
         buffer = np.empty(size, np.uint8)
         with (igzip_threaded.open if compressed else open)(path, "rb") as stream:
-            _fill(stream, memoryview(buffer), path)
+            _fill(stream, buffer.data, path)
             if compressed:
                 _count(stream)
     return buffer
@@ -88,7 +88,8 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise VolumeError(
             f"{path}: the gzip data is truncated; expected a complete file, copy it again"
         ) from error
-    except (igzip.BadGzipFile, isal_zlib.error) as error:
+    # isal's stub forgets that IsalError is a class
+    except (igzip.BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]
         raise VolumeError(
             f"{path}: the gzip data is damaged ({error}); expected an intact file, copy it again"
         ) from error

@@ -24,7 +24,8 @@ class Volume:
     Attributes:
         data: Raw intensities [C, H, W, D], float32, in the file's voxel order.
         affine: Voxel indices (h, w, d) to millimetres in RAS+ world space, [4, 4] float64.
-        header: NIfTI header of the first modality; `save_volume` copies its codes and units.
+        header: NIfTI header of the first modality, whose codes and units `save_volume` copies;
+            None for a volume that comes from no file.
         modalities: Name of each channel.
         convention: Naming the files follow: "brats2021", "brats2023", "msd", "nnunet", "lits" or
             "files".
@@ -57,7 +58,8 @@ def _orientation(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def _flip(array: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    return array[(..., *(slice(None, None, int(sign)) for sign in signs))]
+    h, w, d = (slice(None, None, int(sign)) for sign in signs)
+    return array[..., h, w, d]
 
 
 def canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:

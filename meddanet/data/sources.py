@@ -1,0 +1,68 @@
+"""Which file, and which channel of it, each modality of a case comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .conventions import MODALITIES, Case, case_from_files, find_cases, is_label_name
+from .volume import VolumeError
+
+
+def as_case(path: str | Path | Mapping[str, str | Path] | Case) -> Case:
+    """Returns the one case that a folder, a file or named files hold.
+
+    Raises:
+        VolumeError: If there is no case, or more than one.
+    """
+    if isinstance(path, Case):
+        return path
+    if isinstance(path, Mapping):
+        return case_from_files(path)
+    cases = find_cases(path)
+    if len(cases) > 1:
+        names = ", ".join(case.name for case in cases[:3])
+        raise VolumeError(
+            f"{path}: holds {len(cases)} cases ({names} ...); expected one, see find_cases"
+        )
+    return cases[0]
+
+
+def channel_sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tuple[Path, int]]:
+    """Returns the file and the channel in it of every modality that the case has.
+
+    Args:
+        case: The case.
+        given: Modalities asked for; they name the channels where the naming does not.
+
+    Raises:
+        VolumeError: If a file is a label file or what the channels are is unknown.
+        ValueError: If `given` is empty or repeats a name.
+    """
+    paths = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    for path in paths:
+        if is_label_name(path):
+            raise VolumeError(f"{path}: is a label file; expected an image")
+    if given is not None and (not given or len(set(given)) < len(given)):
+        raise ValueError(f"modalities are {', '.join(given) or 'none'}, expected each name once")
+    names = case.modalities or given
+    if names is None:
+        raise VolumeError(
+            f"{case.name}: what its channels are is unknown; pass modalities=, in their order"
+        )
+    if isinstance(case.files, Path):
+        return {name: (case.files, index) for index, name in enumerate(names)}
+    if case.modalities:
+        return {name: (path, 0) for name, path in case.files.items()}
+    if len(names) != len(paths):
+        raise VolumeError(
+            f"{case.name}: has {len(paths)} channel files, expected {len(names)} "
+            f"({', '.join(names)})"
+        )
+    ordered = sorted(case.files)
+    return {name: (case.files[key], 0) for name, key in zip(names, ordered, strict=True)}
+
+
+def usual_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns brain modalities in the order of `MODALITIES`, others as they are."""
+    return tuple(sorted(names, key=MODALITIES.index)) if set(names) <= set(MODALITIES) else names

@@ -1,0 +1,261 @@
+"""Which files make a case, and what the numbers in label files mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from meddanet.data import (
+    Case,
+    VolumeError,
+    canonical_modality,
+    case_from_files,
+    detect_label_convention,
+    find_cases,
+    from_classes,
+    to_classes,
+)
+
+MRI = ("flair", "t1ce", "t1", "t2")
+
+
+def touch(folder: Path, *names: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return paths
+
+
+def brats2021(folder: Path, name: str, suffix: str = ".nii.gz") -> None:
+    touch(folder / name, *(f"{name}_{kind}{suffix}" for kind in (*MRI, "seg")))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("FLAIR t2f T2-FLAIR", "flair"),
+        ("t1ce T1c T1gd", "t1ce"),
+        ("T1 t1n T1w", "t1"),
+        ("T2 t2w", "t2"),
+        ("CT ct", "ct"),
+    ],
+)
+def test_modality_names_of_every_convention_meet(names: str, expected: str) -> None:
+    assert {canonical_modality(name) for name in names.split()} == {expected}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_brats_2017_to_2021(tmp_path: Path, suffix: str) -> None:
+    brats2021(tmp_path, "BraTS20_Training_0355", suffix)
+    folder = tmp_path / "BraTS20_Training_0355"
+    # macOS companions, Kaggle's odd label of case 355 and an earlier result are no images
+    touch(folder, "._BraTS20_Training_0355_t1.nii", "W39_1998.09.19_Segm.nii", "result_003.nii.gz")
+    (case,) = find_cases(folder)
+    assert (case.name, case.convention) == ("BraTS20_Training_0355", "brats2021")
+    assert case.modalities == MRI
+    assert case.files == {kind: folder / f"{case.name}_{kind}{suffix}" for kind in MRI}
+    assert case.label == folder / f"{case.name}_seg{suffix}"
+    assert case.folder == folder
+
+
+def test_brats_2023(tmp_path: Path) -> None:
+    name = "BraTS-GLI-00000-000"
+    touch(tmp_path / name, *(f"{name}-{kind}.nii.gz" for kind in ("t1n", "t1c", "t2w", "t2f")))
+    (case,) = find_cases(tmp_path)
+    assert (case.name, case.convention, case.label) == (name, "brats2023", None)
+    assert {key: path.name[-10:-7] for key, path in case.files.items()} == {
+        "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f",
+    }  # fmt: skip
+
+
+def test_graded_folders_are_walked_and_sorted(tmp_path: Path) -> None:
+    brats2021(tmp_path / "LGG", "BraTS19_TCIA_1")
+    brats2021(tmp_path / "HGG", "BraTS19_CBICA_2")
+    touch(tmp_path, "survival_data.csv", "name_mapping.csv")
+    assert [case.name for case in find_cases(tmp_path)] == ["BraTS19_CBICA_2", "BraTS19_TCIA_1"]
+
+
+def test_an_incomplete_case_is_still_found(tmp_path: Path) -> None:
+    touch(tmp_path, "a/a_flair.nii.gz", "a/a_t1.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert sorted(case.files) == ["flair", "t1"] and case.modalities == MRI
+
+
+def test_decathlon(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/BRATS_001.nii.gz", "imagesTr/._BRATS_001.nii.gz")
+    touch(tmp_path, "labelsTr/BRATS_001.nii.gz", "imagesTs/BRATS_485.nii.gz")
+    first, second = find_cases(tmp_path)
+    # without dataset.json, the published order of Task01
+    assert first == Case(
+        "BRATS_001", tmp_path / "imagesTr/BRATS_001.nii.gz", "msd", ("flair", "t1", "t1ce", "t2"),
+        tmp_path / "labelsTr/BRATS_001.nii.gz",
+    )  # fmt: skip
+    assert second.label is None
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"modality": {"1": "T1gd", "0": "T2w", "10": "FLAIR", "2": "T1w"}})
+    )
+    assert find_cases(tmp_path)[0].modalities == ("t2", "t1ce", "t1", "flair")
+
+
+def test_decathlon_tasks_with_other_names_need_an_images_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "images/hippocampus_001.nii.gz", "labels/hippocampus_001.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert case.modalities == () and case.label == tmp_path / "labels/hippocampus_001.nii.gz"
+    touch(tmp_path, "elsewhere/hippocampus_001.nii.gz")
+    with pytest.raises(VolumeError, match="hippocampus_001"):
+        find_cases(tmp_path / "elsewhere")
+
+
+def test_nnunet(tmp_path: Path) -> None:
+    files = touch(tmp_path / "imagesTs", *(f"BraTS_007_000{index}.nii.gz" for index in range(4)))
+    (label,) = touch(tmp_path, "labelsTs/BraTS_007.nii.gz")
+    (case,) = find_cases(tmp_path / "imagesTs")
+    assert case.files == {f"000{index}": path for index, path in enumerate(files)}
+    assert (case.name, case.modalities, case.label) == ("BraTS_007", (), label)
+    channels = {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+    (case,) = find_cases(tmp_path / "imagesTs")
+    assert case.modalities == ("t1", "t1ce", "t2", "flair")
+    assert case.files == dict(zip(case.modalities, files, strict=True))
+
+
+def test_four_digits_that_do_not_count_from_zero_are_no_channels(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/scan_0012.nii.gz", "imagesTr/scan_0013.nii.gz")
+    assert [case.name for case in find_cases(tmp_path)] == ["scan_0012", "scan_0013"]
+    touch(tmp_path, "out/scan_0012.nii.gz")
+    with pytest.raises(VolumeError, match="no case found among scan_0012"):
+        find_cases(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"modality": ["FLAIR"]}'])
+def test_a_dataset_json_without_channels_is_named(tmp_path: Path, content: str) -> None:
+    touch(tmp_path, "imagesTr/BRATS_001.nii.gz")
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(VolumeError, match=r"dataset\.json: holds no channel order"):
+        find_cases(tmp_path)
+
+
+def test_lits(tmp_path: Path) -> None:
+    touch(tmp_path, "volume-2.nii", "segmentation-2.nii", "volume-10.nii", "test-volume-2.nii")
+    cases = {case.name: case for case in find_cases(tmp_path)}
+    assert sorted(cases) == ["test-volume-2", "volume-10", "volume-2"]
+    assert cases["volume-2"].files == {"ct": tmp_path / "volume-2.nii"}
+    assert cases["volume-2"].label == tmp_path / "segmentation-2.nii"
+    assert cases["test-volume-2"].label is None
+
+
+def test_named_files_keep_the_convention_that_their_names_share(tmp_path: Path) -> None:
+    flair, t1 = touch(tmp_path, "p1_flair.nii.gz", "p1_t1.nii.gz")
+    case = case_from_files({"T1w": t1, "FLAIR": str(flair)})
+    assert (case.name, case.convention, case.modalities) == ("p1", "brats2021", ("t1", "flair"))
+    case = case_from_files({"t1": t1, "flair": tmp_path / "other.nii.gz"}, name="patient")
+    assert (case.name, case.convention) == ("patient", "files")
+    for files in ({}, {"t1": t1, "T1w": t1}):
+        with pytest.raises(VolumeError, match="each modality once"):
+            case_from_files(files)
+
+
+def test_cases_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for patient in ("anna", "bert"):
+        touch(tmp_path, *(f"{patient}/brain_{kind}.nii.gz" for kind in MRI))
+    assert [case.name for case in find_cases(tmp_path)] == ["anna_brain", "bert_brain"]
+    touch(tmp_path, *(f"again/anna/brain_{kind}.nii.gz" for kind in MRI))
+    with pytest.raises(VolumeError, match="2 cases are named anna_brain"):
+        find_cases(tmp_path)
+
+
+def test_what_holds_no_case_says_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "unknown/scan.nii.gz", "unknown/readme.txt", "labels/p_seg.nii.gz")
+    for path, text in (
+        (tmp_path / "empty", "the folder is empty"),
+        (tmp_path / "unknown", "no case found among readme.txt, scan.nii.gz"),
+        (tmp_path / "labels", "no case found among p_seg.nii.gz"),
+        (tmp_path / "absent", "no such file or folder"),
+    ):
+        with pytest.raises(VolumeError) as caught:
+            find_cases(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: {text}") and "\n" not in message
+        assert path.name == "absent" or "_t1ce" in message
+
+
+# classes 0 background, 1 necrosis, 2 oedema, 3 enhancing tumour; values from each challenge's page
+FILE_VALUES = {"brats2021": [0, 1, 2, 4], "brats2023": [0, 1, 2, 3], "msd": [0, 2, 1, 3]}
+
+
+@pytest.mark.parametrize("convention", FILE_VALUES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_values_and_classes(convention: str, dtype: type) -> None:
+    values = np.array(FILE_VALUES[convention], dtype).reshape(2, 2)
+    classes = to_classes(values, convention)
+    np.testing.assert_array_equal(classes, [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(from_classes(classes, convention), values)
+    assert classes.dtype == from_classes(classes, convention).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("values", "convention", "text"),
+    [
+        ([0, 3], "brats2021", "brats2023"),
+        ([0, 4], "brats2023", "resection cavity"),
+        ([0, 4], "msd", "resection cavity"),
+        ([0, 7], "brats2021", r"values \[7\]"),
+        ([0, 1.5], "brats2021", "whole numbers"),
+        ([0, -1], "brats2021", "whole numbers"),
+        ([0, 257], "brats2021", "whole numbers"),
+        ([0, np.nan], "brats2021", "whole numbers"),
+    ],
+)
+def test_values_of_another_convention_are_refused(
+    values: list[float], convention: str, text: str
+) -> None:
+    with pytest.raises(VolumeError, match=text):
+        to_classes(np.array(values), convention)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="'brats2022', expected one of brats2021, brats2023, msd"):
+        to_classes(np.zeros(2, np.uint8), "brats2022")
+    with pytest.raises(ValueError, match="classes reach 4"):
+        from_classes(np.array([0, 4], np.uint8), "brats2021")
+
+
+def case_of(convention: str, modalities: tuple[str, ...] = MRI) -> Case:
+    return Case("p1", {}, convention, modalities)
+
+
+@pytest.mark.parametrize("convention", FILE_VALUES)
+def test_the_naming_decides_the_label_convention(convention: str) -> None:
+    assert detect_label_convention(case_of(convention)) == convention
+    assert detect_label_convention(case_of(convention), FILE_VALUES[convention]) == convention
+
+
+@pytest.mark.parametrize("naming", ["nnunet", "files"])
+def test_values_decide_only_where_one_convention_fits(naming: str) -> None:
+    assert detect_label_convention(case_of(naming), [0, 1, 4]) == "brats2021"
+    for values in ([], [0, 1, 2], [0, 3], [5]):
+        with pytest.raises(VolumeError, match="p1: .* choose one of"):
+            detect_label_convention(case_of(naming), values)
+
+
+@pytest.mark.parametrize(("convention", "value"), [("brats2021", 3), ("brats2023", 4), ("msd", 4)])
+def test_values_that_contradict_the_naming_are_refused(convention: str, value: int) -> None:
+    with pytest.raises(VolumeError, match=f"p1: values .*{value}.* {convention}"):
+        detect_label_convention(case_of(convention), [0, 1, value])
+
+
+def test_other_organs_have_no_tumour_labels() -> None:
+    with pytest.raises(VolumeError, match="modalities ct have no brain tumour labels"):
+        detect_label_convention(case_of("lits", ("ct",)), [0, 1, 2])
+
+
+def test_the_real_cases_are_found(real_data: Path) -> None:
+    cases = find_cases(real_data / "brats2021")
+    assert len(cases) == 15 and all(set(case.files) == set(MRI) and case.label for case in cases)
+    hippocampi = find_cases(real_data / "hippocampus")
+    assert len(hippocampi) == 208 and all(case.label for case in hippocampi)
