@@ -79,11 +79,11 @@ def test_canonical_axes_point_left_posterior_superior_for_any_mild_tilt() -> Non
 
 
 def test_normalize_by_hand() -> None:
-    # voxels: background, two inside, one whose modalities sum to zero (outside)
-    a, b = [0.0, 1.0, 3.0, 5.0], [0.0, 7.0, 7.0, -5.0]
-    result = normalize(np.array([a, b]).reshape(2, 2, 2, 1))
+    # voxels: background, two inside, two outside whose modalities sum to zero and below
+    a, b = [0.0, 1.0, 3.0, 5.0, 4.0], [0.0, 7.0, 7.0, -5.0, -6.0]
+    result = normalize(np.array([a, b]).reshape(2, 5, 1, 1))
     # a: mean 2, population std 1; b is constant inside
-    np.testing.assert_array_equal(result.reshape(2, 4), [[0, -1, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(result.reshape(2, 5), [[0, -1, 1, 0, 0], [0] * 5])
     assert result.dtype == np.float32
 
 
