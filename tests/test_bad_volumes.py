@@ -142,13 +142,33 @@ def test_a_header_that_asks_for_more_than_the_file_holds(
     assert peak < 8e6
 
 
-def test_a_forged_length_is_noticed(tmp_path: Path) -> None:
-    raw = bytearray(nib.Nifti1Image(image(), AFFINE).to_bytes())
-    raw[42:48] = np.array([6, 5, 8], "<i2").tobytes()
-    content = gzip.compress(raw)[:-4] + (352 + 6 * 5 * 8 * 2).to_bytes(4, "little")
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((96, 96, 97), "the gzip data is damaged"),
+        # beyond what deflate can do: refused without a look inside
+        ((1000, 1000, 1000), "the header asks for 2000000352 bytes but the file holds at most"),
+    ],
+)
+def test_a_forged_length_is_noticed(tmp_path: Path, shape: tuple[int, int, int], text: str) -> None:
+    data = np.random.default_rng(0).integers(0, 65536, (96, 96, 96)).astype(np.uint16)
+    raw = bytearray(nib.Nifti1Image(data, AFFINE).to_bytes())
+    raw[42:48] = np.array(shape, "<i2").tobytes()
+    claimed = 352 + 2 * int(np.prod(shape))
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(gzip.compress(raw, 1)[:-4] + claimed.to_bytes(4, "little"))
+    assert error_of(lambda: load_volume({"t1": path})).startswith(f"{path}: {text}")
+
+
+def test_the_checksum_is_verified_where_the_last_block_is_full(tmp_path: Path) -> None:
+    # 352 bytes of header and these voxels are 2 MiB to the byte
+    data = np.random.default_rng(0).integers(0, 65536, (20, 20, 2621)).astype(np.uint16)
+    content = bytearray(gzip.compress(nib.Nifti1Image(data, AFFINE).to_bytes(), 1))
+    content[-8] ^= 1
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(content)
-    assert error_of(lambda: load_volume({"t1": path})).startswith(f"{path}: the gzip data is dam")
+    message = error_of(lambda: load_volume({"t1": path}))
+    assert message.startswith(f"{path}: the gzip data is damaged (CRC check failed")
 
 
 @pytest.mark.parametrize("values", [[0, 1, 2, 4], [0, 1], [0, 1, 2, 3, 4, 5, 6, 200]])
