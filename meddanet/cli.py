@@ -202,7 +202,7 @@ def _regions(convention: str) -> dict[str, tuple[int, ...]]:
     from .data import LABELS
 
     values = LABELS[convention]
-    return {"WT": tuple(values.values()), "TC": (values[1], values[3]), "ET": (values[3],)}
+    return {"WT": tuple(values[k] for k in (1, 2, 3)), "TC": (values[1], values[3]), "ET": (values[3],)}
 
 
 def _one_line(dice: dict[str, float]) -> str:
