@@ -21,8 +21,14 @@ import torch
 
 from meddanet.build import build_segmenter
 from meddanet.cost import count_macs
-from meddanet.data.nifti import load_labels, load_volume
-from meddanet.data.volume import from_slices, to_slices
+from meddanet.data import (
+    find_cases,
+    from_slices,
+    load_labels,
+    load_volume,
+    to_classes,
+    to_slices,
+)
 from meddanet.layers import set_quantization
 from meddanet.metrics import dice_score
 from meddanet.predictor import VolumePredictor
@@ -50,12 +56,11 @@ def evaluate(data: Path, run: Path) -> dict:
         plain = build_segmenter("unet-16", model.in_channels, model.num_classes).eval()
         set_quantization(plain, quantize=False, update_range=False)
         plain.load_state_dict(torch.load(run / "static.pt", weights_only=True)["model"])
+    cases = {case.name: case for case in find_cases(data)}
     for name in split["held_out"]:
-        volume = load_volume(data / name)
-        truth = load_labels(data / name)
+        volume = load_volume(cases[name])
+        truth = to_classes(load_labels(cases[name].label, like=volume), "brats2021")
         prediction = predictor.predict(volume)
-        from meddanet.data.conventions import to_classes
-
         classes = to_classes(prediction.labels, "brats2021")
         shape = (1, model.in_channels, *volume.data.shape[1:3])
         depth = volume.data.shape[3]

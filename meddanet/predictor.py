@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class VolumePredictor:
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.window = window
         self.labels = labels
+        self._tables: dict[tuple, CostTable] = {}
         facts = getattr(model, "metadata", {})
         self.modalities = tuple(facts.get("modalities", ()))
         self.spacing = facts.get("spacing_mm")
@@ -152,10 +153,13 @@ class VolumePredictor:
             )
         if list(order) == list(range(len(volume.modalities))):
             return volume
-        return Volume(
-            volume.data[list(order)], volume.affine, volume.header, self.modalities,
-            volume.convention, volume.name,
-        )
+        return replace(volume, data=volume.data[list(order)], modalities=self.modalities)
+
+    def _table(self, shape: tuple[int, ...], convention: str) -> CostTable:
+        key = (shape, convention)
+        if key not in self._tables:
+            self._tables[key] = cost_table(self.model, shape, convention)
+        return self._tables[key]
 
     def _cost(self, slices: Tensor, result: Segmentation) -> dict[str, float]:
         side = (self.window, self.window) if self.window else tuple(slices.shape[2:])
@@ -169,7 +173,7 @@ class VolumePredictor:
         bits = result.num_bits.flatten(0, -2).float()
         cost: dict[str, float] = {}
         for convention in CONVENTIONS:
-            table = _table(self.model, shape, convention)
+            table = self._table(shape, convention)
             macs = torch.tensor([float(table.macs(r)) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
             policy = table.macs("skip")
@@ -177,21 +181,6 @@ class VolumePredictor:
             cost[f"static_{convention}"] = float(whole * views)
         cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
         return cost
-
-
-_TABLES: dict[tuple, CostTable] = {}
-
-
-def _table(model: MedDANetV2, shape: tuple[int, ...], convention: str) -> CostTable:
-    key = (json_key(model), shape, convention)
-    if key not in _TABLES:
-        _TABLES[key] = cost_table(model, shape, convention)
-    return _TABLES[key]
-
-
-def json_key(model: MedDANetV2) -> str:
-    """Returns what tells two architectures apart."""
-    return repr(getattr(model, "config", id(model)))
 
 
 def _device(name: str | torch.device) -> torch.device:

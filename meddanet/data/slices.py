@@ -36,7 +36,7 @@ class CachedCase:
 
 
 def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-    """Stores normalised slices [D, C, H, W] and classes [D, H, W] as `<name>.{images,labels}.npy`."""
+    """Stores slices [D, C, H, W] and classes [D, H, W] as `<name>.{images,labels}.npy`."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"labels": labels.astype(np.uint8), "images": images.astype(np.float16)}
     for kind, array in arrays.items():
@@ -59,7 +59,7 @@ def read_cache(name: str, folder: Path) -> CachedCase:
 
 
 def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]]:
-    """Splits patients into (training, held out): every `count`-th of the sorted names is held out."""
+    """Splits patients into (training, held out): every `count`-th sorted name is held out."""
     ordered = sorted(names)
     held_out = ordered[fold::count]
     return [name for name in ordered if name not in held_out], held_out
