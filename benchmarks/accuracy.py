@@ -68,19 +68,26 @@ def evaluate(data: Path, run: Path) -> dict:
             c: depth * count_macs(model.segmenter, shape, c) for c in ("mac", "paper")
         }
         rows["dynamic"][name] = score(classes, truth, prediction.cost)
+        counts = np.bincount(prediction.decisions, minlength=len(prediction.routes))
+        rows["dynamic"][name]["decisions"] = dict(
+            zip(prediction.routes, counts.tolist(), strict=True)
+        )
+        rows["dynamic"][name]["scaled_paper"] = int(prediction.cost["scaled_paper"])
         whole = run_whole(lambda part: model.whole_branch(part)[0], volume)
         rows["whole"][name] = score(whole, truth, static_macs)
         if plain is not None:
             rows["static"][name] = score(run_whole(plain, volume), truth, static_macs)
-        for row, cases in rows.items():
-            if name in cases:
-                print(name, row, cases[name], flush=True)
-    return {"split": split, "rows": rows, "log": training_time(run / "log.jsonl")}
+        for row, scored in rows.items():
+            if name in scored:
+                print(name, row, scored[name], flush=True)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"machine": machine, "split": split, "rows": rows, "log": training_time(run / "log.jsonl")}
 
 
 def score(classes: np.ndarray, truth: np.ndarray, macs: dict) -> dict:
     """Dice per region and the case's multiply-adds."""
     dice = dice_score(classes, truth, labels=REGIONS)
+    dice = {region: round(float(value), 4) for region, value in dice.items()}
     return {**dice, "macs": {c: int(macs[c]) for c in ("mac", "paper")}}
 
 

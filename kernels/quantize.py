@@ -63,18 +63,23 @@ def step_size(amax: Tensor, num_bits: int | Tensor, input: Tensor) -> tuple[Tens
 
 def quantize_codes(input: Tensor, step: Tensor, largest: Tensor | int) -> Tensor:
     """Returns the integer codes of `input` as floats; a step of 0 gives zeros, NaN stays NaN."""
-    wide = input.to(step.dtype)
-    codes = torch.where(step == 0, wide * 0, wide / step).round_()
-    return codes.clamp_(-largest, largest) if isinstance(largest, int) else codes.clamp_(
-        min=-largest, max=largest
-    )
+    # dividing by infinity gives the zeros of an empty range and keeps NaN
+    divisor = torch.where(step == 0, torch.full_like(step, math.inf), step)
+    codes = (input.to(step.dtype) / divisor).round_()
+    if isinstance(largest, int):
+        return codes.clamp_(-largest, largest)
+    return codes.clamp_(min=-largest, max=largest)
+
+
+def _round_to_grid(input: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:
+    step, largest = step_size(amax, num_bits, input)
+    return quantize_codes(input, step, largest).mul_(step).to(input.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, num_bits, amax):
-        step, largest = step_size(amax, num_bits, input)
-        output = (quantize_codes(input, step, largest) * step).to(input.dtype)
+        output = _round_to_grid(input, num_bits, amax)
         residual = None
         if isinstance(num_bits, Tensor) and num_bits.requires_grad:
             residual = input - output
@@ -108,6 +113,9 @@ def fake_quantize_reference(
     """Plain PyTorch statement of `fake_quantize`; same arguments, same result."""
     check_num_bits("num_bits", num_bits, input.shape[0] if input.dim() else 1)
     amax = amax_of(input, num_bits) if amax is None else amax.detach()
+    learns = input.requires_grad or (isinstance(num_bits, Tensor) and num_bits.requires_grad)
+    if not (learns and torch.is_grad_enabled()):
+        return _round_to_grid(input, num_bits, amax)
     return _FakeQuantize.apply(input, num_bits, amax)
 
 
