@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"kernels", "data", "cost", "metrics", "recipe", "version"},
+    {"kernels", "data", "cost", "metrics", "surfaces", "recipe", "version"},
     {"layers", "engine", "losses"},
     {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
     {"build", "report"},
