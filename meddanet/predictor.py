@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,12 +16,12 @@ from .data import (
     LABELS,
     Volume,
     VolumeError,
-    detect_label_convention,
     from_classes,
     from_slices,
     to_slices,
+    window_origins,
 )
-from .med_danet_v2 import MedDANetV2, Segmentation
+from .med_danet_v2 import MedDANetV2, Segmentation, channels_last
 
 CHUNK = 16
 
@@ -30,15 +30,21 @@ CHUNK = 16
 class Prediction:
     """What a volume was found to hold, and what finding it took; M = windows per slice, or absent.
 
+    Slices are axial, in canonical order: from inferior to superior, y toward Left, x toward
+    Posterior.
+
     Attributes:
         labels: [H, W, D] uint8 in the input's voxel order and label convention.
         label_convention: Key of `LABELS` that the values follow.
         routes: Names that `decisions` index.
-        decisions: [D] or [D, M] int64, axial slices in canonical order.
-        offsets: [D, 2] or [D, M, 2] float32, (y, x) of the crop in pixels, 0 where none was made.
+        windows: (y, x) corner of each of the M windows in pixels; empty where whole slices were
+            decided on.
+        decisions: [D] or [D, M] int64.
+        offsets: [D, 2] or [D, M, 2] float32, (y, x) of the crop in pixels of the slice or window,
+            0 where none was made.
         num_bits: [D, S] or [D, M, S] int64 widths per encoder stage, 0 where it did not run.
         cost: "mac" and "paper": multiply-adds of the case, deciding networks included;
-            "static_mac" and "static_paper": of the same network on every whole slice;
+            "static_mac" and "static_paper": of the same network on every whole slice (or window);
             "scaled_paper": "paper" with encoder stages scaled by b / 32.
         timings: Seconds: "normalise", "network" (normalised slices to label slices), "total".
     """
@@ -46,6 +52,7 @@ class Prediction:
     labels: np.ndarray
     label_convention: str
     routes: tuple[str, ...]
+    windows: tuple[tuple[int, int], ...]
     decisions: np.ndarray
     offsets: np.ndarray
     num_bits: np.ndarray
@@ -61,10 +68,12 @@ class VolumePredictor:
         device: "auto", "cpu", "cuda" or "cuda:N".
         window: None decides per slice; a number decides per overlapping window of that side and
             averages, the papers' protocol (128).
-        labels: Label convention of the result; None = the input's.
+        labels: Label convention of the result. None = the input's where its naming tells one, else
+            the one the model was trained on.
 
     Raises:
-        ValueError: If the device is not there or the convention is unknown.
+        ValueError: If the device is not there, the window does not fit the model or the convention
+            is unknown.
     """
 
     def __init__(
@@ -75,11 +84,12 @@ class VolumePredictor:
         labels: str | None = None,
     ) -> None:
         if labels is not None and labels not in LABELS:
-            raise ValueError(f"unknown label convention {labels!r}; known are {', '.join(LABELS)}")
+            raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
         smallest = max(model.crop_sizes, default=model.stride)
         if window is not None and (window % model.stride or window < smallest):
             raise ValueError(
-                f"window must be a multiple of {model.stride} and at least {smallest}, got {window}"
+                f"window is {window}, expected a multiple of {model.stride} that is at least "
+                f"{smallest}"
             )
         self.device = _device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
@@ -89,6 +99,7 @@ class VolumePredictor:
         facts = getattr(model, "metadata", {})
         self.modalities = tuple(facts.get("modalities", ()))
         self.spacing = facts.get("spacing_mm")
+        self.trained_labels = facts.get("label_convention", "brats2021")
 
     def predict(self, volume: Volume) -> Prediction:
         """Segments one volume.
@@ -100,60 +111,109 @@ class VolumePredictor:
             VolumeError: If a modality is missing.
         """
         began = time.perf_counter()
+        self._warn_of_spacing(volume)
         slices = torch.from_numpy(to_slices(self._ordered(volume)))
         normalised = time.perf_counter()
-        parts = [self._segment(chunk.to(self.device)) for chunk in slices.split(CHUNK)]
-        result = Segmentation(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+        parts = [self._segment(chunk) for chunk in slices.split(CHUNK)]
+        result = Segmentation(*map(torch.cat, zip(*parts, strict=True)))
         labelled = time.perf_counter()
-        convention = self.labels or detect_label_convention(volume)
+        own = volume.convention if volume.convention in LABELS else self.trained_labels
+        convention = self.labels or own
         labels = from_classes(from_slices(result.labels.numpy(), volume), convention)
+        finished = time.perf_counter()
         return Prediction(
             labels=labels,
             label_convention=convention,
             routes=self.model.routes,
+            windows=self._windows(*slices.shape[2:]),
             decisions=result.decisions.numpy(),
             offsets=result.offsets.numpy(),
             num_bits=result.num_bits.numpy(),
             cost=self._cost(slices, result),
             timings={
-                "normalise": normalised - began, "network": labelled - normalised,
-                "total": time.perf_counter() - began,
+                "normalise": normalised - began,
+                "network": labelled - normalised,
+                "total": finished - began,
             },
         )
 
     def _segment(self, slices: Tensor) -> Segmentation:
-        """Pads to what the network takes, segments, cuts the padding off again."""
+        """Pads to what the network takes, segments, cuts the padding off; result on the CPU."""
         height, width = slices.shape[2:]
-        smallest = max(self.window or 0, *self.model.crop_sizes, self.model.stride)
-        stride = self.model.stride
-        padded = [-(-max(side, smallest) // stride) * stride for side in (height, width)]
-        slices = F.pad(slices, (0, padded[1] - width, 0, padded[0] - height))
+        rows, columns = self._padded(height, width)
+        slices = F.pad(slices.to(self.device), (0, columns - width, 0, rows - height))
         if self.window is None:
-            result = self.model.segment(slices)
+            result = self.model.segment(channels_last(slices))
         else:
-            result = self.model.segment_windows(slices, self.window)
-        return result._replace(labels=result.labels[:, :height, :width])
+            result = self.model.segment_windows(channels_last(slices), self.window)
+        result = result._replace(labels=result.labels[:, :height, :width])
+        return Segmentation(*(part.cpu() for part in result))
+
+    def _padded(self, *sides: int) -> list[int]:
+        """Returns the sides rounded up to what the network takes."""
+        stride = self.model.stride
+        smallest = max(self.window or 0, *self.model.crop_sizes, stride)
+        return [-(-max(side, smallest) // stride) * stride for side in sides]
+
+    def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        if self.window is None:
+            return ()
+        rows, columns = (window_origins(side, self.window) for side in self._padded(height, width))
+        return tuple((y, x) for y in rows for x in columns)
 
     def _ordered(self, volume: Volume) -> Volume:
-        if not self.modalities or volume.modalities == self.modalities:
-            order = range(self.model.in_channels)
-        else:
-            missing = [m for m in self.modalities if m not in volume.modalities]
-            if missing:
-                raise VolumeError(
-                    f"{volume.name}: modality {missing[0]} is missing; this model needs "
-                    f"{', '.join(self.modalities)}, the case has {', '.join(volume.modalities)}"
-                )
-            order = [volume.modalities.index(m) for m in self.modalities]
-        if self.spacing and not np.allclose(volume.spacing, self.spacing, rtol=0.1):
-            shown = " x ".join(f"{side:g}" for side in volume.spacing)
-            print(
-                f"{volume.name}: voxels of {shown} mm; the model was trained on "
-                f"{self.spacing[0]:g} mm, expect worse labels", file=sys.stderr,
-            )
-        if list(order) == list(range(len(volume.modalities))):
+        """Puts the modalities into the model's order."""
+        if not self.modalities and len(volume.modalities) == self.model.in_channels:
             return volume
-        return replace(volume, data=volume.data[list(order)], modalities=self.modalities)
+        missing = [name for name in self.modalities if name not in volume.modalities]
+        if missing or not self.modalities:
+            needed = ", ".join(self.modalities) or f"{self.model.in_channels} channels"
+            raise VolumeError(
+                f"{volume.name}: modality {', '.join(missing) or 'count'} is missing; the model "
+                f"needs {needed}, the case has {', '.join(volume.modalities)}"
+            )
+        if volume.modalities == self.modalities:
+            return volume
+        order = [volume.modalities.index(name) for name in self.modalities]
+        return replace(volume, data=volume.data[order], modalities=self.modalities)
+
+    def _warn_of_spacing(self, volume: Volume) -> None:
+        if self.spacing and not np.allclose(volume.spacing, self.spacing, rtol=0.1):
+            voxel, trained = (
+                " x ".join(f"{side:.3g}" for side in sides)
+                for sides in (volume.spacing, self.spacing)
+            )
+            warnings.warn(
+                f"{volume.name}: its voxels are {voxel} mm, the model was trained on {trained} mm; "
+                "resample the scan, or expect worse labels",
+                stacklevel=3,
+            )
+
+    def _cost(self, slices: Tensor, result: Segmentation) -> dict[str, float]:
+        """Adds up what every slice (or window) took; one without signal took nothing."""
+        sides = (self.window,) * 2 if self.window else self._padded(*slices.shape[2:])
+        seen = self._seen(slices).flatten()
+        route, bits = result.decisions.flatten(), result.num_bits.flatten(0, -2).float()
+        cost: dict[str, float] = {}
+        for convention in CONVENTIONS:
+            table = self._table((1, slices.shape[1], *sides), convention)
+            macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
+            cost[convention] = (macs[route] * seen).sum().item()
+            deciding = table.macs("skip") + table.parts["whole"].get("selectors", 0)
+            cost[f"static_{convention}"] = float((table.macs("whole") - deciding) * len(route))
+        cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
+        return cost
+
+    def _seen(self, slices: Tensor) -> Tensor:
+        """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
+        signal = (slices != 0).any(1)
+        if self.window is None:
+            return signal.flatten(1).any(1)
+        views = [
+            signal[:, y : y + self.window, x : x + self.window].flatten(1).any(1)
+            for y, x in self._windows(*slices.shape[2:])
+        ]
+        return torch.stack(views, 1)
 
     def _table(self, shape: tuple[int, ...], convention: str) -> CostTable:
         key = (shape, convention)
@@ -161,32 +221,16 @@ class VolumePredictor:
             self._tables[key] = cost_table(self.model, shape, convention)
         return self._tables[key]
 
-    def _cost(self, slices: Tensor, result: Segmentation) -> dict[str, float]:
-        side = (self.window, self.window) if self.window else tuple(slices.shape[2:])
-        stride = self.model.stride
-        shape = (1, slices.shape[1], *(-(-s // stride) * stride for s in side))
-        views = result.decisions.numel() if self.window else len(slices)
-        # a slice without signal never reaches the policy
-        seen = (slices != 0).flatten(1).any(1)
-        seen = seen.repeat_interleave(views // len(slices)) if self.window else seen
-        route = result.decisions.flatten()
-        bits = result.num_bits.flatten(0, -2).float()
-        cost: dict[str, float] = {}
-        for convention in CONVENTIONS:
-            table = self._table(shape, convention)
-            macs = torch.tensor([float(table.macs(r)) for r in table.routes], dtype=torch.float64)
-            cost[convention] = (macs[route] * seen).sum().item()
-            policy = table.macs("skip")
-            whole = table.macs("whole") - policy - table.parts["whole"].get("selectors", 0)
-            cost[f"static_{convention}"] = float(whole * views)
-        cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
-        return cost
-
 
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: no CUDA GPU is available here; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use cpu"
+        )
     return device
