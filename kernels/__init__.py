@@ -1,5 +1,6 @@
 """The custom operations of Med-DANet V2, each with a plain-PyTorch `<name>_reference` beside it."""
 
+from .backend import use_backend
 from .conv_train import fake_quant_conv2d, fake_quant_conv2d_reference
 from .crop_paste import (
     affine_paste,
@@ -18,4 +19,5 @@ __all__ = [
     "fake_quant_conv2d_reference",
     "fake_quantize",
     "fake_quantize_reference",
+    "use_backend",
 ]

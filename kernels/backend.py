@@ -1,0 +1,109 @@
+"""Which executor runs an operation: the one place that asks.
+
+    auto        Triton on CUDA tensors, plain PyTorch (the references) elsewhere
+    triton      Triton; on CPU tensors only through its interpreter (TRITON_INTERPRET=1)
+    onednn      oneDNN's int8 convolutions where an operation has them, the references elsewhere
+    reference   plain PyTorch
+
+The choice is read when an operation runs, in the backward pass too, and is one for all threads:
+autograd's threads must see it.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "onednn", "reference")
+VARIABLE = "MEDDANET_BACKEND"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_chosen = _checked(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
+
+
+class use_backend:  # noqa: N801, reads as a function, like torch.no_grad
+    """Chooses what runs the package's operations: from now on, or inside a `with` block.
+
+    The environment variable `MEDDANET_BACKEND` makes the first choice; without it that is "auto".
+
+    Args:
+        name: "auto", "triton", "onednn" or "reference", as the module's docstring says.
+
+    Raises:
+        ValueError: If there is no such backend. An operation raises it where "triton" cannot run.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = _checked(name, "backend")
+
+    def __enter__(self) -> None:
+        """Has nothing left to do: the constructor has chosen."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Goes back to the choice before."""
+        global _chosen
+        _chosen = self._previous
+
+
+def triton_runs(input: Tensor) -> bool:
+    """Returns whether Triton, not the reference, computes on `input`.
+
+    Raises:
+        ValueError: If "triton" was asked for and cannot run here.
+    """
+    if _chosen == "auto":
+        return input.is_cuda and find_spec("triton") is not None
+    if _chosen != "triton":
+        return False
+    if find_spec("triton") is None:
+        raise ValueError("backend 'triton' needs the package triton: pip install triton")
+    from triton import knobs
+
+    if not input.is_cuda and not knobs.runtime.interpret:
+        raise ValueError(
+            f"backend 'triton' runs on CUDA tensors, got one on {input.device}; "
+            "TRITON_INTERPRET=1 interprets it on the CPU"
+        )
+    return True
+
+
+class _Absent:
+    """Stands in for triton and its language: any attribute, any decorator, no launch."""
+
+    def __getattr__(self, name: str) -> _Absent:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Absent:
+        return self
+
+    def __getitem__(self, grid: Any) -> _Absent:
+        raise ValueError("this operation's kernel needs the package triton: pip install triton")
+
+
+def __getattr__(name: str) -> Any:
+    """Hands out `triton` and `tl`, imported by the first kernel file, not with the package."""
+    if name not in ("triton", "tl"):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return _Absent()
+    return {"triton": triton, "tl": tl}[name]
