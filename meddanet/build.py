@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 from torch import nn
 
 from .layers import BitSelector, set_quantization
 from .med_danet_v2 import MedDANetV2
-from .networks.decision import ShuffleNetV2
+from .networks.decision import MobileNetV2, ShuffleNetV2
+from .networks.ghostnet import GhostNet
+from .networks.transbts import TransBTS
 from .networks.unet import UNet
 
-UNET_WIDTHS = {"unet-12": 12, "unet-16": 16}
-SHUFFLENET_WIDTHS = {
-    "shufflenetv2-m": (12, 24, 48, 96, 256),
-    "shufflenetv2": (24, 48, 96, 192, 1024),
+SEGMENTERS = {
+    "unet-12": partial(UNet, 12),
+    "unet-16": partial(UNet, 16),
+    "transbts-light": partial(TransBTS, 16, layers=1),
+    "transbts": partial(TransBTS, 16, layers=4),
+}
+DECISION_NETWORKS = {
+    "shufflenetv2-m": partial(ShuffleNetV2, (12, 24, 48, 96, 256)),
+    "shufflenetv2": partial(ShuffleNetV2, (24, 48, 96, 192, 1024)),
+    "mobilenetv2": MobileNetV2,
+    "ghostnet": partial(GhostNet, 0.5),
 }
 
 
@@ -22,7 +32,8 @@ def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> nn
     """Builds a 2-D segmenter in full precision.
 
     Args:
-        name: "unet-12" or "unet-16" (V1's M1 and M2; V2's baseline is the latter).
+        name: "unet-12", "unet-16", "transbts-light" or "transbts" (V1's M1 to M4; V2's baselines
+            are the second and the third).
         in_channels: Channels of the image.
         num_classes: Classes, background included.
 
@@ -32,9 +43,9 @@ def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> nn
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in UNET_WIDTHS:
-        raise ValueError(f"unknown segmenter {name!r}; known are {', '.join(UNET_WIDTHS)}")
-    model = UNet(UNET_WIDTHS[name], in_channels, num_classes)
+    if name not in SEGMENTERS:
+        raise ValueError(f"unknown segmenter {name!r}; known are {', '.join(SEGMENTERS)}")
+    model = SEGMENTERS[name](in_channels, num_classes)
     set_quantization(model, quantize=False, update_range=True)
     return model
 
@@ -43,7 +54,7 @@ def build_decision_network(name: str, num_classes: int, in_channels: int = 4) ->
     """Builds a decision network in full precision.
 
     Args:
-        name: "shufflenetv2-m" or "shufflenetv2" (V1 Table 5).
+        name: "shufflenetv2-m", "shufflenetv2", "mobilenetv2" or "ghostnet" (V1 Table 5).
         num_classes: Outputs K.
         in_channels: Channels of the image.
 
@@ -53,10 +64,10 @@ def build_decision_network(name: str, num_classes: int, in_channels: int = 4) ->
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in SHUFFLENET_WIDTHS:
-        known = ", ".join(SHUFFLENET_WIDTHS)
+    if name not in DECISION_NETWORKS:
+        known = ", ".join(DECISION_NETWORKS)
         raise ValueError(f"unknown decision network {name!r}; known are {known}")
-    model = ShuffleNetV2(SHUFFLENET_WIDTHS[name], num_classes, in_channels)
+    model = DECISION_NETWORKS[name](num_classes, in_channels)
     set_quantization(model, quantize=False, update_range=True)
     return model
 

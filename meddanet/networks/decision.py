@@ -1,6 +1,7 @@
-"""The decision networks: small image classifiers that say what a slice needs.
+"""Decision networks: small image classifiers that say what a slice needs.
 
-`ShuffleNetV2` in the widths of V1 Table 5: "-M" halves the stock 0.5x network.
+`ShuffleNetV2` in the two widths of V1 Table 5 ("-M" halves the stock 0.5x network) and
+`MobileNetV2`; the fourth is in `ghostnet`. All pool over the whole map: images of any size.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 from ..layers import QuantConv2d, QuantLinear
 
 
-def _conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> QuantConv2d:
+def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> QuantConv2d:
+    """A quantisable convolution without bias that keeps H / stride x W / stride."""
     return QuantConv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def _pointwise(cin: int, cout: int) -> nn.Sequential:
-    return nn.Sequential(_conv(cin, cout, 1), nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
+def pointwise(cin: int, cout: int) -> nn.Sequential:
+    """1x1 convolution, batch norm, ReLU."""
+    return nn.Sequential(conv(cin, cout, 1), nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
-def _depthwise(channels: int, stride: int) -> nn.Sequential:
+def depthwise(channels: int, stride: int, kernel: int = 3) -> nn.Sequential:
+    """Depthwise convolution and batch norm, no activation."""
     return nn.Sequential(
-        _conv(channels, channels, 3, stride, groups=channels), nn.BatchNorm2d(channels)
+        conv(channels, channels, kernel, stride, groups=channels), nn.BatchNorm2d(channels)
     )
 
 
@@ -33,11 +37,11 @@ class ShuffleUnit(nn.Module):
         mid = cout // 2
         branch_in = cin if stride == 2 else cin // 2
         self.main = nn.Sequential(
-            _pointwise(branch_in, mid), _depthwise(mid, stride), _pointwise(mid, cout - branch_in)
+            pointwise(branch_in, mid), depthwise(mid, stride), pointwise(mid, cout - branch_in)
         )
         self.project = None
         if stride == 2:
-            self.project = nn.Sequential(_depthwise(cin, 2), _pointwise(cin, cin))
+            self.project = nn.Sequential(depthwise(cin, 2), pointwise(cin, cin))
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [N, Cin, H, W] to [N, Cout, H / stride, W / stride]."""
@@ -64,7 +68,7 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         stem, *stages, last = widths
         self.stem = nn.Sequential(
-            _conv(in_channels, stem, 3, 2), nn.BatchNorm2d(stem), nn.ReLU(inplace=True),
+            conv(in_channels, stem, 3, 2), nn.BatchNorm2d(stem), nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, 1),
         )
         units, cin = [], stem
@@ -73,7 +77,7 @@ class ShuffleNetV2(nn.Module):
                 units.append(ShuffleUnit(cin, cout, 2 if index == 0 else 1))
                 cin = cout
         self.stages = nn.Sequential(*units)
-        self.last = _pointwise(cin, last)
+        self.last = pointwise(cin, last)
         self.classifier = QuantLinear(last, num_classes, bias=False)
         self._init_weights()
 
@@ -91,3 +95,75 @@ class ShuffleNetV2(nn.Module):
         """Maps [N, in_channels, H, W] of any size to [N, num_classes]."""
         x = self.last(self.stages(self.stem(input)))
         return self.classifier(x.mean((2, 3)))
+
+
+def init_kaiming(model: nn.Module) -> None:
+    """Draws convolutions by He's rule and linear layers near zero, biases zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+
+
+def _conv_norm_relu6(
+    cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout), nn.ReLU6(inplace=True)
+    )
+
+
+class InvertedResidual(nn.Module):
+    """Expand by 1x1, depthwise 3x3, project by 1x1 without activation; added where shapes allow."""
+
+    def __init__(self, cin: int, cout: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        mid = cin * expansion
+        self.shortcut = stride == 1 and cin == cout
+        self.branch = nn.Sequential(
+            *([_conv_norm_relu6(cin, mid, 1)] if expansion != 1 else []),
+            _conv_norm_relu6(mid, mid, 3, stride, groups=mid),
+            conv(mid, cout, 1), nn.BatchNorm2d(cout),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [N, Cin, H, W] to [N, Cout, H / stride, W / stride]."""
+        return input + self.branch(input) if self.shortcut else self.branch(input)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 1.0x for images of any number of channels.
+
+    Args:
+        num_classes: Outputs K.
+        in_channels: Channels of the image.
+
+    Source: Sandler et al. 2018, Table 2.
+    """
+
+    # expansion, channels, repeats, stride of the first
+    stages = (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(self, num_classes: int, in_channels: int = 4) -> None:
+        super().__init__()
+        units: list[nn.Module] = [_conv_norm_relu6(in_channels, 32, 3, 2)]
+        cin = 32
+        for expansion, cout, repeats, stride in self.stages:
+            for index in range(repeats):
+                units.append(InvertedResidual(cin, cout, stride if index == 0 else 1, expansion))
+                cin = cout
+        self.features = nn.Sequential(*units, _conv_norm_relu6(cin, 1280, 1))
+        self.dropout = nn.Dropout(0.2)
+        self.classifier = QuantLinear(1280, num_classes)
+        init_kaiming(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [N, in_channels, H, W] of any size to [N, num_classes]."""
+        return self.classifier(self.dropout(self.features(input).mean((2, 3))))

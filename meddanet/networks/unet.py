@@ -68,11 +68,13 @@ class Up(nn.Module):
 
 
 class LastStage(nn.Module):
-    """The last decoder stage: one residual block at full resolution and the 1x1 to the classes."""
+    """The last decoder stage: one block at full resolution and the 1x1 to the classes."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, block: Callable[[int], nn.Module] = ResidualBlock
+    ) -> None:
         super().__init__()
-        self.block = ResidualBlock(channels)
+        self.block = block(channels)
         self.end = QuantConv2d(channels, num_classes, 1)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,6 +90,7 @@ class UNet(nn.Module):
         in_channels: Channels of the image.
         num_classes: K, background included.
         dropout: Rate of the channel dropout after the first convolution, in training only.
+        decoder_block: Builds the decoder's blocks from their number of channels.
 
     Source: Med-DANet, section 4.1, and Med-DANet V2, section 4.1.
     """
@@ -96,7 +99,12 @@ class UNet(nn.Module):
     blocks_per_stage = (1, 2, 2, 4)
 
     def __init__(
-        self, base_channels: int, in_channels: int, num_classes: int, dropout: float = 0.2
+        self,
+        base_channels: int,
+        in_channels: int,
+        num_classes: int,
+        dropout: float = 0.2,
+        decoder_block: Callable[[int], nn.Module] = ResidualBlock,
     ) -> None:
         super().__init__()
         widths = [base_channels * 2**i for i in range(4)]
@@ -110,10 +118,29 @@ class UNet(nn.Module):
                 widths, self.blocks_per_stage, [*widths[1:], None], strict=True
             )
         )
-        self.up3, self.dec3 = Up(widths[3], widths[2]), ResidualBlock(widths[2])
-        self.up2, self.dec2 = Up(widths[2], widths[1]), ResidualBlock(widths[1])
+        self.up3, self.dec3 = Up(widths[3], widths[2]), decoder_block(widths[2])
+        self.up2, self.dec2 = Up(widths[2], widths[1]), decoder_block(widths[1])
         self.up1 = Up(widths[1], widths[0])
-        self.last_stage = LastStage(widths[0], num_classes)
+        self.last_stage = LastStage(widths[0], num_classes, decoder_block)
+
+    def encode(
+        self, input: Tensor, choose_bits: ChooseBits | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the coarsest feature [N, 8b, H / 8, W / 8] and the skips, finest first."""
+        check_input(input, self.in_channels, self.stride)
+        x = self.dropout(self.init(input))
+        skips = []
+        for index, stage in enumerate(self.encoder):
+            num_bits = None if choose_bits is None else choose_bits(index, x)
+            skip, x = stage(x, num_bits)
+            skips.append(skip)
+        return x, skips
+
+    def decode(self, input: Tensor, skips: list[Tensor]) -> Tensor:
+        """Maps the coarsest feature and the skips to [N, b, H, W]."""
+        x = self.dec3(self.up3(input, skips[2]))
+        x = self.dec2(self.up2(x, skips[1]))
+        return self.up1(x, skips[0])
 
     def features(self, input: Tensor, choose_bits: ChooseBits | None = None) -> Tensor:
         """Runs everything before the last decoder stage.
@@ -128,16 +155,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: If H or W is not a multiple of 8, or the channels do not fit.
         """
-        check_input(input, self.in_channels, self.stride)
-        x = self.dropout(self.init(input))
-        skips = []
-        for index, stage in enumerate(self.encoder):
-            num_bits = None if choose_bits is None else choose_bits(index, x)
-            skip, x = stage(x, num_bits)
-            skips.append(skip)
-        x = self.dec3(self.up3(x, skips[2]))
-        x = self.dec2(self.up2(x, skips[1]))
-        return self.up1(x, skips[0])
+        return self.decode(*self.encode(input, choose_bits))
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps images [N, in_channels, H, W] to logits [N, K, H, W]."""
