@@ -12,11 +12,10 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from meddanet.data import from_slices, load_volume, to_slices
+from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_slices
 from meddanet.data.phantom import write_phantom
 from meddanet.layers import set_quantization
 from meddanet.metrics import dice_score
@@ -24,7 +23,7 @@ from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021" / "BraTS2021_00000"
-ROUNDS = 5
+ROUNDS = 3
 
 
 def eager_slice_by_slice(segmenter, slices):
@@ -42,16 +41,17 @@ PEERS = {"slice by slice": eager_slice_by_slice, "batched channels_last": eager_
 
 
 @pytest.fixture(scope="module")
-def volume(tmp_path_factory):
+def case(tmp_path_factory):
     """A case not trained on, or the phantom."""
-    if REAL.exists():
-        return load_volume(REAL)
-    return load_volume(write_phantom(tmp_path_factory.mktemp("phantom")))
+    folder = REAL if REAL.exists() else write_phantom(tmp_path_factory.mktemp("phantom"))
+    return find_cases(folder)[0]
 
 
 @torch.inference_mode()
-def test_volume_against_static_eager(benchmark, volume):
+def test_volume_against_static_eager(benchmark, case):
     """Network time of the dynamic model against the static float32 U-Net of the same weights."""
+    volume = load_volume(case)
+    truth = load_labels(case.label, like=volume) > 0
     predictor = VolumePredictor(load_model("brats2021"), device="cpu")
     static = load_model("brats2021").segmenter.eval()
     set_quantization(static, quantize=False, update_range=False)
@@ -71,10 +71,11 @@ def test_volume_against_static_eager(benchmark, volume):
         times["network"].append(prediction.timings["network"])
         return prediction
 
-    # agreement first: the dynamic labels must tell the same tumour
-    whole = from_slices(eager_batched(static, slices).numpy(), volume)
-    agreement = dice_score(run().labels > 0, whole > 0)
-    assert agreement > 0.85
+    # quality first: what is faster must not tell the tumour worse than the peer does
+    whole = from_slices(eager_batched(static, slices).numpy(), volume) > 0
+    dynamic = run().labels > 0
+    quality = {"dynamic": dice_score(dynamic, truth), "static": dice_score(whole, truth)}
+    assert quality["dynamic"] >= quality["static"] - 0.01
     times["predict"].clear(), times["network"].clear()
     benchmark.pedantic(run, setup=run_peers, rounds=ROUNDS, warmup_rounds=0)
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -84,8 +85,8 @@ def test_volume_against_static_eager(benchmark, volume):
     }
     benchmark.extra_info.update(
         case=volume.name, threads=torch.get_num_threads(), torch=torch.__version__,
-        agreement_whole_tumour=round(float(agreement), 4),
+        whole_tumour_dice={name: round(float(value), 4) for name, value in quality.items()},
+        whole_tumour_agreement=round(float(dice_score(dynamic, whole)), 4),
         median_seconds={name: round(value, 3) for name, value in median.items()}, ratio=ratios,
-        non_background_slices=int(np.any(whole > 0, axis=(0, 1)).sum()),
     )
     print(median, ratios)

@@ -22,10 +22,12 @@ _PUBLIC = {
     "cost_table": "cost",
     "count_macs": "cost",
     "dice_score": "metrics",
+    "hausdorff_distance_95": "metrics",
     "load_model": "weights",
     "load_volume": "data",
     "save_model": "weights",
     "save_volume": "data",
+    "surface_dice": "metrics",
 }
 
 __all__ = ["__version__", *_PUBLIC]

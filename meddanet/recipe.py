@@ -61,8 +61,7 @@ class TrainConfig:
     bit_weight: float = 0.06
     phases: list[PhaseConfig] = field(default_factory=lambda: [
         PhaseConfig("segmenter", steps=1600, batch=8, learning_rate=1e-3),
-        PhaseConfig("decisions", steps=800, batch=8, learning_rate=2e-3),
-        PhaseConfig("quantised", steps=200, batch=8, learning_rate=3e-4),
-        PhaseConfig("joint", steps=60, batch=6, learning_rate=5e-5),
+        PhaseConfig("decisions", steps=1800, batch=8, learning_rate=2e-3),
+        PhaseConfig("quantised", steps=150, batch=8, learning_rate=3e-4),
     ])
     static_steps: int = 2600
