@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton_runs
+from .layout import memory_format, wide_dtype
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -34,23 +35,11 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _wide(input: Tensor) -> torch.dtype:
-    """Returns the dtype of the arithmetic: float64 for float64, float32 for all others."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def _empty(input: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Allocates [N, C, height, width], channels last where the input's channels lie so."""
-    last = input.shape[1] > 1 and input.stride(1) == 1
-    return torch.empty(
-        (*input.shape[:2], *size),
-        dtype=dtype,
-        device=input.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-
-
-# reference ----------------------------------------------------------------------------------------
+    shape = (*input.shape[:2], *size)
+    layout = memory_format(input)
+    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=layout)
 
 
 def _split(
@@ -75,7 +64,7 @@ def _overlap(shift: int, length_out: int, length_in: int) -> tuple[slice, slice]
 def _shift_reference(input: Tensor, offset: Tensor, size: tuple[int, int], paste: bool) -> Tensor:
     """Sums, sample by sample, the one to four shifted copies that make up the output."""
     source_size = (input.shape[2], input.shape[3])
-    wide = offset.to(_wide(input))
+    wide = offset.to(wide_dtype(input))
     base, fraction = _split(wide, *((size, source_size) if paste else (source_size, size)))
     shares = torch.stack([1 - fraction, fraction])
     # a tap of weight 0 still carries a derivative
@@ -102,7 +91,7 @@ def _shift_reference(input: Tensor, offset: Tensor, size: tuple[int, int], paste
 
 def _offset_gradient_reference(image: Tensor, patch: Tensor, offset: Tensor) -> Tensor:
     """Returns d/d offset of <crop(image, offset), patch>, [N, 2]."""
-    wide = offset.to(_wide(image))
+    wide = offset.to(wide_dtype(image))
     height, width = patch.shape[2:]
     base, fraction = _split(wide, (image.shape[2], image.shape[3]), (height, width))
     gradient = torch.zeros_like(wide)
@@ -131,9 +120,6 @@ def affine_paste_reference(patch: Tensor, offset: Tensor, size: int | tuple[int,
     return _shift_reference(patch, offset, as_pair(size), paste=True)
 
 
-# operators ----------------------------------------------------------------------------------------
-
-
 @torch.library.custom_op("meddanet::bilinear_shift", mutates_args=())
 def bilinear_shift(input: Tensor, offset: Tensor, height: int, width: int, paste: bool) -> Tensor:
     """Crop or paste of [N, C, H, W] into [N, C, height, width]."""
@@ -141,7 +127,7 @@ def bilinear_shift(input: Tensor, offset: Tensor, height: int, width: int, paste
         from .crop_paste_triton import shift
 
         output = _empty(input, (height, width), input.dtype)
-        return shift(input, offset.to(_wide(input)), output, paste)
+        return shift(input, offset.to(wide_dtype(input)), output, paste)
     return _shift_reference(input.detach(), offset.detach(), (height, width), paste)
 
 
@@ -151,7 +137,7 @@ def bilinear_offset_gradient(image: Tensor, patch: Tensor, offset: Tensor) -> Te
     if triton_runs(image):
         from .crop_paste_triton import offset_gradient
 
-        return offset_gradient(image, patch, offset.to(_wide(image)))
+        return offset_gradient(image, patch, offset.to(wide_dtype(image)))
     return _offset_gradient_reference(image.detach(), patch.detach(), offset.detach())
 
 
@@ -162,7 +148,7 @@ def _(input, offset, height, width, paste):
 
 @bilinear_offset_gradient.register_fake
 def _(image, patch, offset):
-    return offset.new_empty(offset.shape, dtype=_wide(image))
+    return offset.new_empty(offset.shape, dtype=wide_dtype(image))
 
 
 def _save(ctx, inputs, output):
@@ -183,9 +169,6 @@ def _backward(ctx, grad):
 
 
 bilinear_shift.register_autograd(_backward, setup_context=_save)
-
-
-# public -------------------------------------------------------------------------------------------
 
 
 def _check(name: str, input: Tensor, offset: Tensor, size: int | tuple[int, int]) -> None:

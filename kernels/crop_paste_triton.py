@@ -132,6 +132,8 @@ def _constants(offset: Tensor, *tensors: Tensor) -> dict:
         "INDEX": tl.int64 if reach >= 2**31 - 2 * BLOCK else tl.int32,
         "COMPUTE": tl.float64 if offset.dtype == torch.float64 else tl.float32,
         "BLOCK": BLOCK,
+        # every executor rounds each product and sum alike
+        "enable_fp_fusion": False,
     }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 from meddanet.kernels import use_backend
 
@@ -31,12 +32,13 @@ def backend() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def roundoff() -> Callable[[torch.dtype], float]:
-    """The largest relative error of one rounding to a dtype."""
+def narrow() -> Callable[[Tensor, torch.dtype], Tensor]:
+    """Rounds float32 values to a dtype as the executor under test does."""
 
-    def of(dtype: torch.dtype) -> float:
-        # the interpreter cuts bfloat16 off where a GPU rounds to nearest
-        cut_off = INTERPRETING and dtype == torch.bfloat16
-        return torch.finfo(dtype).eps / (1 if cut_off else 2)
+    def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+        if INTERPRETING and dtype == torch.bfloat16:
+            # the interpreter cuts bfloat16 off where a GPU rounds to nearest
+            values = (values.view(torch.int32) & -(1 << 16)).view(torch.float32)
+        return values.to(dtype)
 
-    return of
+    return rounded

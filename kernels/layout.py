@@ -1,0 +1,20 @@
+"""How operations lay out and compute: shared answers to small questions about a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(input: Tensor) -> torch.dtype:
+    """Returns the dtype of the arithmetic: float64 for float64, float32 for all others."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """Returns channels_last for [N, C, H, W] whose channels lie side by side, else contiguous."""
+    # one channel or one pixel lies both ways
+    ambiguous = input.dim() != 4 or input.shape[1] == 1 or input.shape[2:].numel() == 1
+    if not ambiguous and input.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,109 @@
+"""use_backend: which executor an operation runs on, and what it says where that one cannot run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meddanet.kernels import backend as chooser
+from meddanet.kernels import bilinear_crop, fake_quantize, use_backend
+
+x = torch.ones(1, 1, 4, 4)
+offset = torch.zeros(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """Hides the fixture that chooses an executor for every other test."""
+    with use_backend("auto"):
+        yield
+
+
+class Cuda:
+    """What triton_runs asks of a CUDA tensor."""
+
+    is_cuda, device = True, "cuda:0"
+
+
+def install(monkeypatch, package):
+    """Makes triton look installed or not, whatever this machine has."""
+    monkeypatch.setattr(chooser, "find_spec", lambda name: object() if package else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "cuda", "cpu"),
+    [
+        ("auto", True, True, False),
+        ("auto", False, False, False),
+        ("onednn", True, False, False),
+        ("reference", True, False, False),
+    ],
+)
+def test_who_runs(monkeypatch, name, installed, cuda, cpu):
+    install(monkeypatch, installed)
+    with use_backend(name):
+        assert (chooser.triton_runs(Cuda()), chooser.triton_runs(x)) == (cuda, cpu)
+
+
+def test_triton_on_a_cpu_is_interpreted_or_refused(monkeypatch):
+    runtime = pytest.importorskip("triton").knobs.runtime
+    with use_backend("triton"):
+        monkeypatch.setattr(runtime, "interpret", True)
+        assert chooser.triton_runs(x)
+        monkeypatch.setattr(runtime, "interpret", False)
+        assert chooser.triton_runs(Cuda())
+        for op in (lambda: bilinear_crop(x, offset, 2), lambda: fake_quantize(x, 8)):
+            with pytest.raises(ValueError, match="runs on CUDA tensors, got one on cpu; TRITON_I"):
+                op()
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    install(monkeypatch, False)
+    with use_backend("triton"), pytest.raises(ValueError, match="pip install triton"):
+        bilinear_crop(x, offset, 2)
+
+
+def test_a_setter_and_a_context():
+    assert chooser._chosen == "auto"
+    with use_backend("reference"):
+        assert chooser._chosen == "reference"
+        with pytest.raises(RuntimeError), use_backend("onednn"):
+            assert chooser._chosen == "onednn"
+            raise RuntimeError
+        use_backend("triton")
+        assert chooser._chosen == "triton"
+    assert chooser._chosen == "auto"
+
+
+def test_an_unknown_name_changes_nothing():
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, .* got 'cuda'"):
+        use_backend("cuda")
+    assert chooser._chosen == "auto"
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [("reference", "reference"), ("", "auto"), ("gpu", "MEDDANET_BACKEND must be one of auto")],
+)
+def test_the_environment_makes_the_first_choice(monkeypatch, value, answer):
+    monkeypatch.setenv("MEDDANET_BACKEND", value)
+    code = "from meddanet.kernels import backend; print(backend._chosen)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer in run.stdout + run.stderr
+
+
+def test_triton_is_imported_by_the_first_kernel_alone():
+    code = "import sys, meddanet.kernels; print('triton' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_without_triton_the_kernels_import_and_a_launch_says_what_is_missing():
+    code = (
+        "import sys, torch; sys.modules['triton'] = None\n"
+        "from meddanet.kernels.crop_paste_triton import shift_kernel\n"
+        "shift_kernel[(1,)](torch.ones(1))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: this operation's kernel needs the package triton" in run.stderr

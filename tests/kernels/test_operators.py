@@ -1,0 +1,150 @@
+"""The operators keep PyTorch's rules for them: opcheck, compilation, export, FLOP counts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import meddanet.kernels.flops  # noqa: F401, registers the formulas
+from meddanet.kernels import affine_paste, bilinear_crop, fake_quant_conv2d, fake_quantize
+
+OPS = torch.ops.meddanet
+
+
+def leaf(*shape, dtype=torch.float32, layout=torch.contiguous_format):
+    return torch.randn(*shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+
+
+def image(layout=torch.contiguous_format, dtype=torch.float32):
+    return leaf(2, 3, 7, 8, layout=layout, dtype=dtype)
+
+
+LAST = torch.channels_last
+WIDTHS = torch.tensor([8, 16])
+CONV = ([1, 2], [1, 0], [1, 1], 1, True)
+
+
+def learnt():
+    return torch.tensor([4.0, 16.0], requires_grad=True)
+
+
+SAMPLES = {
+    "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),
+    "crop, channels last": lambda: (OPS.bilinear_shift, (image(LAST), leaf(2, 2), 4, 5, False)),
+    "paste": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 9, 9, True)),
+    "crop, bfloat16": lambda: (
+        OPS.bilinear_shift, (image(dtype=torch.bfloat16), leaf(2, 2), 4, 5, False)
+    ),
+    "offset gradient": lambda: (
+        OPS.bilinear_offset_gradient,
+        (image().detach(), torch.randn(2, 3, 4, 5), torch.randn(2, 2)),
+    ),
+    "quantise": lambda: (OPS.fake_quantize, (image(), None, 8, torch.ones(1), False)),
+    "quantise, masked": lambda: (OPS.fake_quantize, (image(LAST), None, 8, torch.ones(1), True)),
+    "quantise, per sample": lambda: (
+        OPS.fake_quantize, (image(), WIDTHS, 0, torch.ones(2), True)
+    ),
+    "quantise, learnt": lambda: (
+        OPS.fake_quantize, (image(LAST), learnt(), 0, torch.ones(2), False)
+    ),
+    "masked gradient": lambda: (
+        OPS.fake_quantize_masked_gradient,
+        (torch.randn(2, 3, 7, 8), torch.zeros(2, 21, dtype=torch.uint8), True),
+    ),
+    "width gradient": lambda: (
+        OPS.fake_quantize_width_gradient,
+        (torch.randn(2, 3, 7, 8), image(LAST).detach(), learnt().detach(), torch.ones(2)),
+    ),
+    "convolution": lambda: (
+        OPS.fake_quant_conv2d, (image(LAST), leaf(4, 3, 3, 3), leaf(4), WIDTHS, *CONV)
+    ),
+    "convolution, learnt": lambda: (
+        OPS.fake_quant_conv2d, (image(), leaf(4, 3, 3, 3), None, learnt(), *CONV)
+    ),
+    "convolution backward": lambda: (
+        OPS.fake_quant_conv2d_backward,
+        (torch.randn(2, 4, 7, 3), image(LAST).detach(), torch.randn(4, 3, 3, 3), WIDTHS, *CONV,
+         [True, True, False]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    operator, arguments = SAMPLES[name]()
+    torch.library.opcheck(operator.default, arguments)
+
+
+def chain(image, offset, weight, widths):
+    """A crop, its quantised convolutions and the paste: every operator the models use."""
+    patch = bilinear_crop(image, offset, 5)
+    feature = fake_quantize(patch, 8, torch.tensor(1.0))
+    feature = fake_quant_conv2d(feature, weight, padding="same", num_bits=8)
+    feature = fake_quant_conv2d(feature, weight, padding=1, num_bits=widths, input_num_bits=widths)
+    return affine_paste(feature, offset, (7, 8))
+
+
+def arguments():
+    widths = torch.tensor([8.0, 16.0], dtype=torch.float64, requires_grad=True)
+    tensors = image(LAST), leaf(2, 2), leaf(3, 3, 3, 3)
+    return *(t.detach().double().requires_grad_() for t in tensors), widths
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph(compiler):
+    inputs = arguments()
+    compiled = torch.compile(chain, fullgraph=True, backend=compiler)
+    results = []
+    for function in (chain, compiled):
+        out = function(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert results[0][0].stride() == results[1][0].stride()
+
+
+class Chain(torch.nn.Module):
+    def forward(self, image, offset, weight, widths):
+        return chain(image, offset, weight, widths)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exported(dynamic, tmp_path):
+    inputs = tuple(t.detach() for t in arguments())
+    batch = {0: torch.export.Dim("batch")} if dynamic else None
+    shapes = {"image": batch, "offset": batch, "weight": None, "widths": batch}
+    program = torch.export.export(Chain(), inputs, dynamic_shapes=shapes, strict=True)
+    torch.export.save(program, tmp_path / "chain.pt2")
+    loaded = torch.export.load(tmp_path / "chain.pt2").module()
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {
+        f"meddanet.{name}.default"
+        for name in ("bilinear_shift", "fake_quantize", "fake_quant_conv2d")
+    } <= called
+    more = tuple(torch.cat([t, t.flip(0), t]) if t.shape[0] == 2 else t for t in inputs)
+    for values in (inputs, more) if dynamic else (inputs,):
+        torch.testing.assert_close(loaded(*values), chain(*values))
+
+
+def test_flops_are_those_of_the_plain_convolution():
+    input, weight, bias = image(), leaf(4, 3, 3, 3), leaf(4)
+    counts = []
+    for convolve in (F.conv2d, lambda *a, **k: fake_quant_conv2d(*a, **k, num_bits=WIDTHS)):
+        with FlopCounterMode(display=False) as counter:
+            convolve(input, weight, bias, stride=2, padding=1).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("op", [bilinear_crop, affine_paste])
+def test_autocast_leaves_crop_and_paste_alone(op):
+    source, offset = image(), leaf(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = op(source, offset, 5)
+    assert torch.equal(out, op(source, offset, 5))
+
+
+def test_autocast_leaves_the_grid_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fake_quantize(x := image(), 16, torch.tensor(1.0))
+    assert torch.equal(out, fake_quantize(x, 16, torch.tensor(1.0)))
