@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
@@ -14,13 +15,13 @@ from .networks.ghostnet import GhostNet
 from .networks.transbts import TransBTS
 from .networks.unet import UNet
 
-SEGMENTERS = {
+SEGMENTERS: dict[str, Callable[..., UNet]] = {
     "unet-12": partial(UNet, 12),
     "unet-16": partial(UNet, 16),
     "transbts-light": partial(TransBTS, 16, layers=1),
     "transbts": partial(TransBTS, 16, layers=4),
 }
-DECISION_NETWORKS = {
+DECISION_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "shufflenetv2-m": partial(ShuffleNetV2, (12, 24, 48, 96, 256)),
     "shufflenetv2": partial(ShuffleNetV2, (24, 48, 96, 192, 1024)),
     "mobilenetv2": MobileNetV2,
@@ -28,7 +29,7 @@ DECISION_NETWORKS = {
 }
 
 
-def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> nn.Module:
+def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> UNet:
     """Builds a 2-D segmenter in full precision.
 
     Args:

@@ -1,93 +1,78 @@
-"""Multiply-adds of any module, and what each route of a dynamic model costs.
-
-Two conventions. "mac" counts true multiply-adds: convolutions, transposed convolutions on their
-input positions, matrix products. "paper" counts as both papers did, with fvcore <= 0.1.5:
-transposed convolutions on their *output* positions, norms as 5 per element. Activations, pooling,
-additions and biases are 0 in both.
-"""
+"""What any module, and each route of a dynamic model, costs in multiply-adds."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-CONVENTIONS = ("mac", "paper")
-FLOAT_BITS = 32
+from .data.volume import window_origins
+from .macs import CONVENTIONS, FLOAT_BITS, Work, count_work
 
+__all__ = ["CONVENTIONS", "CaseCost", "CostTable", "case_cost", "cost_table", "count_macs"]
 
-class _Counter(TorchDispatchMode):
-    """Adds up what passes the dispatcher, per part named by `part`."""
-
-    def __init__(self, convention: str) -> None:
-        super().__init__()
-        self.convention = convention
-        self.part = "rest"
-        self.macs: dict[str, int] = defaultdict(int)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name == "convolution":
-            input, weight, transposed = args[0], args[1], args[6]
-            on_input = transposed and self.convention == "mac"
-            positions = input.shape[2:] if on_input else output.shape[2:]
-            # weight is [Cin, Cout / groups, ...] when transposed, [Cout, Cin / groups, ...] else
-            self.macs[self.part] += input.shape[0] * weight.numel() * math.prod(positions)
-        elif name in ("mm", "bmm"):
-            self.macs[self.part] += args[0].numel() * args[1].shape[-1]
-        elif name in ("addmm", "baddbmm"):
-            self.macs[self.part] += args[1].numel() * args[2].shape[-1]
-        elif "norm" in name and "vector" not in name and self.convention == "paper":
-            self.macs[self.part] += 5 * args[0].numel()
-        return output
-
-
-def _count(
-    model: nn.Module, run: Callable, input_shape: tuple[int, ...], convention: str,
-    parts: dict[str, str] | None = None,
-) -> dict[str, int]:
-    """Returns MACs per part of `run(model, zeros)`; `parts` maps a submodule's name to its part."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be 'mac' or 'paper', got {convention!r}")
-    copy = deepcopy(model).to("meta").eval()
-    for module in copy.modules():
-        if hasattr(module, "quantize"):
-            module.quantize = False
-    counter = _Counter(convention)
-    for name, part in (parts or {}).items():
-        module = copy.get_submodule(name)
-        module.register_forward_pre_hook(lambda *_, part=part: setattr(counter, "part", part))
-        module.register_forward_hook(lambda *_: setattr(counter, "part", "rest"))
-    with torch.no_grad(), counter:
-        run(copy, torch.zeros(input_shape, device="meta"))
-    return dict(counter.macs)
+BRATS_SLICE, BRATS_SLICES = (240, 240), 155
 
 
 def count_macs(
     model: nn.Module, input_shape: tuple[int, ...], convention: str = "mac"
 ) -> int:
-    """Counts the multiply-adds of one forward pass; bit widths do not matter.
+    """Counts the multiply-adds of one forward pass in `eval()`; bit widths do not matter.
 
     Args:
         model: Any module of one tensor. For a `MedDANetV2`: its dearest route, policy included.
-        input_shape: (N, C, H, W), or (C, H, W) for a batch of one.
+        input_shape: Shape of the whole batch: (N, C, H, W), or whatever the module takes.
         convention: "mac" for true multiply-adds, "paper" as both papers counted.
 
     Raises:
         ValueError: If the convention is unknown.
     """
-    shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
     if hasattr(model, "routes"):
-        table = cost_table(model, (1, *shape[1:]), convention)
-        return shape[0] * max(table.macs(route) for route in table.routes)
-    return sum(_count(model, lambda m, x: m(x), shape, convention).values())
+        table = cost_table(model, input_shape, convention)
+        return input_shape[0] * max(table.macs(route) for route in table.routes)
+    work = count_work(model, {"forward": lambda m, x: m(x)}, input_shape, convention)["forward"]
+    return sum(part.macs for part in work.values())
+
+
+class CaseCost(NamedTuple):
+    """One cost in the units the papers' tables use.
+
+    Attributes:
+        window: One input of the network: "per inference"; Tables 1-2 of both papers call it "per
+            slice".
+        block: As many of these as the input has rows: "per case" in Tables 1-2, a 128^3 block.
+        slice: The overlapping windows that cover one slice: "per slice" in V1 Tables 3-6 and V2
+            Table 3.
+        case: All slices: what a whole volume costs, "per case" in V1 Tables 3-6.
+    """
+
+    window: float
+    block: float
+    slice: float
+    case: float
+
+
+def case_cost(
+    cost: float,
+    input_size: tuple[int, int],
+    slice_size: tuple[int, int] = BRATS_SLICE,
+    slices: int = BRATS_SLICES,
+) -> CaseCost:
+    """Scales the (mean) cost of one input to slices and cases; defaults are a BraTS volume.
+
+    Args:
+        cost: Of one input, in any unit.
+        input_size: Height and width of the input in pixels: a window, or a whole slice.
+        slice_size: Height and width of the slice.
+        slices: Slices of the volume.
+    """
+    sides = zip(slice_size, input_size, strict=True)
+    windows = math.prod(len(window_origins(side, window)) for side, window in sides)
+    return CaseCost(cost, cost * input_size[0], cost * windows, cost * windows * slices)
 
 
 @dataclass(frozen=True)
@@ -96,19 +81,30 @@ class CostTable:
 
     Attributes:
         convention: "mac" or "paper".
+        size: Height and width of the slice or window in pixels.
         routes: Names of the routes; a static segmenter has one, "whole".
-        parts: Route -> part -> MACs. Parts named enc1.. are the stages whose width is chosen.
-        stages: Names of those stages.
+        stages: Names of the encoder stages, each with its Down, whose width is chosen.
+        parts: Route -> part -> MACs.
+        staged: Route -> stage -> those of its MACs that follow the chosen width.
+        fixed_bit_operations: Route -> part -> MACs times weight bits times input bits of all that
+            does not follow a chosen width; float layers have 32.
     """
 
     convention: str
+    size: tuple[int, int]
     routes: tuple[str, ...]
-    parts: dict[str, dict[str, int]]
     stages: tuple[str, ...]
+    parts: dict[str, dict[str, int]]
+    staged: dict[str, dict[str, int]]
+    fixed_bit_operations: dict[str, dict[str, int]]
 
     def macs(self, route: str) -> int:
         """Returns the MACs of a route, deciding networks included."""
         return sum(self.parts[route].values())
+
+    def slice_macs(self, route: Tensor) -> Tensor:
+        """Returns the MACs [N] float64 of slices whose `route` [N] indexes `routes`."""
+        return self._totals(self.parts, torch.float64, route.device)[route]
 
     def slice_cost(self, route: Tensor, num_bits: Tensor) -> Tensor:
         """Returns the cost of slices in the papers' sense: MACs, encoder stages scaled by b / 32.
@@ -118,50 +114,65 @@ class CostTable:
             num_bits: [N, S] widths per stage; differentiable where float.
 
         Returns:
-            [N] float32.
+            [N] float32, float64 where `num_bits` is.
         """
-        staged = torch.tensor(
-            [[self.parts[r].get(s, 0) for s in self.stages] for r in self.routes],
-            dtype=torch.float32, device=num_bits.device,
-        )
-        total = torch.tensor(
-            [self.macs(r) for r in self.routes], dtype=torch.float32, device=num_bits.device
-        )
-        fixed = total - staged.sum(1)
+        staged = self._staged(num_bits)
+        fixed = self._totals(self.parts, staged.dtype, staged.device) - staged.sum(1)
         return fixed[route] + (staged[route] * num_bits / FLOAT_BITS).sum(1)
 
-    def bit_operations(self, route: str, num_bits: int, fixed_bits: int = 8) -> int:
-        """Returns MACs times weight bits times input bits, all stages at one width."""
-        return sum(
-            macs * (num_bits if part in self.stages else fixed_bits) ** 2
-            for part, macs in self.parts[route].items()
-        )
+    def slice_bit_operations(self, route: Tensor, num_bits: Tensor) -> Tensor:
+        """Returns MACs times weight bits times input bits; arguments as `slice_cost`."""
+        staged = self._staged(num_bits)
+        fixed = self._totals(self.fixed_bit_operations, staged.dtype, staged.device)
+        return fixed[route] + (staged[route] * num_bits**2).sum(1)
+
+    def _staged(self, num_bits: Tensor) -> Tensor:
+        rows = [[self.staged[r].get(s, 0) for s in self.stages] for r in self.routes]
+        dtype = torch.promote_types(num_bits.dtype, torch.float32)
+        return torch.tensor(rows, dtype=dtype, device=num_bits.device)  # [R, S]
+
+    def _totals(
+        self, column: dict[str, dict[str, int]], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        totals = [sum(column[route].values()) for route in self.routes]
+        return torch.tensor(totals, dtype=dtype, device=device)  # [R]
 
     def render(self, widths: tuple[int, ...] = (8, 16)) -> str:
-        """Returns the table as text: one line per route and part, in millions of MACs."""
-        columns = ["M MACs", *(f"at {b} bit" for b in widths), *(f"G bit-ops {b}" for b in widths)]
-        lines = [f"{'route / part':<24}" + "".join(f"{c:>14}" for c in columns)]
+        """Returns the table as text, a line per route and part, all stages at one of the widths.
+
+        Columns: MACs, MACs with the stages scaled by b / 32 (the papers' sense), bit-operations.
+        """
+        columns = ["M MACs", *(f"x {b}/32" for b in widths), *(f"G bit-op {b}" for b in widths)]
+        lines = [f"{'route / part':<20}" + "".join(f"{c:>14}" for c in columns)]
         for route in self.routes:
-            scaled = [self._scaled(route, b) for b in widths]
-            bitops = [self.bit_operations(route, b) / 1e9 for b in widths]
-            numbers = [self.macs(route) / 1e6, *(s / 1e6 for s in scaled), *bitops]
-            lines.append(f"{route:<24}" + "".join(f"{n:>14,.3f}" for n in numbers))
-            for part, macs in self.parts[route].items():
-                lines.append(f"  {part:<22}{macs / 1e6:>14,.3f}")
+            rows = [self._row(route, part, widths) for part in self.parts[route]]
+            total = [sum(column) for column in zip(*rows, strict=True)]
+            named = [(route, total), *zip((f"  {p}" for p in self.parts[route]), rows, strict=True)]
+            lines += [f"{name:<20}" + "".join(f"{x:>14,.3f}" for x in row) for name, row in named]
+        lines.append("")
+        lines += [self._in_the_papers_units(route) for route in self.routes]
         return "\n".join(lines)
 
-    def _scaled(self, route: str, num_bits: int) -> float:
-        staged = sum(self.parts[route].get(stage, 0) for stage in self.stages)
-        return self.macs(route) - staged + staged * num_bits / FLOAT_BITS
+    def _row(self, route: str, part: str, widths: tuple[int, ...]) -> list[float]:
+        macs, staged = self.parts[route][part], self.staged[route].get(part, 0)
+        fixed = self.fixed_bit_operations[route][part]
+        scaled = [macs - staged * (1 - b / FLOAT_BITS) for b in widths]
+        operations = [fixed + staged * b**2 for b in widths]
+        return [macs / 1e6, *(x / 1e6 for x in scaled), *(x / 1e9 for x in operations)]
 
-
-def _segmenter_parts(segmenter: nn.Module, prefix: str = "") -> dict[str, str]:
-    """Maps the submodules of a segmenter to the parts of the table."""
-    parts = {f"{prefix}encoder.{i}": f"enc{i + 1}" for i in range(len(segmenter.encoder))}
-    for name, _ in segmenter.named_children():
-        if name not in ("encoder", "dropout"):
-            parts[f"{prefix}{name}"] = name
-    return parts
+    def _in_the_papers_units(self, route: str) -> str:
+        height, width = (max(pair) for pair in zip(self.size, BRATS_SLICE, strict=True))
+        giga = case_cost(self.macs(route) / 1e9, self.size, (height, width))
+        line = (
+            f"{route}: {giga.slice:,.3f} G MACs per slice of {height}x{width}, {giga.case:,.2f} "
+            f"per case of {BRATS_SLICES}"
+        )
+        if giga.slice == giga.window:
+            return line
+        return (
+            f"{line}; {giga.window:,.3f} per window, which Tables 1-2 of the papers call a slice, "
+            f"and {giga.block:,.2f} per case of {self.size[0]} of them"
+        )
 
 
 def cost_table(
@@ -172,31 +183,78 @@ def cost_table(
     Args:
         model: A segmenter, or a `MedDANetV2`, whose policy then counts on every route and whose
             position network on every crop.
-        input_shape: (1, C, H, W) of one slice or window.
+        input_shape: (N, C, H, W) of slices or windows; the table is that of one of them.
         convention: "mac" or "paper".
+
+    Raises:
+        ValueError: If the convention is unknown, the model has no stages, or a crop does not fit.
     """
-    shape = (1, *tuple(input_shape)[-3:])
-    if not hasattr(model, "routes"):
-        stages = tuple(f"enc{i + 1}" for i in range(len(model.encoder)))
-        macs = _count(model, lambda m, x: m(x), shape, convention, _segmenter_parts(model))
-        return CostTable(convention, ("whole",), {"whole": macs}, stages)
-    stages = tuple(f"enc{i + 1}" for i in range(len(model.bit_selectors)))
-    names = _segmenter_parts(model.segmenter, "segmenter.")
-    policy = _count(model, lambda m, x: m.decide(x), shape, convention, {"policy": "policy"})
-    position = _count(model, lambda m, x: m.locate(x), shape, convention, {"position": "position"})
-    parts = {"skip": policy}
-    for index, size in enumerate(model.crop_sizes):
+    shape = (1, *input_shape[1:])
+    segmenter: Any = getattr(model, "segmenter", model)
+    if not hasattr(segmenter, "encoder"):
+        raise ValueError(
+            f"{type(model).__name__} has no encoder stages to list; count_macs counts any module"
+        )
+    if segmenter is not model:
+        work = _dynamic_work(model, shape, convention)
+    else:
+        run = {"whole": lambda m, x: m(x)}
+        work = count_work(model, run, shape, convention, _segmenter_parts(model))
+    stages = tuple(f"enc{i + 1}" for i in range(len(segmenter.encoder)))
 
-        def crop(m: nn.Module, x: Tensor, index: int = index, size: int = size) -> None:
-            features, _ = m.features(x[:, :, :size, :size])
-            canvas = features.new_zeros(1, features.shape[1], *x.shape[2:])
-            m.crop_last_stages[index](canvas)
+    def column(value: Callable[[str, Work], int]) -> dict[str, dict[str, int]]:
+        return {r: {part: value(part, w) for part, w in row.items()} for r, row in work.items()}
 
-        own = {**names, f"crop_last_stages.{index}": "last_stage"}
-        parts[f"crop-{size}"] = {**policy, **position, **_count(model, crop, shape, convention, own)}
-    whole = _count(model, lambda m, x: m.whole_branch(x), shape, convention, names)
-    parts["whole"] = {**policy, **whole}
-    for route in parts.values():
-        if "rest" in route:
-            route["selectors"] = route.pop("rest")
-    return CostTable(convention, model.routes, parts, stages)
+    return CostTable(
+        convention, (shape[2], shape[3]), tuple(work), stages,
+        parts=column(lambda part, w: w.macs),
+        staged=column(lambda part, w: w.quantisable if part in stages else 0),
+        fixed_bit_operations=column(
+            lambda part, w: w.bit_operations if part not in stages
+            else (w.macs - w.quantisable) * FLOAT_BITS**2
+        ),
+    )
+
+
+def _segmenter_parts(segmenter: Any, prefix: str = "") -> dict[str, str]:
+    """Maps the submodules of a segmenter to the parts of the table."""
+    parts = {f"{prefix}encoder.{i}": f"enc{i + 1}" for i in range(len(segmenter.encoder))}
+    for name, _ in segmenter.named_children():
+        if name not in ("encoder", "dropout"):
+            parts[f"{prefix}{name}"] = name
+    return parts
+
+
+def _dynamic_work(
+    model: Any, shape: tuple[int, ...], convention: str
+) -> dict[str, dict[str, Work]]:
+    """Returns route -> part -> work of a `MedDANetV2`, its routes in their order."""
+    parts = _segmenter_parts(model.segmenter, "segmenter.")
+    parts.update({"policy": "policy", "position": "position"})
+    parts.update({f"crop_last_stages.{i}": "last_stage" for i in range(len(model.crop_sizes))})
+    runs = {
+        "policy": lambda m, x: m.decide(x),
+        "position": lambda m, x: m.locate(x),
+        **{f"crop-{p}": _crop_run(i, p) for i, p in enumerate(model.crop_sizes)},
+        "whole": lambda m, x: m.whole_branch(x),
+    }
+    work = count_work(model, runs, shape, convention, parts)
+    policy, position = work.pop("policy"), work.pop("position")
+    for route, row in work.items():
+        if "rest" in row:
+            row["selectors"] = row.pop("rest")
+        work[route] = {**policy, **(position if route != "whole" else {}), **row}
+    return {"skip": policy, **work}
+
+
+def _crop_run(index: int, size: int) -> Callable[[Any, Tensor], None]:
+    def run(model: Any, slices: Tensor) -> None:
+        height, width = slices.shape[2:]
+        if size > min(height, width):
+            raise ValueError(f"crop of {size} does not fit an input of {height}x{width}")
+        features, _ = model.features(slices[:, :, :size, :size])
+        # the last stage runs on the whole slice, onto which the crop's features are pasted
+        canvas = features.new_zeros(len(slices), features.shape[1], height, width)
+        model.crop_last_stages[index](canvas)
+
+    return run

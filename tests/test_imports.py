@@ -8,12 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"kernels", "data", "cost", "metrics", "surfaces", "recipe", "version"},
+    {"kernels", "data", "macs", "cost", "metrics", "surfaces", "recipe", "version"},
     {"layers", "engine", "losses"},
     {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
     {"build", "report"},
-    {"training", "weights"},
-    {"cli"},
+    {"training", "weights", "cohort", "evaluation"},
+    {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

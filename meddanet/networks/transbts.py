@@ -111,7 +111,7 @@ class Transformer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Maps [N, C, H, W] to the same shape, one token per pixel."""
         size = input.shape[2:]
-        position = self.position_embedding
+        position: Tensor = self.position_embedding
         if position.shape[2:] != size:
             position = F.interpolate(position, size, mode="bicubic", align_corners=False)
         tokens = self.dropout(self.project(input) + position).flatten(2).transpose(1, 2)

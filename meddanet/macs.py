@@ -1,0 +1,121 @@
+"""What one forward pass computes: multiply-adds, seen at PyTorch's dispatcher, part by part.
+
+Two conventions. "mac" counts true multiply-adds: convolutions, transposed convolutions on their
+input positions, matrix products (a functional attention's included). "paper" counts as both papers
+did, with fvcore <= 0.1.5: transposed convolutions on their *output* positions, norms as 5 per
+element. Activations, pooling, additions and biases are 0 in both.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CONVENTIONS = ("mac", "paper")
+FLOAT_BITS = 32
+NORMS = ("batch_norm", "layer_norm", "group_norm")
+
+
+@dataclass
+class Work:
+    """What one part computes.
+
+    Attributes:
+        macs: Multiply-adds.
+        quantisable: Those of them inside quantisable layers.
+        bit_operations: Multiply-adds times weight bits times input bits, float layers with 32.
+    """
+
+    macs: int = 0
+    quantisable: int = 0
+    bit_operations: int = 0
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what passes the dispatcher under the name in `part`.
+
+    `layer_bits` is weight bits x input bits of the quantisable layer that runs, None outside one.
+    """
+
+    def __init__(self, convention: str) -> None:
+        super().__init__()
+        self.convention = convention
+        self.part = "rest"
+        self.layer_bits: int | None = None
+        self.work: dict[str, Work] = defaultdict(Work)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        macs = self._macs(func.overloadpacket.__name__, args, output)
+        if macs:
+            work = self.work[self.part]
+            work.macs += macs
+            work.quantisable += 0 if self.layer_bits is None else macs
+            work.bit_operations += macs * (self.layer_bits or FLOAT_BITS**2)
+        return output
+
+    def _macs(self, name: str, args: tuple, output: Any) -> int:
+        if name == "convolution":
+            input, weight, transposed = args[0], args[1], args[6]
+            counted = input if transposed and self.convention == "mac" else output
+            return counted.numel() * weight[0].numel()
+        if name in ("mm", "bmm"):
+            return args[0].numel() * args[1].shape[-1]
+        if name in ("addmm", "baddbmm"):
+            return args[1].numel() * args[2].shape[-1]
+        if self.convention == "paper" and any(norm in name for norm in NORMS):
+            return 5 * args[0].numel()
+        return 0
+
+
+def count_work(
+    model: nn.Module,
+    runs: dict[str, Callable[[Any, Tensor], object]],
+    input_shape: tuple[int, ...],
+    convention: str,
+    parts: dict[str, str] | None = None,
+) -> dict[str, dict[str, Work]]:
+    """Counts one or several ways of running a model in `eval()`: run -> part -> work.
+
+    Runs a copy that holds no data, in float: fake quantisation is no work.
+
+    Args:
+        model: Any module.
+        runs: Name -> function, called with the copy and its input.
+        input_shape: Shape of the input.
+        convention: "mac" or "paper".
+        parts: Submodule's name -> part; work outside all of them is the part "rest".
+
+    Raises:
+        ValueError: If the convention is unknown.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be 'mac' or 'paper', got {convention!r}")
+    copy = deepcopy(model).to("meta").eval()
+    counter = _Counter(convention)
+
+    def label(module: nn.Module, attribute: str, inside: object, outside: object) -> None:
+        module.register_forward_pre_hook(lambda *_: setattr(counter, attribute, inside))
+        module.register_forward_hook(lambda *_: setattr(counter, attribute, outside))
+
+    layers: list[Any] = [module for module in copy.modules() if hasattr(module, "quantize")]
+    for layer in layers:
+        bits = layer.num_bits * layer.input_num_bits if layer.quantize else FLOAT_BITS**2
+        label(layer, "layer_bits", bits, None)
+        layer.quantize = False
+    for name, part in (parts or {}).items():
+        label(copy.get_submodule(name), "part", part, "rest")
+    counted = {}
+    for name, run in runs.items():
+        counter.work = defaultdict(Work)
+        with torch.no_grad(), counter:
+            run(copy, torch.zeros(input_shape, device="meta"))
+        counted[name] = dict(counter.work)
+    return counted
