@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
 from .build import build_med_danet_v2
+from .data.storage import write_bytes
 from .layers import quantized_layers, set_quantization
 from .med_danet_v2 import MedDANetV2
 from .version import __version__
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+_ENDING = ".safetensors"
 _RANGE = "quantization.{}.input_amax"
 
 
 def pretrained_names() -> list[str]:
     """Returns the names of the weights that came with the package."""
-    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+    return sorted(path.stem for path in PRETRAINED.glob(f"*{_ENDING}"))
 
 
 def save_model(
@@ -40,19 +42,29 @@ def save_model(
         modalities: Order of the input channels.
         label_convention: What the classes mean.
         **notes: Anything else worth knowing, such as the training split; stored as JSON.
+
+    Raises:
+        ValueError: If the name's ending or the number of modalities does not fit.
+        VolumeError: If the file cannot be written.
     """
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    for name, layer in quantized_layers(model).items():
-        tensors[_RANGE.format(name)] = layer.input_amax.clone()
-    facts = {
-        "architecture": model.config, "modalities": list(modalities),
-        "label_convention": label_convention, "normalisation": "z-score in the joint brain mask",
-        "spacing_mm": [1.0, 1.0, 1.0], "meddanet": __version__, **notes,
-    }
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {key: json.dumps(value) for key, value in facts.items()})
-    os.replace(partial, path)
+    if path.suffix != _ENDING:
+        raise ValueError(f"{path}: expected a name that ends in {_ENDING}")
+    if len(modalities) != model.in_channels:
+        raise ValueError(
+            f"modalities are {', '.join(modalities)}, expected {model.in_channels} of them"
+        )
+    facts = {
+        "architecture": model.config,
+        "modalities": list(modalities),
+        "label_convention": label_convention,
+        "normalisation": "z-score in the joint brain mask",
+        "spacing_mm": [1.0, 1.0, 1.0],
+        "meddanet": __version__,
+        **notes,
+    }
+    tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
+    write_bytes(path, save(tensors, {key: json.dumps(value) for key, value in facts.items()}))
 
 
 def load_model(path_or_name: str | Path = "brats2021") -> MedDANetV2:
@@ -67,29 +79,58 @@ def load_model(path_or_name: str | Path = "brats2021") -> MedDANetV2:
     Raises:
         ValueError: If there is no such file or name, or the file is not one of ours.
     """
-    path = Path(path_or_name)
-    if path.suffix != ".safetensors":
-        path = PRETRAINED / f"{path_or_name}.safetensors"
-    if not path.is_file():
-        names = ", ".join(pretrained_names()) or "none"
-        raise ValueError(f"{path_or_name}: no such weights; shipped are: {names}")
+    path = _locate(path_or_name)
+    metadata, tensors = _read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a meddanet weights file ({error})") from error
-    if "architecture" not in metadata:
-        raise ValueError(f"{path}: says nothing of its architecture; was it written by save_model?")
-    model = build_med_danet_v2(**metadata["architecture"])
-    layers = quantized_layers(model)
-    ranges = {_RANGE.format(name): layer for name, layer in layers.items()}
-    missing = sorted((ranges.keys() | model.state_dict().keys()) ^ tensors.keys())
-    if missing:
-        raise ValueError(f"{path}: does not fit its architecture, first at {missing[0]}")
-    for name, layer in ranges.items():
-        layer.input_amax.copy_(tensors.pop(name))
-    model.load_state_dict(tensors)
+        model = build_med_danet_v2(**metadata["architecture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "
+            "expected a file written by save_model"
+        ) from error
+    own = _tensors(model)
+    odd = [
+        name for name in sorted(own.keys() | tensors.keys())
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    ]
+    if odd:
+        raise ValueError(
+            f"{path}: {len(odd)} tensors do not fit its architecture, first {odd[0]}; "
+            "expected a file written by save_model"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
     model.metadata = metadata
     set_quantization(model, quantize=True, update_range=False)
     return model.eval().to(memory_format=torch.channels_last)
+
+
+def _tensors(model: MedDANetV2) -> dict[str, Tensor]:
+    """Returns parameters, buffers and input ranges by their name in the file, sharing memory."""
+    layers = quantized_layers(model)
+    ranges = {_RANGE.format(name): layer.input_amax for name, layer in layers.items()}
+    return {**model.state_dict(), **ranges}
+
+
+def _locate(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    shipped = PRETRAINED / f"{path_or_name}{_ENDING}"
+    if path.name != str(path_or_name) or not shipped.is_file():
+        names = ", ".join(pretrained_names()) or "none"
+        raise ValueError(
+            f"{path_or_name}: no such weights; expected a {_ENDING} file or a name of shipped "
+            f"weights ({names})"
+        )
+    return shipped
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not a meddanet weights file ({error})") from error

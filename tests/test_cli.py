@@ -1,10 +1,18 @@
 """The command from arguments to files, with a tiny untrained model on tiny phantoms."""
 
+from __future__ import annotations
+
+import functools
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,17 +20,23 @@ import pytest
 import torch
 from PIL import Image
 
+from meddanet import predictor, training
+from meddanet.arguments import LABEL_CONVENTIONS
 from meddanet.build import build_med_danet_v2
 from meddanet.cli import main
-from meddanet.data import load_volume
+from meddanet.data import LABELS
 from meddanet.data.phantom import write_phantom
 from meddanet.layers import quantized_layers
-from meddanet.predictor import VolumePredictor
-from meddanet.weights import load_model, save_model
+from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.weights import save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+MRI = ("flair", "t1ce", "t1", "t2")
+SHAPE = (44, 48, 18)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = build_med_danet_v2("unet-12", crop_sizes=(16,))
     for layer in quantized_layers(model).values():
@@ -32,196 +46,447 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def cohort(tmp_path):
-    folder = tmp_path / "cohort"
+@pytest.fixture(scope="module", autouse=True)
+def count_once() -> Iterator[None]:
+    """Counts the tiny model once instead of once per command."""
+    tables = {}
+
+    @functools.wraps(predictor.cost_table)
+    def counted(model, shape, convention):
+        key = (str(model.config), shape, convention)
+        if key not in tables:
+            tables[key] = original(model, shape, convention)
+        return tables[key]
+
+    original, predictor.cost_table = predictor.cost_table, counted
+    yield
+    predictor.cost_table = original
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
     for seed in (0, 1):
-        write_phantom(folder, seed=seed, name=f"case_{seed}", shape=(44, 48, 18))
+        write_phantom(folder, seed=seed, name=f"case_{seed}", shape=SHAPE)
     return folder
 
 
-def segment(*arguments) -> int:
-    return main(["segment", *map(str, arguments)])
+@pytest.fixture
+def cohort(phantoms, tmp_path) -> Path:
+    return Path(shutil.copytree(phantoms, tmp_path / "cohort"))
 
 
-def test_a_folder_of_cases(cohort, tmp_path, weights, capsys):
-    out = tmp_path / "out"
-    assert segment(cohort, "-o", out, "--weights", weights, "--preview") == 0
+@pytest.fixture
+def segment(weights, capsys) -> Callable[..., tuple[int, list[str], list[str]]]:
+    """Runs `meddanet segment`; returns the exit code and the lines of stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, list[str], list[str]]:
+        chosen = [] if "--weights" in arguments else ["--weights", weights]
+        try:
+            code = main(["segment", *map(str, [*arguments, *chosen])])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def values(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_a_folder_of_cases(cohort, tmp_path, segment):
+    out = tmp_path / "new" / "out"
+    code, results, messages = segment(cohort, "-o", out, "--preview")
+    assert code == 0 and messages == ["2 of 2 cases done"]
+    assert [line.split()[0] for line in results] == [f"{out}/case_{i}.nii.gz" for i in (0, 1)]
+    assert names(out) == [f"case_{i}.{e}" for i in (0, 1) for e in ("json", "nii.gz", "png")]
     for name in ("case_0", "case_1"):
-        image = nib.load(out / f"{name}.nii.gz")
-        source = nib.load(cohort / name / f"{name}_flair.nii.gz")
+        image, source = (
+            nib.load(p) for p in (out / f"{name}.nii.gz", cohort / name / f"{name}_flair.nii.gz")
+        )
         assert image.shape == source.shape and image.get_data_dtype() == np.uint8
         assert np.array_equal(image.affine, source.affine)
         assert set(np.unique(image.dataobj)) <= {0, 1, 2, 4}
         report = json.loads((out / f"{name}.json").read_text())
         assert sum(report["decisions"].values()) == 18 == len(report["slices"]["decision"])
+        assert report["run"]["device"] in ("cpu", "cuda") and report["run"]["weights"]
         assert 0 < report["share_of_static"]["mac"] < 1.1
-        assert Image.open(out / f"{name}.png").size[0] > 100
-    assert len(capsys.readouterr().out.splitlines()) == 2
+        # four columns of 44 and two rows of 48 pixels, with their margins
+        assert Image.open(out / f"{name}.png").size == (4 * 52 + 8, 30 + 2 * 56 + 54 + 8)
 
 
-def test_finished_cases_are_skipped_and_redone_on_demand(cohort, tmp_path, weights, capsys):
+def test_finished_cases_are_skipped_and_redone_on_demand(cohort, tmp_path, segment):
     out = tmp_path / "out"
-    assert segment(cohort / "case_0", "-o", out, "--weights", weights) == 0
+    assert segment(cohort / "case_0", "-o", out)[0] == 0
     first = (out / "case_0.json").stat().st_mtime_ns
-    assert segment(cohort, "-o", out, "--weights", weights) == 0
+    code, results, messages = segment(cohort, "-o", out)
+    assert code == 0 and len(results) == 1 and "1 finished before" in messages[0]
     assert (out / "case_0.json").stat().st_mtime_ns == first
-    assert "1 finished before" in capsys.readouterr().err
-    assert segment(cohort, "-o", out, "--weights", weights, "--overwrite") == 0
+    assert segment(cohort, "-o", out)[1] == []
+    # a case whose labels or report are gone, or whose picture is wanted now, is not finished
+    (out / "case_1.nii.gz").unlink()
+    assert len(segment(cohort, "-o", out)[1]) == 1
+    assert len(segment(cohort, "-o", out, "--preview")[1]) == 2
+    code, results, _ = segment(cohort, "-o", out, "--overwrite")
+    assert code == 0 and len(results) == 2
     assert (out / "case_0.json").stat().st_mtime_ns != first
+    assert not (out / "case_0.png").exists(), "the picture of an older run is stale"
 
 
-def test_labels_in_another_convention_are_the_same_tissue(cohort, tmp_path, weights):
-    for convention in ("brats2021", "brats2023"):
+def test_labels_in_another_convention_are_the_same_tissue(cohort, tmp_path, segment):
+    for convention in LABEL_CONVENTIONS:
         out = tmp_path / convention
-        assert segment(cohort / "case_0", "-o", out, "--weights", weights,
-                       "--labels", convention) == 0
-    a, b = (np.asarray(nib.load(tmp_path / c / "case_0.nii.gz").dataobj)
-            for c in ("brats2021", "brats2023"))
-    assert np.array_equal(np.where(a == 4, 3, a), b)
+        assert segment(cohort / "case_0", "-o", out, "--labels", convention)[0] == 0
+    first, second, third = (values(tmp_path / c / "case_0.nii.gz") for c in LABEL_CONVENTIONS)
+    assert np.array_equal(second, np.array([0, 1, 2, 0, 3], np.uint8)[first])
+    assert np.array_equal(third, np.array([0, 2, 1, 0, 3], np.uint8)[first])
 
 
-def break_modality(folder, how):
-    name = folder.name
-    path = folder / f"{name}_t1.nii.gz"
+def test_named_files_make_one_case(cohort, tmp_path, segment):
+    folder, plain = cohort / "case_0", tmp_path / "plain"
+    plain.mkdir()
+    files = {kind: plain / f"scan{n}.nii.gz" for n, kind in enumerate(MRI)}
+    for kind, path in files.items():
+        shutil.copy(folder / f"case_0_{kind}.nii.gz", path)
+    out = tmp_path / "out"
+    # in any order, by any of a modality's names
+    given = [f"T2w={files['t2']}", f"t1={files['t1']}", f"t1gd={files['t1ce']}"]
+    assert segment(*given, f"flair={files['flair']}", "-o", out)[0] == 0
+    assert segment(folder, "-o", out)[0] == 0
+    assert np.array_equal(values(out / "scan3.nii.gz"), values(out / "case_0.nii.gz"))
+    code, _, messages = segment(*given, given[0], "-o", out)
+    assert code == 1 and "T2w is named twice" in messages[0]
+
+
+def test_channels_that_only_the_user_can_name(cohort, tmp_path, segment):
+    parts = [nib.load(cohort / "case_0" / f"case_0_{kind}.nii.gz") for kind in MRI[::-1]]
+    data = np.stack([np.asarray(part.dataobj) for part in parts], -1)
+    nib.save(nib.Nifti1Image(data, parts[0].affine), tmp_path / "scan.nii.gz")
+    out = tmp_path / "out"
+    code, _, messages = segment(tmp_path / "scan.nii.gz", "-o", out)
+    assert code == 1 and "what its channels are is unknown" in messages[0]
+    order = ",".join(MRI[::-1])
+    assert segment(tmp_path / "scan.nii.gz", "-o", out, "--modalities", order)[0] == 0
+    assert segment(cohort / "case_0", "-o", out)[0] == 0
+    assert np.array_equal(values(out / "scan.nii.gz"), values(out / "case_0.nii.gz"))
+
+
+def test_windows(cohort, tmp_path, segment):
+    assert segment(cohort / "case_0", "-o", tmp_path, "--window", "24", "--preview")[0] == 0
+    report = json.loads((tmp_path / "case_0.json").read_text())
+    # 44 pads to 48: (48 - 24) / 8 + 1 = 4 windows per axis
+    assert np.shape(report["slices"]["decision"]) == (18, 16)
+    assert len(report["windows"]) == 16
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Makes one modality of a case unusable."""
+    path = folder / f"{folder.name}_t1.nii.gz"
     image = nib.load(path)
-    data = np.asarray(image.dataobj).astype(np.float32)
+    data, affine = np.asarray(image.dataobj).astype(np.float32), image.affine.copy()
     if how == "missing":
-        path.unlink()
-    elif how == "shape":
-        nib.save(nib.Nifti1Image(data[:-2], image.affine), path)
-    elif how == "affine":
-        moved = image.affine.copy()
-        moved[0, 3] += 5
-        nib.save(nib.Nifti1Image(data, moved), path)
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-4000])
-    elif how == "nan":
-        data[20, 20, 9] = np.nan
-        nib.save(nib.Nifti1Image(data, image.affine), path)
-    elif how == "inf":
-        data[20, 20, 9] = np.inf
-        nib.save(nib.Nifti1Image(data, image.affine), path)
-    elif how == "2-D":
-        nib.save(nib.Nifti1Image(data[:, :, 0], image.affine), path)
-    elif how == "header":
+        return path.unlink()
+    if how == "truncated":
+        return path.write_bytes(path.read_bytes()[:-4000])
+    if how == "labels":
+        return path.write_bytes((folder / f"{folder.name}_seg.nii.gz").read_bytes())
+    if how == "header":
         raw = bytearray(gzip.decompress(path.read_bytes()))
         raw[42:48] = np.array([30000, 30000, 3000], "<i2").tobytes()
-        path.write_bytes(gzip.compress(bytes(raw)))
-    elif how == "labels":
-        seg = folder / f"{name}_seg.nii.gz"
-        path.write_bytes(seg.read_bytes())
+        return path.write_bytes(gzip.compress(bytes(raw)))
+    if how == "shape":
+        data = data[:-2]
+    if how == "affine":
+        affine[0, 3] += 5
+    if how == "2-D":
+        data = data[:, :, 0]
+    if how in ("nan", "inf"):
+        data[20, 20, 9] = float(how)
+    nib.save(nib.Nifti1Image(data, affine), path)
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("missing", "t1"), ("shape", "shape"), ("affine", "affine"), ("truncated", "_t1.nii.gz"),
-     ("nan", "NaN"), ("inf", "infinite"), ("2-D", "2-D"), ("header", "the header asks for"),
-     ("labels", "label")],
+    [
+        ("missing", r"case_0: modality t1 is missing; expected flair, t1ce, t1, t2"),
+        ("shape", r"case_0_t1.nii.gz: shape \(42, 48, 18\) differs from \(44, 48, 18\)"),
+        ("affine", r"case_0_t1.nii.gz: the affine differs by up to 5"),
+        ("truncated", r"case_0_t1.nii.gz: the gzip data is truncated"),
+        ("nan", r"case_0_t1.nii.gz: 1 voxels are NaN or infinite"),
+        ("inf", r"case_0_t1.nii.gz: 1 voxels are NaN or infinite"),
+        ("2-D", r"case_0_t1.nii.gz: is 2-D"),
+        ("header", r"case_0_t1.nii.gz: the header asks for \d+ bytes but the file holds"),
+        ("labels", r"case_0_t1.nii.gz: holds only the values .* label file"),
+    ],
 )
-def test_a_bad_case_is_one_line_and_the_rest_is_done(
-    cohort, tmp_path, weights, capsys, how, message
-):
-    out = tmp_path / "out"
-    break_modality(cohort / "case_0", how)
-    assert segment(cohort, "-o", out, "--weights", weights) == 1
-    captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if "error" in line]
-    assert len(errors) == 1 and message in errors[0] and "case_0" in errors[0]
-    assert "Traceback" not in captured.err
-    assert sorted(p.name for p in out.iterdir()) == ["case_1.json", "case_1.nii.gz"]
+def test_a_bad_case_is_one_line_and_the_rest_is_done(cohort, tmp_path, segment, how, message):
+    spoil(cohort / "case_0", how)
+    code, results, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and len(results) == 1
+    assert messages[-1] == "1 of 2 cases done" and len(messages) == 2
+    assert re.match("meddanet: error: .*" + message, messages[0])
+    assert names(tmp_path / "out") == ["case_1.json", "case_1.nii.gz"]
 
 
-@pytest.mark.parametrize("what", ["empty", "unknown", "absent"])
-def test_inputs_that_hold_no_case(tmp_path, weights, capsys, what):
+def test_a_label_file_alone_is_no_image(cohort, tmp_path, segment):
+    code, _, messages = segment(cohort / "case_0" / "case_0_seg.nii.gz", "-o", tmp_path / "out")
+    assert code == 1 and "is a label file; expected an image" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("empty", "the folder is empty"), ("unknown", "no case found among brain.nii"),
+     ("absent", "no such file or folder")],
+)
+def test_inputs_that_hold_no_case(cohort, tmp_path, segment, what, message):
     folder = tmp_path / "input"
     if what != "absent":
         folder.mkdir()
     if what == "unknown":
         nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), folder / "brain.nii")
-    assert segment(folder, "-o", tmp_path / "out", "--weights", weights) == 1
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("meddanet: error: ") and "\n" not in error and str(folder) in error
+    code, results, messages = segment(folder, cohort / "case_1", "-o", tmp_path / "out")
+    assert code == 1 and len(messages) == 1 and len(results) == 1
+    assert messages[0].startswith(f"meddanet: error: {folder}: {message}")
 
 
-def test_an_output_folder_that_cannot_be_written(cohort, tmp_path, weights, capsys):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    assert segment(cohort, "-o", blocked / "out", "--weights", weights) == 1
-    assert "cannot write there" in capsys.readouterr().err
+def test_two_cases_of_one_name(cohort, tmp_path, segment):
+    other = shutil.copytree(cohort / "case_0", tmp_path / "other" / "case_0")
+    inputs = [cohort / "case_0", cohort / "case_0", other]
+    code, results, messages = segment(*inputs, "-o", tmp_path / "out")
+    assert code == 1 and len(results) == 1
+    assert f"{other}: case case_0 has the name of the one in {cohort / 'case_0'}" in messages[0]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_output_folder(cohort, tmp_path, weights, capsys):
-    out = tmp_path / "out"
-    out.mkdir(mode=0o500)
-    assert segment(cohort, "-o", out, "--weights", weights) == 1
-    assert "cannot write there" in capsys.readouterr().err
+def test_the_input_is_never_overwritten(tmp_path, segment):
+    data = np.random.default_rng(0).integers(0, 900, (16, 16, 4, 4)).astype(np.int16)
+    path = tmp_path / "BRATS_001.nii.gz"
+    nib.save(nib.Nifti1Image(data, np.eye(4)), path)
+    before = path.read_bytes()
+    code, _, messages = segment(path, "-o", tmp_path)
+    assert code == 1 and "is the input itself; name another folder with -o" in messages[0]
+    assert path.read_bytes() == before
+
+
+def test_an_output_folder_that_cannot_be_made(cohort, tmp_path, segment):
+    (tmp_path / "file").write_text("not a folder")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        code, results, messages = segment(cohort, "-o", out, "--weights", "not even looked for")
+        assert code == 1 and results == [] and len(messages) == 1
+        assert f"{out}: cannot write there" in messages[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are protected in other ways")
+def test_a_read_only_output_folder(cohort, segment):
+    with tempfile.TemporaryDirectory() as parent:
+        out = Path(parent) / "out"
+        out.mkdir(mode=0o555)
+        Path(parent).chmod(0o755)
+        root = os.geteuid() == 0  # who may write anywhere, and becomes nobody for a moment
+        os.seteuid(65534 if root else os.geteuid())
+        try:
+            code, results, messages = segment(cohort, "-o", out)
+        finally:
+            os.seteuid(0 if root else os.geteuid())
+        assert code == 1 and results == []
+        assert messages == [
+            f"meddanet: error: {out}: cannot write there (Permission denied); "
+            "name another folder with -o"
+        ]
+
+
+def test_a_failed_write_leaves_nothing_half_done(cohort, tmp_path, segment, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and names(tmp_path / "out") == []
+    assert len(messages) == 3 and all("No space left on device" in m for m in messages[:2])
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("no memory")])
+def test_a_case_too_large_for_memory(cohort, tmp_path, segment, monkeypatch, error):
+    predict = predictor.VolumePredictor.predict
+
+    def sometimes(self, volume):
+        if volume.name == "case_0":
+            raise error
+        return predict(self, volume)
+
+    monkeypatch.setattr(predictor.VolumePredictor, "predict", sometimes)
+    code, results, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and len(results) == 1
+    assert messages[0] == "meddanet: error: case_0: no memory"
+
+
+def test_an_interrupt_is_one_line(cohort, tmp_path, segment, monkeypatch):
+    def interrupt(self, volume):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predictor.VolumePredictor, "predict", interrupt)
+    code, _, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and messages == ["meddanet: error: interrupted"]
+
+
+def test_coarse_voxels_are_a_warning(cohort, tmp_path, segment):
+    for path in (cohort / "case_0").iterdir():
+        image = nib.load(path)
+        affine = image.affine @ np.diag([1, 1, 5, 1])
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+    code, results, messages = segment(cohort / "case_0", "-o", tmp_path / "out")
+    assert code == 0 and len(results) == 1
+    assert len(messages) == 1
+    assert messages[0].startswith("meddanet: warning: case_0: its voxels are 1 x 1 x 5 mm")
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
-    [(["--device", "cuda:77"], "cuda"), (["--labels", "brats1999"], "brats1999"),
-     (["--weights", "nothing"], "nothing"), (["--window", "17"], "multiple of 8")],
+    ("extra", "code", "message"),
+    [
+        (["--device", "cuda:77"], 1, "device cuda:77: this machine has"),
+        (["--weights", "nothing"], 1, "nothing: no such weights; .*brats2021"),
+        (["--window", "17"], 1, "window is 17, expected a multiple of 8"),
+        (["--device", "gpu"], 2, "device.* gpu"),
+        (["--labels", "brats1999"], 2, "invalid choice: 'brats1999'"),
+        (["--window", "wide"], 2, "window.* wide"),
+        (["--colour"], 2, "--colour"),
+    ],
 )
-def test_options_that_cannot_be(cohort, tmp_path, weights, capsys, extra, message):
-    arguments = [cohort, "-o", tmp_path / "out", "--weights", weights, *extra]
-    assert segment(*arguments) == 1
-    assert message in capsys.readouterr().err
+def test_options_that_cannot_be(cohort, tmp_path, segment, extra, code, message):
+    found, results, messages = segment(cohort, "-o", tmp_path / "out", *extra)
+    assert found == code and results == [] and len(messages) == 1
+    assert re.match(f"meddanet: error: .*{message}", messages[0])
 
 
-def test_a_usage_error_exits_with_2(capsys):
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["segment"], ["segment", "x"], ["train"]])
+def test_a_usage_error_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["segment"])
+        main(arguments)
     assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"meddanet: error: .* \(see meddanet[a-z ]* --help\)\n", message)
 
 
-def test_evaluate_by_hand(tmp_path, capsys):
-    def write(path, values):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = np.zeros((8, 8, 8), np.uint8)
-        data.reshape(-1)[: len(values)] = values
-        nib.save(nib.Nifti1Image(data, np.eye(4)), path)
-
-    write(tmp_path / "pred.nii.gz", [1, 2, 4, 4])
-    write(tmp_path / "ref.nii.gz", [1, 2, 2, 4])
-    table = tmp_path / "table.json"
-    assert main(["evaluate", str(tmp_path / "pred.nii.gz"), str(tmp_path / "ref.nii.gz"),
-                 "--json", str(table)]) == 0
-    # TC: 3 against 2 voxels, 2 shared; ET: 2 against 1, 1 shared
-    mean = json.loads(table.read_text())["mean"]
-    assert mean == pytest.approx({"WT": 1.0, "TC": 4 / 5, "ET": 2 / 3})
-    assert "TC 0.8000" in capsys.readouterr().out
+def test_the_conventions_are_those_of_the_data():
+    assert set(LABEL_CONVENTIONS) == LABELS.keys()
 
 
-def test_help_is_quick_because_torch_stays_out():
+@pytest.mark.parametrize("command", [[], ["demo"], ["segment"], ["train"], ["evaluate"], ["info"]])
+def test_help_is_quick_because_torch_stays_out(command):
     code = (
-        "import sys; from meddanet.cli import _parser; _parser().format_help();"
-        "assert 'torch' not in sys.modules and 'nibabel' not in sys.modules"
+        "import sys; from meddanet.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert stop.code in (0, None)\n"
+        "assert not {'torch', 'nibabel', 'numpy'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "usage: meddanet" in run.stdout
 
 
-def test_windows_and_slices_give_labels_of_the_input_shape(cohort, weights):
-    volume = load_volume(cohort / "case_0")
-    sliced = VolumePredictor(load_model(weights)).predict(volume)
-    windowed = VolumePredictor(load_model(weights), window=24).predict(volume)
-    assert sliced.labels.shape == windowed.labels.shape == (44, 48, 18)
-    # 44 pads to 48: (48 - 24) / 8 + 1 = 4 windows per axis
-    assert windowed.decisions.shape == (18, 16) and windowed.num_bits.shape == (18, 16, 4)
-    again = VolumePredictor(load_model(weights)).predict(volume)
-    assert np.array_equal(sliced.labels, again.labels)
+def test_evaluate(cohort, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    truth = cohort / "case_0" / "case_0_seg.nii.gz"
+    shutil.copy(truth, out / "case_0.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), nib.load(truth).affine),
+             out / "case_1.nii.gz")
+    table, sheet = tmp_path / "table.json", tmp_path / "table.csv"
+    arguments = ["evaluate", str(out), str(cohort), "--json", str(table), "--csv", str(sheet)]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("case_0  Dice WT 1.0000 TC 1.0000 ET 1.0000")
+    assert lines[1].startswith("case_1  Dice WT 0.0000")
+    assert lines[2].startswith("mean of 2  Dice WT 0.5000")
+    content = json.loads(table.read_text())
+    assert content["mean"]["dice"]["WT"] == 0.5 and content["empty_rule"] == "brats"
+    assert len(sheet.read_text().splitlines()) == 3
+    # one that cannot be read is reported, the other one is scored
+    (out / "case_1.nii.gz").write_bytes(b"")
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("mean of 1  Dice WT 1.0000")
+    assert captured.err.startswith(f"meddanet: error: {out}/case_1.nii.gz")
+    assert main(["evaluate", str(out), str(tmp_path / "absent")]) == 1
+    assert "absent: no such file or folder" in capsys.readouterr().err
 
 
-def test_weights_round_trip_and_say_what_is_wrong(weights, tmp_path):
-    model = load_model(weights)
-    assert model.metadata["trained_on"] == ["nobody"]
-    assert model.segmenter.init.input_amax.item() == 4.0
-    save_model(model, tmp_path / "copy.safetensors")
-    copy = load_model(tmp_path / "copy.safetensors").state_dict()
-    assert all(torch.equal(value, copy[name]) for name, value in model.state_dict().items())
-    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 10)
-    with pytest.raises(ValueError, match="not a meddanet weights file"):
-        load_model(tmp_path / "junk.safetensors")
-    with pytest.raises(ValueError, match="no such weights"):
-        load_model("brats1999")
+def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    assert main(["train", "--data", "a", "--out", "b"]) == 0
+    assert seen.pop() == TrainConfig("a", "b")
+    assert capsys.readouterr().out == "model\n"
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--data", "a", "--out", "b", "--seed", "7", "--crop_sizes", "[64, 96]",
+              "--phases", "[{objective: static, steps: 3}]", "--print_config"])
+    assert stop.value.code in (0, None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert main(["train", "--config", str(recipe), "--out", "c"]) == 0
+    assert seen.pop() == TrainConfig(
+        "a", "c", seed=7, crop_sizes=(64, 96), phases=[PhaseConfig("static", 3)]
+    )
+
+
+def test_train_on_nothing_is_one_line(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    assert main(["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
+    assert "the folder is empty" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown and "brats2021" in shown
+    assert main(["info", "--cost", "unet-16", "--size", "240"]) == 0
+    whole = re.findall(r"^whole +([\d,.]+)", capsys.readouterr().out, re.MULTILINE)
+    # in millions: true, and as V1 Table 3, Setting 2 has it (3.75 G)
+    assert [round(float(w.replace(",", "")), 1) for w in whole] == [3575.8, 3752.3]
+    assert main(["info", "--cost", "unet-99"]) == 1
+    assert "unknown segmenter 'unet-99'" in capsys.readouterr().err
+    assert main(["info", "--cost", "unet-16", "--size", "100"]) == 1
+    captured = capsys.readouterr()
+    assert "multiples of 8" in captured.err and captured.out == ""
+
+
+def dice(ours: Path, truth: Path, members: tuple[int, ...]) -> float:
+    a, b = (np.isin(values(path), members) for path in (ours, truth))
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "-o", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    ours = tmp_path / "phantom_000.nii.gz"
+    truth = tmp_path / "phantom_000" / "phantom_000_seg.nii.gz"
+    assert values(ours).shape == (240, 240, 155)
+    for region, members in {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}.items():
+        assert f"{region} {dice(ours, truth, members):.4f}" in shown
+    assert dice(ours, truth, (1, 2, 4)) > 0.7
+    for path in (ours, tmp_path / "phantom_000.json", tmp_path / "phantom_000.png"):
+        assert str(path) in shown and path.is_file()
+
+
+def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):
+    case = real_data / "brats2021" / "BraTS2021_00000"
+    assert segment(case, "-o", tmp_path, "--weights", "brats2021")[0] == 0
+    ours, truth = tmp_path / f"{case.name}.nii.gz", case / f"{case.name}_seg.nii.gz"
+    image, source = nib.load(ours), nib.load(case / f"{case.name}_flair.nii.gz")
+    assert image.shape == source.shape and image.get_data_dtype() == np.uint8
+    assert np.array_equal(image.affine, source.affine)
+    results = json.loads((ROOT / "benchmarks/results/brats2021_fold0.json").read_text())
+    assert case.name in results["split"]["held_out"]
+    row = results["rows"]["dynamic"][case.name]
+    for region, members in {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}.items():
+        assert dice(ours, truth, members) == pytest.approx(row[region], abs=0.01)
+    share = json.loads((tmp_path / f"{case.name}.json").read_text())["share_of_static"]
+    assert share["mac"] <= 0.25

@@ -109,6 +109,15 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
     return labels
 
 
+def load_affine(path: str | Path) -> np.ndarray:
+    """Returns the affine [4, 4] of a NIfTI file, voxels to RAS+ millimetres; reads the header only.
+
+    Raises:
+        VolumeError: If the file is unreadable or its header invalid.
+    """
+    return _header(Path(path))[1]
+
+
 def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
     """Writes labels as uint8 NIfTI with the affine, form codes and units of the input.
 

@@ -1,0 +1,111 @@
+"""What the `meddanet` command understands. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import restricted_string_type
+
+from .recipe import TrainConfig
+from .version import __version__
+
+# `data.LABELS` has the meanings; importing it would cost more than showing the help
+LABEL_CONVENTIONS = ("brats2021", "brats2023", "msd")
+Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+def error_line(error: object) -> str:
+    """Returns what stderr says of an error, in one line."""
+    return f"meddanet: error: {' '.join(str(error).split())}"
+
+
+class _Parser(ArgumentParser):
+    """Reports a usage error in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
+        print(error_line(f"{message} (see {command} --help)"), file=sys.stderr)
+        raise SystemExit(2) from ex
+
+
+def command_parser() -> ArgumentParser:
+    """Returns the parser of the whole command."""
+    parser = _Parser(
+        prog="meddanet",
+        description="Segments volumes slice by slice, each only as closely as it needs.",
+        version=__version__,
+    )
+    commands = parser.add_subcommands(dest="command", parser_class=_Parser)
+    commands.add_subcommand("demo", _demo_parser(), help="segment a generated phantom")
+    commands.add_subcommand("segment", _segment_parser(), help="write label maps of volumes")
+    commands.add_subcommand("train", _train_parser(), help="train on labelled cases")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="compare with references")
+    commands.add_subcommand("info", _info_parser(), help="versions, devices, weights, costs")
+    return parser
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = _Parser(description="Generates a phantom case, segments it, tells how well.")
+    parser.add_argument("-o", "--out", default="demo", help="folder for everything it makes")
+    parser.add_argument("--seed", type=int, default=0, help="which phantom")
+    return parser
+
+
+def _segment_parser() -> ArgumentParser:
+    parser = _Parser(description="Segments cases; cases that are finished in OUT are skipped.")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="case folder, folder of cases, image file, or named files: flair=a.nii.gz t1=b.nii.gz",
+    )
+    parser.add_argument("-o", "--out", required=True, help="folder for the results")
+    parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--window", type=int, help="decide per window of this side (128: the papers' protocol)"
+    )
+    parser.add_argument(
+        "--labels", choices=LABEL_CONVENTIONS, help="label convention, default the input's"
+    )
+    parser.add_argument(
+        "--modalities", help="channels in file order where names do not tell: flair,t1ce,t1,t2"
+    )
+    parser.add_argument(
+        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
+    )
+    parser.add_argument("--preview", action="store_true", help="write a picture of each case")
+    parser.add_argument("--overwrite", action="store_true", help="redo finished cases")
+    return parser
+
+
+def _train_parser() -> ArgumentParser:
+    parser = _Parser(description="Trains Med-DANet V2 on a folder of labelled cases.")
+    parser.add_argument("--config", action="config", help="YAML or JSON file of these options")
+    parser.add_class_arguments(TrainConfig)
+    # as plain values, which --print_config can write down
+    phases = [asdict(phase) for phase in TrainConfig("", "").phases]
+    parser.set_defaults({"phases": phases})
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _Parser(
+        description="Prints Dice (and, with edt installed, HD95) of whole tumour, tumour core and "
+        "enhancing tumour, per case and on average."
+    )
+    parser.add_argument("predictions", metavar="PRED", help="folder of <case>.nii.gz, or a file")
+    parser.add_argument("references", metavar="REF", help="folder of labelled cases, or a file")
+    parser.add_argument(
+        "--labels", choices=LABEL_CONVENTIONS, help="convention of label files that tell none"
+    )
+    parser.add_argument("--json", help="also write the table here")
+    parser.add_argument("--csv", help="also write the table here")
+    return parser
+
+
+def _info_parser() -> ArgumentParser:
+    parser = _Parser(description="Shows versions, devices and weights, or what a model costs.")
+    parser.add_argument("--cost", metavar="NAME", help="a segmenter, or weights (name or file)")
+    parser.add_argument("--size", type=int, default=240, help="side of the slice in pixels")
+    return parser

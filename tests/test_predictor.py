@@ -1,0 +1,302 @@
+"""From a volume in memory to labels: order, orientation, conventions, padding, cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from meddanet.build import build_med_danet_v2
+from meddanet.data import Volume, VolumeError
+from meddanet.data.phantom import make_phantom
+from meddanet.layers import quantized_layers, set_quantization
+from meddanet.med_danet_v2 import MedDANetV2, Segmentation
+from meddanet.predictor import VolumePredictor
+
+MRI = ("flair", "t1ce", "t1", "t2")
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def volume(data: np.ndarray, affine: np.ndarray = LPS, **changes) -> Volume:
+    return replace(Volume(data, affine, None, MRI, "brats2021", "case"), **changes)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(1, 100, (4, *shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def built() -> MedDANetV2:
+    torch.manual_seed(0)
+    model = build_med_danet_v2("unet-12", crop_sizes=(16,))
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.metadata = {
+        "modalities": list(MRI), "spacing_mm": [1.0, 1.0, 1.0], "label_convention": "brats2021",
+    }
+    return model.eval()
+
+
+@pytest.fixture
+def model(built) -> Iterator[MedDANetV2]:
+    """The built model; what a test sets on it is undone."""
+    policy, metadata = built.policy, built.metadata
+    yield built
+    built.policy, built.metadata = policy, metadata
+    built.__dict__.pop("segment", None)
+
+
+class Predictor(VolumePredictor):
+    """A predictor that does not count, for tests of everything else."""
+
+    def _cost(self, slices, result):
+        return {}
+
+
+class Decide(torch.nn.Module):
+    """A policy that takes the given routes in turn, slice after slice that it is shown."""
+
+    def __init__(self, routes: list[int]) -> None:
+        super().__init__()
+        self.routes = routes
+
+    def forward(self, slices):
+        taken, self.routes = self.routes[: len(slices)], self.routes[len(slices) :]
+        return torch.nn.functional.one_hot(torch.tensor(taken), 3).float()
+
+
+def answer(model: MedDANetV2, label) -> list[torch.Tensor]:
+    """Makes `label(slices)` the model's answer; returns the list of batches it will have seen."""
+    seen = []
+
+    def segment(slices):
+        seen.append(slices)
+        count = len(slices)
+        return Segmentation(
+            label(slices).to(torch.uint8), torch.zeros(count, dtype=torch.long),
+            torch.zeros(count, 2), torch.zeros(count, 4, dtype=torch.long),
+        )
+
+    model.segment = segment
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("naming", "labels", "convention", "values"),
+    [
+        ("brats2021", None, "brats2021", (0, 1, 2, 4)),
+        ("brats2023", None, "brats2023", (0, 1, 2, 3)),
+        ("msd", None, "msd", (0, 2, 1, 3)),
+        ("nnunet", None, "brats2021", (0, 1, 2, 4)),
+        ("files", "msd", "msd", (0, 2, 1, 3)),
+        ("brats2021", "brats2023", "brats2023", (0, 1, 2, 3)),
+    ],
+)
+def test_labels_follow_the_convention(model, naming, labels, convention, values):
+    answer(model, lambda slices: slices.argmax(1))
+    data = noise(24, 32, 5)
+    result = Predictor(model, "cpu", labels=labels).predict(volume(data, convention=naming))
+    mean, spread = data.mean((1, 2, 3), keepdims=True), data.std((1, 2, 3), keepdims=True)
+    classes = ((data - mean) / spread).argmax(0)
+    assert np.array_equal(result.labels, np.array(values, np.uint8)[classes])
+    assert result.labels.dtype == np.uint8
+    assert result.label_convention == convention
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
+def test_the_network_sees_axial_slices_from_the_right(model, order, signs):
+    """Whatever the orientation: row 0 lies at the patient's right, column 0 in front."""
+
+    def corner(slices):
+        labels = torch.zeros(len(slices), *slices.shape[2:])
+        labels[:, :8, :16] = 3
+        return labels
+
+    seen = answer(model, corner)
+    # voxel axis k runs along world axis order[k]
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[list(order)].T * np.array(signs) * 1.0
+    shape = np.array([24, 32, 6])[list(order)]
+    result = Predictor(model, "cpu").predict(volume(noise(*shape), affine))
+    assert seen[0].shape[2:] == (24, 32) and sum(map(len, seen)) == 6
+    assert result.labels.shape == tuple(shape)
+    indices = np.indices(shape).reshape(3, -1)
+    x, y, _ = affine[:3, :3] @ indices  # RAS+: x grows to the right, y to the front
+    inside = result.labels.reshape(-1) == 4
+    assert np.array_equal(inside, (x > x.max() - 8) & (y > y.max() - 16))
+
+
+def test_modalities_are_put_into_the_models_order(model):
+    answer(model, lambda slices: slices.argmax(1))
+    predictor, data = Predictor(model, "cpu"), noise(16, 16, 3)
+    usual = predictor.predict(volume(data)).labels
+    other = predictor.predict(
+        volume(data[[3, 0, 2, 1]], modalities=("t2", "flair", "t1", "t1ce"))
+    ).labels
+    assert np.array_equal(usual, other)
+
+
+def test_a_modality_that_is_missing(model):
+    with pytest.raises(VolumeError, match="case: modality t1ce is missing; .* the case has flair"):
+        Predictor(model, "cpu").predict(
+            volume(noise(16, 16, 3)[:3], modalities=("flair", "t1", "t2"))
+        )
+
+
+def test_a_model_that_names_no_modalities_takes_what_it_is_given(model):
+    model.metadata = {}
+    predictor = Predictor(model, "cpu")
+    names = ("a", "b", "c", "d")
+    assert predictor.predict(volume(noise(16, 16, 3), modalities=names)).labels.shape == (16, 16, 3)
+    with pytest.raises(VolumeError, match="needs 4 channels, the case has a, b"):
+        predictor.predict(volume(noise(16, 16, 3)[:2], modalities=names[:2]))
+
+
+def test_slices_are_padded_at_their_end_and_cut_back(model):
+    seen = answer(model, lambda slices: (slices != 0).any(1))
+    # 13 is below the crop size of 16, 42 is no multiple of 8
+    result = Predictor(model, "cpu").predict(volume(noise(13, 42, 3)))
+    assert seen[0].shape == (3, 4, 16, 48)
+    assert not seen[0][:, :, 13:].any() and not seen[0][:, :, :, 42:].any()
+    assert result.labels.shape == (13, 42, 3) and (result.labels == 1).all()
+
+
+def test_memory_is_bounded_by_chunks_of_slices(model):
+    seen = answer(model, lambda slices: slices[:, 0] > 0)
+    Predictor(model, "cpu").predict(volume(noise(16, 16, 50)))
+    assert max(map(len, seen)) <= 16 and sum(map(len, seen)) == 50
+    assert all(s.is_contiguous(memory_format=torch.channels_last) for s in seen)
+
+
+def test_prediction_is_what_the_model_says_slice_by_slice(model, tolerances):
+    phantom = make_phantom(1, (40, 48, 20))
+    model.policy = Decide([0, 1, 2] * 7)
+    result = Predictor(model, "cpu").predict(volume(phantom.data))
+    brain = phantom.data.sum(0) > 0
+    values = phantom.data[:, brain].astype(np.float64)
+    mean, spread = values.mean(1), values.std(1)
+    data = (phantom.data - mean[:, None, None, None]) / spread[:, None, None, None] * brain
+    model.policy = Decide([0, 1, 2] * 7)
+    expected, decided = [], []
+    for index in range(20):
+        alone = model.segment(torch.from_numpy(data[None, ..., index].astype(np.float32)))
+        expected.append(np.array([0, 1, 2, 4], np.uint8)[alone.labels[0].numpy()])
+        decided.append(alone.decisions.item())
+    assert result.decisions.tolist() == decided and set(decided) == {0, 1, 2}
+    # batches round differently where two logits tie
+    tolerances.labels(result.labels, np.stack(expected, -1), share=1e-3)
+    assert result.routes == ("skip", "crop-16", "whole")
+    assert result.offsets.shape == (20, 2) and result.num_bits.shape == (20, 4)
+
+
+def macs(run) -> int:
+    """True multiply-adds, by PyTorch's own counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+@pytest.fixture
+def price(model) -> dict[str, int]:
+    """What each part costs on a 32 x 40 slice."""
+    set_quantization(model, quantize=False, update_range=False)
+    slices, offset = torch.rand(1, 4, 32, 40), torch.zeros(1, 2)
+    prices = {
+        "policy": macs(lambda: model.policy(slices)),
+        "crop": macs(lambda: model.position(slices))
+        + macs(lambda: model.features(slices[:, :, :16, :16]))
+        + macs(lambda: model.crop_last_stages[0](torch.zeros(1, 12, 32, 40))),
+        "whole": macs(lambda: model.whole_branch(slices)),
+        "static": macs(lambda: model.segmenter(slices)),
+    }
+    assert macs(lambda: model.crop_branch(slices, offset, 0)) + macs(
+        lambda: model.position(slices)
+    ) == prices["crop"]
+    set_quantization(model, quantize=True, update_range=False)
+    return prices
+
+
+def test_the_cost_of_a_case_counts_every_network_that_ran(model, price):
+    data = noise(30, 40, 9)
+    data[:, :, :, [0, 8]] = 0  # two slices that not even the policy sees
+    predictor = VolumePredictor(model, "cpu")
+    real = model.policy
+    model.policy = Decide([0, 1, 2, 1, 1, 0, 2])
+    decide, model.policy = model.policy, real
+    # the table is counted with the real policy, the routes are taken by the fixed one
+    predictor._table((1, 4, 32, 40), "mac"), predictor._table((1, 4, 32, 40), "paper")
+    model.policy = decide
+    result = predictor.predict(volume(data))
+    assert result.decisions.tolist() == [0, 0, 1, 2, 1, 1, 0, 2, 0]
+    expected = 7 * price["policy"] + 3 * price["crop"] + 2 * price["whole"]
+    assert result.cost["mac"] == expected
+    assert result.cost["static_mac"] == 9 * price["static"]
+    # norms and the output side of transposed convolutions come on top; 8 or 16 of 32 bits below
+    assert result.cost["paper"] > result.cost["mac"] and result.cost["static_paper"] > 0
+    assert result.cost["scaled_paper"] < result.cost["paper"]
+
+
+def test_an_empty_volume_costs_nothing(model):
+    result = VolumePredictor(model, "cpu").predict(volume(np.zeros((4, 16, 24, 4), np.float32)))
+    assert not result.labels.any() and not result.decisions.any()
+    assert result.cost["mac"] == result.cost["paper"] == result.cost["scaled_paper"] == 0
+    assert result.cost["static_mac"] > 0
+
+
+def test_windows_are_decided_one_by_one(model):
+    """48 pixels give windows of 24 at 0, 8, 16 and 24; those that see nothing cost nothing."""
+    data = noise(48, 48, 2)
+    data[..., 1] = 0
+    data[:, 24:, :, 0] = data[:, :, 8:, 0] = 0  # signal in rows 0..23 of columns 0..7 only
+    predictor = VolumePredictor(model, "cpu", window=24)
+    result = predictor.predict(volume(data))
+    assert result.windows == tuple((y, x) for y in (0, 8, 16, 24) for x in (0, 8, 16, 24))
+    assert result.decisions.shape == (2, 16) and result.num_bits.shape == (2, 16, 4)
+    assert result.offsets.shape == (2, 16, 2) and result.labels.shape == (48, 48, 2)
+    table = predictor._table((1, 4, 24, 24), "mac")
+    spent = [table.macs(result.routes[result.decisions[0, m]]) for m in (0, 4, 8)]
+    assert result.cost["mac"] == sum(spent)
+    static = sum(
+        count for part, count in table.parts["whole"].items() if part not in ("policy", "selectors")
+    )
+    assert result.cost["static_mac"] == 32 * static
+
+
+def test_two_runs_agree_exactly(model):
+    phantom = volume(make_phantom(2, (40, 40, 16)).data)
+    first, second = (Predictor(model, "cpu").predict(phantom) for _ in range(2))
+    assert np.array_equal(first.labels, second.labels)
+    assert np.array_equal(first.decisions, second.decisions)
+    assert first.timings.keys() == {"normalise", "network", "total"}
+    assert 0 < first.timings["network"] <= first.timings["total"]
+
+
+def test_a_spacing_the_model_was_not_trained_on_is_a_warning(model):
+    predictor, data = Predictor(model, "cpu"), noise(16, 16, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(volume(data, LPS * [1.02, 1.02, 0.97, 1]))
+    with pytest.warns(UserWarning, match="case: its voxels are 1 x 1 x 5 mm, .* 1 x 1 x 1 mm"):
+        predictor.predict(volume(data, LPS * [1, 1, 5, 1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "gpu"}, "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:77"}, "this machine has .* CUDA GPUs; use cpu"),
+        ({"window": 20}, "window is 20, expected a multiple of 8 that is at least 16"),
+        ({"window": 8}, "window is 8, expected a multiple of 8 that is at least 16"),
+        ({"labels": "brats1999"}, "'brats1999', expected one of brats2021, brats2023, msd"),
+    ],
+)
+def test_arguments_that_cannot_be(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VolumePredictor(model, **arguments)

@@ -1,0 +1,173 @@
+"""Weights files: complete, self-describing, and refused in one line where they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from meddanet.build import build_med_danet_v2
+from meddanet.layers import quantized_layers
+from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.weights import PRETRAINED, load_model, pretrained_names, save_model
+
+
+@pytest.fixture(scope="module")
+def model() -> MedDANetV2:
+    torch.manual_seed(0)
+    model = build_med_danet_v2(
+        "unet-12", in_channels=2, num_classes=3, crop_sizes=(16, 24), num_bits=(4, 8)
+    )
+    for number, layer in enumerate(quantized_layers(model).values()):
+        layer.input_amax.fill_(1 + number / 7)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    return model.eval()
+
+
+@pytest.fixture
+def path(model, tmp_path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_model(
+        model, path, modalities=("t1", "t2"), label_convention="msd", trained_on=["p1", "p2"]
+    )
+    return path
+
+
+def test_a_model_comes_back_as_it_was(model, path):
+    loaded = load_model(path)
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    layers = quantized_layers(loaded)
+    for name, layer in quantized_layers(model).items():
+        assert layers[name].input_amax == layer.input_amax
+        assert layers[name].quantize and not layers[name].update_range
+    assert not loaded.training and loaded.routes == ("skip", "crop-16", "crop-24", "whole")
+    slices = torch.randn(3, 2, 32, 32)
+    assert torch.equal(loaded.segment(slices).labels, model.segment(slices).labels)
+
+
+def test_the_file_says_what_it_is(model, path):
+    with safe_open(path, framework="pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+        names = set(file.keys())
+        amax = file.get_tensor("quantization.segmenter.init.input_amax")
+    assert amax == model.segmenter.init.input_amax
+    ranges = {name for name in names if name.startswith("quantization.")}
+    assert len(ranges) == len(quantized_layers(model))
+    assert names - ranges == model.state_dict().keys()
+    assert facts["modalities"] == ["t1", "t2"] and facts["label_convention"] == "msd"
+    assert facts["trained_on"] == ["p1", "p2"] and facts["spacing_mm"] == [1.0, 1.0, 1.0]
+    assert facts["architecture"] == {
+        "segmenter": "unet-12", "in_channels": 2, "num_classes": 3, "crop_sizes": [16, 24],
+        "num_bits": [4, 8], "decision_network": "shufflenetv2-m",
+    }
+    assert load_model(path).metadata == facts
+
+
+def test_an_interrupted_save_leaves_the_old_file(model, path, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match="No space left"):
+        save_model(model, path, modalities=("t1", "t2"))
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_saved(model, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.safetensors"):
+        save_model(model, tmp_path / "model.pt", modalities=("t1", "t2"))
+    with pytest.raises(ValueError, match="modalities are t1, expected 2 of them"):
+        save_model(model, tmp_path / "model.safetensors", modalities=("t1",))
+    with pytest.raises(ValueError, match="cannot be written"):
+        save_model(model, tmp_path / "no" / "model.safetensors", modalities=("t1", "t2"))
+
+
+def test_a_name_that_is_not_there_lists_those_that_are():
+    with pytest.raises(ValueError, match=r"brats1999: no such weights; .*brats2021"):
+        load_model("brats1999")
+    with pytest.raises(ValueError, match="no such weights"):
+        load_model("folder/model.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"PK\x03\x04" + bytes(200)])
+def test_a_file_of_another_kind(tmp_path, content):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="other.safetensors: is not a meddanet weights file"):
+        load_model(path)
+
+
+def test_a_truncated_file(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is not a meddanet weights file"):
+        load_model(path)
+
+
+def rewrite(path: Path, architecture: dict | None = None, **tensors: torch.Tensor | None) -> None:
+    """Changes a weights file by way of the safetensors library alone."""
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        content = {name: file.get_tensor(name) for name in file.keys()} | tensors  # noqa: SIM118
+    if architecture is not None:
+        facts["architecture"] = json.dumps(json.loads(facts["architecture"]) | architecture)
+    save_file({name: v for name, v in content.items() if v is not None}, path, facts)
+
+
+def test_a_file_that_says_nothing_of_its_architecture(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="plain.safetensors: its architecture is not one"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"segmenter": "unet-99"}, {"heads": 8}, {"crop_sizes": [20]}], ids=str
+)
+def test_an_architecture_of_another_time(path, change):
+    rewrite(path, change)
+    with pytest.raises(ValueError, match="its architecture is not one that meddanet .* builds"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("segmenter.init.weight", None),
+        ("segmenter.init.weight", torch.zeros(12, 2, 5, 5)),
+        ("quantization.segmenter.init.input_amax", None),
+        ("another.weight", torch.zeros(1)),
+    ],
+    ids=["missing", "shape", "range", "unknown"],
+)
+def test_tensors_that_do_not_fit(path, name, value):
+    rewrite(path, **{name: value})
+    with pytest.raises(ValueError, match=f"1 tensors do not fit its architecture, first {name};"):
+        load_model(path)
+
+
+def test_weights_of_other_sizes_do_not_fit(path):
+    rewrite(path, {"segmenter": "unet-16"})
+    with pytest.raises(ValueError, match="tensors do not fit its architecture"):
+        load_model(path)
+
+
+def test_every_shipped_file_is_small_and_has_its_card():
+    assert "brats2021" in pretrained_names()
+    for name in pretrained_names():
+        assert (PRETRAINED / f"{name}.safetensors").stat().st_size <= 8e6
+        assert (PRETRAINED / f"{name}.md").is_file()
+        model = load_model(name)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        assert all(layer.input_amax > 0 for layer in quantized_layers(model).values())
+        assert {"modalities", "label_convention", "trained_on"} <= model.metadata.keys()
