@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from argparse import Action
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import restricted_string_type
 
-from .recipe import TrainConfig
+from .recipe import RECIPES, TrainConfig
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
@@ -84,9 +85,24 @@ def _train_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML or JSON file of these options")
     parser.add_class_arguments(TrainConfig)
     # as plain values, which --print_config can write down
-    phases = [asdict(phase) for phase in TrainConfig("", "").phases]
-    parser.set_defaults({"phases": phases})
+    parser.set_defaults({"phases": [asdict(phase) for phase in RECIPES["meddanet"]()]})
+    parser.add_argument(
+        "--recipe", action=_Recipe, choices=RECIPES, help="phases by name (default: meddanet)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on where the run in OUT stands; the same happens without, this wants one there",
+    )
     return parser
+
+
+class _Recipe(Action):
+    """Puts the phases of a named schedule in place."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        namespace["phases"] = [asdict(phase) for phase in RECIPES[values]()]
 
 
 def _evaluate_parser() -> ArgumentParser:

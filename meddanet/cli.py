@@ -6,6 +6,7 @@ Results go to stdout, messages and progress to stderr. Exit code 0 only if every
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any, TextIO
 from jsonargparse import Namespace
 
 from .arguments import command_parser, error_line
-from .recipe import PhaseConfig, TrainConfig
+from .recipe import RECIPES, PhaseConfig, TrainConfig
 from .version import __version__
 
 
@@ -124,10 +125,18 @@ def _train(options: Namespace) -> int:
 
     values = options.as_dict()
     del values["config"]
+    recipe, resume = values.pop("recipe"), values.pop("resume")
+    if resume and not (Path(values["out"]) / "config.json").is_file():
+        raise ValueError(f"{values['out']}: holds no run to resume; start one without --resume")
     values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
+    if recipe is not None and values["phases"] == TrainConfig("", "").phases:
+        # named in a file; the option itself has put the phases in place
+        values["phases"] = RECIPES[recipe]()
     if values["baseline"] is not None:
         values["baseline"] = PhaseConfig(**values["baseline"])
-    _say(str(train(TrainConfig(**values))))
+    path = train(TrainConfig(**values))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(str(path))
     return 0
 
 

@@ -1,67 +1,31 @@
-"""What a training step minimises: batches, and one objective per phase of Med-DANet V2."""
+"""What a training step minimises: one objective per phase of Med-DANet V2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cost import cost_table
-from .data.slices import CachedCase, SliceSampler, augment
-from .losses import dice_loss, segmentation_loss
-from .med_danet_v2 import MedDANetV2, TrainingOutput, channels_last
+from .batches import Batches
+from .cost import CostTable, cost_table
+from .distributed import global_mean, global_sum
+from .losses import LOSSES
+from .med_danet_v2 import TrainingOutput, channels_last
+from .recipe import PhaseConfig
+
+# (model, batches, step, phase) -> loss of the whole batch
+Objective = Callable[[Any, Batches, int, PhaseConfig], Tensor]
 
 
-@dataclass
-class Batches:
-    """Augmented batches of the training cases.
-
-    Attributes:
-        cases: Cached training cases.
-        phantoms: Synthetic cases mixed in.
-        seed: Seed of sampling and augmentation.
-        cost_weight: Weight of the chosen route's cost, as a share of the dearest (lambda).
-        bit_weight: Weight of the mean width's share of the dearest, in the quantised phase.
-        intensity: Largest relative change and shift of a modality's intensities.
-    """
-
-    cases: list[CachedCase]
-    phantoms: list[CachedCase] = field(default_factory=list)
-    seed: int = 0
-    cost_weight: float = 0.06
-    bit_weight: float = 0.06
-    intensity: float = 0.1
-    generator: torch.Generator = field(init=False)
-    windows: SliceSampler = field(init=False)
-    slices: SliceSampler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.windows = SliceSampler(
-            self.cases, self.seed + 1, lesion_share=0.67, window=128, phantoms=self.phantoms
-        )
-        self.slices = SliceSampler(self.cases, self.seed + 2, phantoms=self.phantoms)
-
-    def window_batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Returns augmented 128-pixel windows, two thirds of them from slices with a lesion."""
-        return augment(*self.windows.batch(size), self.generator, intensity=self.intensity)
-
-    def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Returns augmented whole slices in their natural mix."""
-        images, labels = self.slices.batch(size)
-        return augment(images, labels, self.generator, shift=0.12, intensity=self.intensity)
-
-
-Objective = Callable[[nn.Module, Batches, int, int], Tensor]
-
-
-def static(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def static(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Loss of a plain segmenter, or of a dynamic model's own, on windows in float."""
-    images, labels = batches.window_batch(size)
-    return segmentation_loss(getattr(model, "segmenter", model)(channels_last(images)), labels)
+    images, labels = batches.window_batch(phase.batch)
+    logits = getattr(model, "segmenter", model)(channels_last(images))
+    return LOSSES[phase.loss][0](logits, labels)
 
 
 def lesion_box(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,102 +58,136 @@ def inside_crop(labels: Tensor, offset: Tensor, size: int) -> Tensor:
     """Returns the labels with everything outside the crop set to background."""
     rows = torch.arange(labels.shape[1], device=labels.device)[None] - offset[:, :1]
     columns = torch.arange(labels.shape[2], device=labels.device)[None] - offset[:, 1:]
-    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None]
-    return labels * inside
+    inside_rows, inside_columns = ((x >= 0) & (x < size) for x in (rows, columns))
+    return labels * (inside_rows[:, :, None] & inside_columns[:, None])
 
 
 def branch_loss(
-    model: nn.Module, batches: Batches, step: int, size: int
-) -> tuple[Tensor, list[Tensor]]:
+    model: Any, batches: Batches, step: int, phase: PhaseConfig
+) -> tuple[Tensor, Tensor]:
     """Returns the loss of one branch on a batch of windows, and its widths [N, S].
 
     Steps take the branches in turn; crops lie near the lesion, whole pixels, and cost less, so
     their batches are half as large again.
     """
-    index = step % (len(model.crop_sizes) + 1)
+    index, size = step % (len(model.crop_sizes) + 1), phase.batch
+    loss = LOSSES[phase.loss][0]
     if index == len(model.crop_sizes):
         images, labels = batches.window_batch(size)
         logits, num_bits = model.whole_branch(channels_last(images))
-        return segmentation_loss(logits, labels), num_bits
+        return loss(logits, labels), num_bits
     images, labels = batches.window_batch(size + size // 2)
     crop = model.crop_sizes[index]
-    jitter = torch.randint(-16, 17, (len(labels), 2), generator=batches.generator)
-    play = torch.tensor(labels.shape[1:]) - crop
+    jitter = batches.jitter(len(labels), crop // 6)
+    play = torch.tensor(labels.shape[1:], device=labels.device) - crop
     offset = torch.minimum((centred_offset(labels, crop).round() + jitter).clamp_min(0), play)
-    logits, num_bits = model.crop_branch(channels_last(images), offset.float(), index)
-    return segmentation_loss(logits, inside_crop(labels, offset, crop)), num_bits
+    logits, num_bits = model.crop_branch(channels_last(images), offset.to(images.dtype), index)
+    return loss(logits, inside_crop(labels, offset, crop)), num_bits
 
 
-def decision_loss(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Cross-entropy of the policy with the oracle's route, and the crop's distance in crop sizes.
 
     A slice weighs more the more lesion it holds, which is what a wrong skip loses. Three of four
     batches are whole slices, the fourth windows, so that both protocols are served.
     """
     draw = batches.window_batch if step % 4 == 3 else batches.slice_batch
-    images, labels = draw(size)
-    images, route = channels_last(images), oracle_route(labels, model.crop_sizes)
-    area = (labels > 0).flatten(1).sum(1)
-    weight = 1 + (area / area[area > 0].float().mean()).nan_to_num(0).clamp(max=2)
-    loss = (F.cross_entropy(model.decide(images), route, reduction="none") * weight).sum()
-    loss = loss / weight.sum()
+    images, labels = draw(phase.batch)
+    return oracle_loss(model, channels_last(images), labels)
+
+
+def oracle_loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss of `decision_loss` on given slices [N, C, H, W] and labels [N, H, W]."""
+    route = oracle_route(labels, model.crop_sizes)
+    area = (labels > 0).flatten(1).sum(1).to(images.dtype)
+    mean_area = global_sum(area.sum()) / global_sum((area > 0).to(area).sum()).clamp_min(1)
+    weight = 1 + (area / mean_area.clamp_min(1)).clamp(max=2)
+    loss = F.cross_entropy(model.decide(images), route, reduction="none") * weight
+    loss = global_sum(loss.sum()) / global_sum(weight.sum())
     position = model.locate(images)
     for index, crop in enumerate(model.crop_sizes):
-        fits = route == index + 1
-        if fits.any():
-            offset = model.offset(position, crop, *labels.shape[1:])[fits]
-            wanted = centred_offset(labels, crop)[fits]
-            loss = loss + 2 * F.smooth_l1_loss(offset / crop, wanted / crop, beta=0.05)
+        fits = (route == index + 1).to(images.dtype)
+        offset = model.offset(position, crop, *labels.shape[1:])
+        wanted = centred_offset(labels, crop).to(offset.dtype)
+        miss = F.smooth_l1_loss(offset / crop, wanted / crop, beta=0.05, reduction="none").mean(1)
+        loss = loss + 2 * global_sum((miss * fits).sum()) / global_sum(fits.sum()).clamp_min(1)
     return loss
 
 
-def segmenter(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def segmenter(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """The full-precision segmenter, crop and whole branches in turn."""
-    return branch_loss(model, batches, step, size)[0]
+    return branch_loss(model, batches, step, phase)[0]
 
 
-def decisions(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def decisions(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Policy and position networks, taught by the labels."""
-    return decision_loss(model, batches, step, size)
+    return decision_loss(model, batches, step, phase)
 
 
-def quantised(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def quantised(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Everything on the quantisation grid, ranges learnt, bit widths under their cost."""
-    loss, num_bits = branch_loss(model, batches, step, size)
+    loss, num_bits = branch_loss(model, batches, step, phase)
     loss = loss + batches.bit_weight * width_share(model, num_bits)
-    return loss + decision_loss(model, batches, step, size)
+    return loss + decision_loss(model, batches, step, phase)
 
 
-def joint(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+def joint(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """The whole framework, route by Gumbel-softmax, Dice of the mix and cost (Eq. 10)."""
-    images, labels = batches.window_batch(size)
+    of_logits, of_probability = LOSSES[phase.loss]
+    images, labels = batches.window_batch(phase.batch)
     output = model(channels_last(images))
-    branches = [segmentation_loss(logits, labels) for logits in output.branch_logits]
-    mixed = dice_loss(output.mixed, labels)
-    cost = batches.cost_weight * relative_cost(model, output).mean()
-    return sum(branches) / len(branches) + mixed + cost + decision_loss(model, batches, step, size)
+    costs = route_costs(model, output.num_bits, (images.shape[2], images.shape[3]))
+    loss = (phase.cost_weight or 0) * global_mean((output.choice * costs).sum(1))
+    if phase.branch_weight:
+        branches = [of_logits(logits, labels) for logits in output.branch_logits]
+        loss = loss + phase.branch_weight * sum(branches) / len(branches)
+    if phase.mixed_weight:
+        loss = loss + phase.mixed_weight * of_probability(output.mixed, labels)
+    if phase.branch_cost_weight:
+        loss = loss + phase.branch_cost_weight * global_mean(costs[:, 1:].sum(1))
+    if phase.oracle_weight:
+        loss = loss + phase.oracle_weight * decision_loss(model, batches, step, phase)
+    return loss
 
 
-def width_share(model: MedDANetV2, num_bits: Tensor) -> Tensor:
-    """Returns the mean width as a share of the widest, stages weighted by nothing but themselves."""
-    return (num_bits / model.bit_selectors[0].widths.max()).mean()
+def width_share(model: Any, num_bits: Tensor) -> Tensor:
+    """Returns the mean width as a share of the widest, stages all stages alike."""
+    return global_mean(num_bits / model.bit_selectors[0].widths.max())
 
 
-def relative_cost(model: MedDANetV2, output: TrainingOutput, side: int = 128) -> Tensor:
-    """Returns the chosen route's cost [N] as a share of a whole window at full precision.
+_TABLES: WeakKeyDictionary[nn.Module, dict[tuple[int, int], CostTable]] = WeakKeyDictionary()
+
+
+def route_costs(model: Any, num_bits: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Returns what each route costs each sample, [N, R], as shares of a whole one in 32 bit.
 
     Costs are true multiply-adds, those of quantised stages scaled by b / 32; differentiable in the
-    choice and in the widths (Med-DANet V2, Eq. 8).
+    widths (Med-DANet V2, Eq. 8).
+
+    Args:
+        model: Dynamic model.
+        num_bits: Widths [N, S] of each route but the skip.
+        size: Height and width of the input.
     """
-    table = cost_table(model, (1, model.in_channels, side, side), "mac")
-    batch = len(output.choice)
-    widths = [torch.full_like(output.num_bits[0], 32.0), *output.num_bits]
+    tables = _TABLES.setdefault(model, {})
+    if size not in tables:
+        # counted once: counting runs a copy of the model
+        tables[size] = cost_table(model, (1, model.in_channels, *size), "mac")
+    table, batch = tables[size], len(num_bits[0])
+    widths = [torch.full_like(num_bits[0], 32.0), *num_bits]
     costs = [
         table.slice_cost(torch.full((batch,), route, device=bits.device), bits)
         for route, bits in enumerate(widths)
     ]
     dearest = table.slice_cost(torch.tensor([len(model.routes) - 1]), widths[0][:1].cpu())
-    return (output.choice * torch.stack(costs, 1)).sum(1) / dearest.item()
+    return torch.stack(costs, 1) / dearest.item()
+
+
+def relative_cost(
+    model: Any, output: TrainingOutput, size: tuple[int, int] = (128, 128)
+) -> Tensor:
+    """Returns the chosen route's cost [N] as a share; differentiable in the choice too."""
+    return (output.choice * route_costs(model, output.num_bits, size)).sum(1)
 
 
 OBJECTIVES: dict[str, Objective] = {

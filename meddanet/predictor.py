@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from .data import (
     to_slices,
     window_origins,
 )
+from .devices import resolve_device
 from .med_danet_v2 import MedDANetV2, Segmentation, channels_last
 
 CHUNK = 16
@@ -35,7 +37,8 @@ class Prediction:
 
     Attributes:
         labels: [H, W, D] uint8 in the input's voxel order and label convention.
-        label_convention: Key of `LABELS` that the values follow.
+        label_convention: Key of `LABELS` that the values follow, or "values": the training data's.
+        label_values: Class -> value in `labels`.
         routes: Names that `decisions` index.
         windows: (y, x) corner of each of the M windows in pixels; empty where whole slices were
             decided on.
@@ -51,6 +54,7 @@ class Prediction:
 
     labels: np.ndarray
     label_convention: str
+    label_values: Mapping[int, int]
     routes: tuple[str, ...]
     windows: tuple[tuple[int, int], ...]
     decisions: np.ndarray
@@ -91,15 +95,23 @@ class VolumePredictor:
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
                 f"{smallest}"
             )
-        self.device = _device(device)
+        self.device = resolve_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.window = window
         self.labels = labels
         self._tables: dict[tuple, CostTable] = {}
         facts = getattr(model, "metadata", {})
+        if labels is not None and "label_values" in facts:
+            raise ValueError(
+                f"label convention {labels} is for brain tumours; the model's labels are "
+                f"{', '.join(map(str, facts['label_values'].values()))}, leave it out"
+            )
         self.modalities = tuple(facts.get("modalities", ()))
         self.spacing = facts.get("spacing_mm")
+        self.window_hu = facts.get("window_hu")
         self.trained_labels = facts.get("label_convention", "brats2021")
+        # JSON has no whole numbers as keys
+        self.label_values = {int(k): v for k, v in facts.get("label_values", {}).items()}
 
     def predict(self, volume: Volume) -> Prediction:
         """Segments one volume.
@@ -112,18 +124,18 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         self._warn_of_spacing(volume)
-        slices = torch.from_numpy(to_slices(self._ordered(volume)))
+        slices = torch.from_numpy(to_slices(self._ordered(volume), self.window_hu))
         normalised = time.perf_counter()
         parts = [self._segment(chunk) for chunk in slices.split(CHUNK)]
         result = Segmentation(*map(torch.cat, zip(*parts, strict=True)))
         labelled = time.perf_counter()
-        own = volume.convention if volume.convention in LABELS else self.trained_labels
-        convention = self.labels or own
-        labels = from_classes(from_slices(result.labels.numpy(), volume), convention)
+        convention, values = self._label_values(volume)
+        labels = from_classes(from_slices(result.labels.numpy(), volume), values)
         finished = time.perf_counter()
         return Prediction(
             labels=labels,
             label_convention=convention,
+            label_values=values,
             routes=self.model.routes,
             windows=self._windows(*slices.shape[2:]),
             decisions=result.decisions.numpy(),
@@ -136,6 +148,14 @@ class VolumePredictor:
                 "total": finished - began,
             },
         )
+
+    def _label_values(self, volume: Volume) -> tuple[str, Mapping[int, int]]:
+        """Returns the convention of the result and its class -> value."""
+        if self.label_values:
+            return self.trained_labels, self.label_values
+        own = volume.convention if volume.convention in LABELS else self.trained_labels
+        convention = self.labels or own
+        return convention, LABELS[convention]
 
     def _segment(self, slices: Tensor) -> Segmentation:
         """Pads to what the network takes, segments, cuts the padding off; result on the CPU."""
@@ -220,17 +240,3 @@ class VolumePredictor:
         if key not in self._tables:
             self._tables[key] = cost_table(self.model, shape, convention)
         return self._tables[key]
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use cpu"
-        )
-    return device

@@ -1,8 +1,9 @@
-"""What a training run is made of; the defaults made the shipped weights."""
+"""What a training run is made of, and the schedules that have a name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -11,19 +12,140 @@ class PhaseConfig:
 
     Attributes:
         objective: "segmenter", "decisions", "quantised", "joint" or "static".
-        steps: Optimiser steps.
-        batch: Slices (or windows) per step.
+        steps: Optimiser steps, or epochs by `unit`.
+        unit: "steps", or "epochs": `steps`, `warm_up` and `schedule_*` then count epochs, each of
+            as many samples as the training cases have slices with any signal.
+        batch: Slices (or windows) per step, all processes together.
         learning_rate: Peak of the schedule.
         decay: Whether the rate falls; without, a later phase continues at the peak.
-        bfloat16: Convolutions in bfloat16 (autocast), weights in float32.
+        warm_up: Length of the linear warm-up, at most a fifth of the schedule.
+        schedule_before: How much of one schedule that phases share lies before this one.
+        schedule_after: How much of it lies after.
+        autocast: "none", "bfloat16" or "float16" (with loss scaling) for convolutions; weights stay
+            in float32.
+        parts: Which of segmenter, crop_last_stages, bit_selectors, policy, position train; the rest
+            is frozen, norms and dropout included. Empty = all.
+        arithmetic: "float", "learning" (quantised, ranges follow the data) or "fixed" (quantised,
+            ranges stay); None = what the objective is for.
+        loss: "dice+ce", or "dice": the papers' foreground Dice, summed over classes.
+        branch_weight: Weight, in "joint", of the mean loss of the branches.
+        mixed_weight: Weight of the Dice of the mixed output.
+        oracle_weight: Weight of what the labels teach policy and position network.
+        cost_weight: Weight of the chosen route's cost; None = the run's.
+        branch_cost_weight: Weight of the cost of all branches together, chosen or not.
     """
 
     objective: str
-    steps: int
+    steps: float
+    unit: str = "steps"
     batch: int = 8
     learning_rate: float = 1e-3
     decay: bool = True
-    bfloat16: bool = False
+    warm_up: float = 50
+    schedule_before: float = 0
+    schedule_after: float = 0
+    autocast: str = "none"
+    parts: tuple[str, ...] = ()
+    arithmetic: str | None = None
+    loss: str = "dice+ce"
+    branch_weight: float = 1.0
+    mixed_weight: float = 1.0
+    oracle_weight: float = 1.0
+    cost_weight: float | None = None
+    branch_cost_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.parts = tuple(self.parts)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                expected = ", ".join(str(value) for value in known)
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {expected}")
+        if strange := set(self.parts) - set(PARTS):
+            raise ValueError(f"parts holds {', '.join(strange)}, expected {', '.join(PARTS)}")
+
+    def in_steps(self, steps_per_epoch: int) -> PhaseConfig:
+        """Returns the same phase with all lengths in optimiser steps."""
+        factor = steps_per_epoch if self.unit == "epochs" else 1
+        lengths = {
+            name: round(getattr(self, name) * factor)
+            for name in ("steps", "warm_up", "schedule_before", "schedule_after")
+        }
+        return replace(self, unit="steps", **lengths)
+
+
+PARTS = ("segmenter", "crop_last_stages", "bit_selectors", "policy", "position")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "unit": ("steps", "epochs"),
+    "autocast": ("none", "bfloat16", "float16"),
+    "arithmetic": (None, "float", "learning", "fixed"),
+    "loss": ("dice+ce", "dice"),
+}
+
+
+def meddanet_phases() -> list[PhaseConfig]:
+    """Returns the schedule of the shipped weights: the labels teach the decisions first."""
+    return [
+        PhaseConfig("static", steps=1200, decay=False, autocast="bfloat16"),
+        PhaseConfig("segmenter", steps=800, autocast="bfloat16"),
+        PhaseConfig("decisions", steps=1200, batch=16, learning_rate=2e-3),
+        PhaseConfig("quantised", steps=120, learning_rate=3e-4),
+    ]
+
+
+def paper_phases() -> list[PhaseConfig]:
+    """Returns the schedule of Med-DANet V2, section 4.1: 200, 100 and 50 epochs.
+
+    Policy and segmenter in full precision; position network and quantised model; everything. One
+    poly schedule runs over all three; the loss is Eq. 10 throughout.
+    """
+
+    def phase(before: int, epochs: int, arithmetic: str, *parts: str) -> PhaseConfig:
+        return PhaseConfig(
+            "joint", epochs, "epochs", batch=64, learning_rate=2e-4, warm_up=1,
+            schedule_before=before, schedule_after=350 - before - epochs,
+            parts=parts, arithmetic=arithmetic, loss="dice", branch_weight=0, oracle_weight=0,
+        )
+
+    segmenter = ("segmenter", "crop_last_stages")
+    return [
+        phase(0, 200, "float", *segmenter, "policy"),
+        phase(200, 100, "learning", *segmenter, "bit_selectors", "position"),
+        phase(300, 50, "learning"),
+    ]
+
+
+def official_phases() -> list[PhaseConfig]:
+    """Returns the schedule of the published code: 150, 150 and 50 epochs.
+
+    Both branches and the position network; the same with bit widths; the policy alone, at ten
+    times the rate on a schedule of its own. Its cost weights act on sums over 15 samples in
+    G multiply-adds; here they act on means and on shares of a whole window's 1.068 G.
+    """
+    whole = 1.068
+    first = PhaseConfig(
+        "joint", 150, "epochs", batch=60, learning_rate=2e-4, warm_up=1, schedule_after=200,
+        parts=("segmenter", "crop_last_stages", "position"), arithmetic="float", loss="dice",
+        mixed_weight=0, oracle_weight=0, cost_weight=0,
+    )
+    second = replace(
+        first, schedule_before=150, schedule_after=50, arithmetic="learning",
+        parts=(*first.parts, "bit_selectors"), branch_cost_weight=15 * 1.5e-4 * whole,
+    )
+    third = replace(
+        first, steps=50, learning_rate=2e-3, schedule_after=0, parts=("policy",),
+        arithmetic="learning", branch_weight=0.5, mixed_weight=0.5,
+        cost_weight=0.5 * 15 * 0.02 * whole,
+    )
+    return [first, second, third]
+
+
+RECIPES: dict[str, Callable[[], list[PhaseConfig]]] = {
+    "meddanet": meddanet_phases, "paper": paper_phases, "official": official_phases,
+}
+
+
+def _baseline() -> PhaseConfig:
+    return PhaseConfig("static", steps=1600, autocast="bfloat16")
 
 
 @dataclass
@@ -34,12 +156,16 @@ class TrainConfig:
         data: Folder of labelled cases, in any naming that `meddanet segment` reads.
         out: Folder for checkpoints, the log, the configuration and the final weights.
         cache: Folder for the uncompressed slices; None = `<out>/cache`.
-        folds: Number of folds k; every k-th case by name is held out.
+        modalities: What the channels are, in file order, where the naming does not tell.
+        label_map: Label file's values and the classes 1, 2, ... they become; others are background.
+            None = the convention of the case's naming, or the values themselves.
+        window_hu: Hounsfield values that become 0 and 1 (CT); None = z-score in the joint mask.
+        folds: Number of folds k; every k-th case by name is held out. 0 = none is.
         fold: Which of them is held out.
         seed: Seed of weights, sampling and augmentation.
-        threads: CPU threads; 0 = all.
-        phantoms: Synthetic cases mixed into the training cases.
+        phantoms: Synthetic glioma cases mixed into the training cases.
         intensity: Largest relative change and shift of a modality's intensities.
+        window: Side of the training windows in pixels; None = whole slices.
         segmenter: Name for `build_segmenter`.
         decision_network: Name for `build_decision_network`.
         decision_scale: The decision networks see slices averaged over squares of so many pixels.
@@ -50,17 +176,29 @@ class TrainConfig:
         phases: What is trained, in this order; a finished phase is not repeated.
         baseline: A plain segmenter trained beside, to compare with; it continues a first phase
             "static", so that both have that in common. None = none.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads; 0 = all.
+        compile: Compile the networks' parts by torch.compile.
+        deterministic: Only algorithms that give the same bits again, on a GPU too.
+        checkpoint_minutes: A phase is saved so often while it runs.
+        checkpoint_steps: And every so many steps; 0 = by time alone.
+        validate_every: Steps between looks at the held-out cases; 0 = none.
+        validation_slices: Slices that such a look takes, spread over the held-out cases.
+        tensorboard: Write `<out>/tensorboard` too (extra "train").
     """
 
     data: str
     out: str
     cache: str | None = None
+    modalities: tuple[str, ...] | None = None
+    label_map: dict[int, int] | None = None
+    window_hu: tuple[float, float] | None = None
     folds: int = 5
     fold: int = 0
     seed: int = 0
-    threads: int = 0
     phantoms: int = 3
     intensity: float = 0.25
+    window: int | None = 128
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
     decision_scale: int = 2
@@ -68,12 +206,14 @@ class TrainConfig:
     num_bits: tuple[int, ...] = (8, 16)
     cost_weight: float = 0.06
     bit_weight: float = 0.06
-    phases: list[PhaseConfig] = field(default_factory=lambda: [
-        PhaseConfig("static", steps=1200, decay=False, bfloat16=True),
-        PhaseConfig("segmenter", steps=800, bfloat16=True),
-        PhaseConfig("decisions", steps=1200, batch=16, learning_rate=2e-3),
-        PhaseConfig("quantised", steps=120, learning_rate=3e-4),
-    ])
-    baseline: PhaseConfig | None = field(default_factory=lambda: PhaseConfig(
-        "static", steps=1600, bfloat16=True
-    ))
+    phases: list[PhaseConfig] = field(default_factory=meddanet_phases)
+    baseline: PhaseConfig | None = field(default_factory=_baseline)
+    device: str = "auto"
+    threads: int = 0
+    compile: bool = False
+    deterministic: bool = False
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    validate_every: int = 400
+    validation_slices: int = 64
+    tensorboard: bool = False

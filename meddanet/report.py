@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .data import LABELS, Volume, canonical, to_classes
+from .data import LABELS, Volume, canonical
 from .data.storage import write_bytes
 from .predictor import Prediction
 from .version import __version__
@@ -20,7 +20,20 @@ NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing tumour"}
 COLOURS = {1: (66, 135, 245), 2: (76, 187, 112), 3: (244, 179, 62)}
 ROUTE_COLOURS = ((52, 56, 64), (76, 187, 112), (244, 179, 62), (226, 95, 84), (180, 110, 220))
 _INK, _PALE, _PAPER = (235, 235, 235), (200, 200, 200), (18, 20, 24)
+# so many classes have room beside the title
+_LEGEND = 5
 _MARGIN, _HEADER, _STRIP = 8, 30, 54
+
+
+def class_names(prediction: Prediction) -> dict[int, str]:
+    """Returns what the classes are called: parts of a tumour, or the values they have in files."""
+    if prediction.label_convention in LABELS:
+        return NAMES
+    return {k: f"label {value}" for k, value in prediction.label_values.items()}
+
+
+def _colour(k: int) -> tuple[int, int, int]:
+    return COLOURS[1 + (k - 1) % len(COLOURS)]
 
 
 def case_report(
@@ -37,7 +50,8 @@ def case_report(
         seconds: Wall time of the case from file to file.
         **run: What else is known of the run, such as weights and device; goes under "run".
     """
-    values = LABELS[prediction.label_convention]
+    values = prediction.label_values
+    names = class_names(prediction)
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
     cost = prediction.cost
@@ -54,10 +68,10 @@ def case_report(
         "modalities": list(volume.modalities),
         "naming": volume.convention,
         "label_convention": prediction.label_convention,
-        "label_values": {NAMES[k]: values[k] for k in NAMES},
+        "label_values": {names[k]: values[k] for k in values},
         "volume_ml": {
-            NAMES[k]: round(int((prediction.labels == values[k]).sum()) * voxel_ml, 3)
-            for k in NAMES
+            names[k]: round(int((prediction.labels == values[k]).sum()) * voxel_ml, 3)
+            for k in values
         },
         "decisions": dict(zip(prediction.routes, counts.tolist(), strict=True)),
         "macs": {key: round(value) for key, value in cost.items()},
@@ -109,7 +123,9 @@ def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: i
     """
     channel = volume.modalities.index("flair") if "flair" in volume.modalities else 0
     image = canonical(volume.data[channel], volume.affine)
-    classes = to_classes(prediction.labels, prediction.label_convention)
+    classes = np.zeros_like(prediction.labels)
+    for k, value in prediction.label_values.items():
+        classes[prediction.labels == value] = k
     classes = canonical(classes, volume.affine)
     white = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1.0
     tiles = [
@@ -151,9 +167,9 @@ def _slices_to_show(classes: np.ndarray, count: int) -> list[int]:
 def _tile(grey: np.ndarray, classes: np.ndarray, prediction: Prediction, index: int) -> Image.Image:
     """Draws one slice [H, W] of grey values 0..1 with its classes and its crop."""
     colour = np.repeat(np.clip(grey, 0, 1)[:, :, None] * 255, 3, 2)
-    for k, rgb in COLOURS.items():
+    for k in np.unique(classes[classes > 0]).tolist():
         mask = classes == k
-        colour[mask] = 0.45 * colour[mask] + 0.55 * np.array(rgb)
+        colour[mask] = 0.45 * colour[mask] + 0.55 * np.array(_colour(k))
     # LPS rows run left to right: transposed, the picture is in radiological view
     tile = Image.fromarray(colour.astype(np.uint8).transpose(1, 0, 2))
     draw = ImageDraw.Draw(tile)
@@ -173,10 +189,11 @@ def _header(draw: ImageDraw.ImageDraw, name: str, prediction: Prediction, right:
     share = prediction.cost["mac"] / prediction.cost["static_mac"]
     title = f"{name}   {share:.1%} of the multiply-adds of the static network"
     draw.text((_MARGIN, 9), title, fill=_INK)
-    for k in reversed(NAMES):
-        right -= 12 + int(draw.textlength(NAMES[k])) + 14
-        draw.rectangle((right, 10, right + 9, 19), fill=COLOURS[k])
-        draw.text((right + 14, 9), NAMES[k], fill=_PALE)
+    names = class_names(prediction)
+    for k in sorted(names, reverse=True)[-_LEGEND:]:
+        right -= 12 + int(draw.textlength(names[k])) + 14
+        draw.rectangle((right, 10, right + 9, 19), fill=_colour(k))
+        draw.text((right + 14, 9), names[k], fill=_PALE)
 
 
 def _strip(

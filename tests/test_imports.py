@@ -8,11 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"kernels", "data", "macs", "cost", "metrics", "surfaces", "recipe", "version"},
+    {
+        "kernels", "data", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
+        "recipe", "version",
+    },
     {"layers", "engine", "losses"},
     {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
     {"build", "report"},
-    {"training", "objectives", "weights", "cohort", "evaluation"},
+    {
+        "training", "phase", "objectives", "batches", "checkpoint", "monitor", "dataset",
+        "weights", "cohort", "evaluation",
+    },
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )

@@ -10,22 +10,25 @@ import torch.nn.functional as F
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
 from meddanet.data.phantom import write_phantom
-from meddanet.data.slices import SliceSampler, augment, folds, read_cache, write_cache
+from meddanet.batches import Batches
+from meddanet.data.augment import augment
+from meddanet.data.slices import SliceSampler, folds, read_cache, write_cache
 from meddanet.kernels.conv_train import conv_per_width
 from meddanet.layers import set_quantization
 from meddanet.losses import dice_loss
 from meddanet.med_danet_v2 import TrainingOutput
 from meddanet.objectives import (
     OBJECTIVES,
-    Batches,
     centred_offset,
     inside_crop,
     lesion_box,
     oracle_route,
     relative_cost,
 )
+from meddanet.monitor import Monitor
+from meddanet.phase import run_phase, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
-from meddanet.training import _phase, schedule, train
+from meddanet.training import train
 from meddanet.weights import load_model
 
 
@@ -89,14 +92,31 @@ def test_folds_hold_out_every_patient_once():
 
 
 def test_the_sampler_keeps_its_shares(cases):
-    sampler = SliceSampler(cases, seed=3, lesion_share=0.5, window=32)
-    _, labels = sampler.batch(400)
+    sampler = SliceSampler(cases, lesion_share=0.5, window=32)
+    _, labels = sampler.batch(np.random.default_rng(3), 400)
     # half from the 2 lesion slices, the other half 2 of 5 brain slices: 0.5 + 0.5 * 0.4
     share = labels.flatten(1).any(1).double().mean().item()
     assert share == pytest.approx(0.7, abs=0.1)
     assert labels.shape == (400, 32, 32)
-    again = SliceSampler(cases, seed=3, lesion_share=0.5, window=32).batch(400)[1]
+    again = sampler.batch(np.random.default_rng(3), 400)[1]
     assert torch.equal(labels, again)
+    # another process reads its own part of the same draw, and names what it read
+    share = sampler.batch(np.random.default_rng(3), 400, slice(1, None, 4))[1]
+    assert torch.equal(share, labels[1::4]) and len(sampler.drawn) == 100
+    assert set(sampler.drawn) <= {f"{name} slice {z}" for name in "ab" for z in range(1, 6)}
+
+
+def test_small_slices_are_padded_at_the_bottom_and_right(tmp_path):
+    images = np.arange(1.0, 106).reshape(1, 1, 7, 15)
+    write_cache("odd", images, (images[:, 0] > 60).astype(np.uint8), tmp_path)
+    case = read_cache("odd", tmp_path)
+    for sampler in (SliceSampler([case], canvas=(8, 16)), SliceSampler([case], window=16)):
+        image, label = sampler.batch(np.random.default_rng(0), 1)
+        height, width = image.shape[2:]
+        assert (height, width) == ((16, 16) if sampler.window else (8, 16))
+        assert torch.equal(image[0, 0, :7, :15].double(), torch.from_numpy(images[0, 0]))
+        assert image[0, 0, 7:].abs().sum() == image[0, 0, :, 15:].abs().sum() == 0
+        assert torch.equal(label[0] > 0, image[0, 0] > 60)
 
 
 def test_augmentation_moves_image_and_labels_together_and_keeps_background():
@@ -143,34 +163,44 @@ def test_d13_costs_come_from_the_model():
 
 def test_d7_a_phase_moves_only_its_own_parts(model, cases, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _phase(model, PhaseConfig("decisions", steps=3, batch=2), Batches(cases), tmp_path / "0.pt")
+    set_quantization(model, quantize=False, update_range=True)
+    phase = PhaseConfig("decisions", steps=3, batch=2)
+    run_phase(
+        model, OBJECTIVES["decisions"], phase, Batches(cases, window=32), tmp_path / "0.pt",
+        Monitor(tmp_path),
+    )
     for name, value in model.state_dict().items():
         if not name.startswith(("policy.", "position.")):
             assert torch.equal(value, before[name]), name
     assert not torch.equal(model.policy.classifier.weight, before["policy.classifier.weight"])
 
 
-def test_a_finished_phase_is_loaded_and_not_repeated(model, cases, tmp_path):
-    phase = PhaseConfig("quantised", steps=2, batch=2, learning_rate=1e-3)
-    _phase(model, phase, Batches(cases), tmp_path / "0.pt")
-    trained = {name: value.clone() for name, value in model.state_dict().items()}
-    torch.manual_seed(5)
-    other = build_med_danet_v2("unet-12", in_channels=2, num_classes=2, crop_sizes=(24,))
-    _phase(other, phase, Batches(cases), tmp_path / "0.pt")
-    assert all(torch.equal(value, trained[name]) for name, value in other.state_dict().items())
-    assert other.segmenter.init.input_amax == model.segmenter.init.input_amax > 0
+def test_d7_frozen_parts_stand_still_norms_and_dropout_included(model, cases, tmp_path):
+    """The published code's third phase: the losses of all branches, but the policy alone moves."""
+    phase = PhaseConfig("joint", 3, batch=4, parts=("policy",), loss="dice", cost_weight=0.3)
+    set_quantization(model, quantize=False, update_range=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run_phase(
+        model, OBJECTIVES["joint"], phase, Batches(cases, window=32), tmp_path / "0.pt",
+        Monitor(tmp_path),
+    )
+    for name, value in model.state_dict().items():
+        if not name.startswith("policy."):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(model.policy.classifier.weight, before["policy.classifier.weight"])
 
 
 @pytest.mark.parametrize("objective", ["segmenter", "quantised", "joint", "static"])
 def test_each_objective_learns(model, cases, tmp_path, objective):
     set_quantization(model, quantize=objective != "static", update_range=True)
-    batches = Batches(cases)
-    batches.windows.window = 48
+    batches = Batches(cases, window=48)
+    phase = PhaseConfig(objective, steps=16, batch=2, cost_weight=0.06)
     trained = model.segmenter if objective == "static" else model
     optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
     losses = []
     for step in range(16):
-        loss = OBJECTIVES[objective](trained.train(), batches, step, 2)
+        batches.seek(step)
+        loss = OBJECTIVES[objective](trained.train(), batches, step, phase)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -200,11 +230,14 @@ def test_the_whole_recipe_on_a_phantom(tmp_path):
     )
     for phase in [*config.phases, config.baseline]:
         phase.steps, phase.batch = 2, 1
+    config.validate_every, config.validation_slices = 2, 4
     path = train(config)
     model = load_model(path)
     assert model.decision_scale == 2 and model.metadata["held_out"] == ["case_1"]
-    log = [json.loads(line)["phase"] for line in (path.parent / "log.jsonl").open()]
-    assert log == ["0-static", "1-segmenter", "2-decisions", "3-quantised", "baseline"]
+    assert model.metadata["modalities"] == ["flair", "t1ce", "t1", "t2"]
+    names = ["0-static", "1-segmenter", "2-decisions", "3-quantised", "baseline"]
+    for file in ("log.jsonl", "validation.jsonl"):
+        assert [json.loads(line)["phase"] for line in (path.parent / file).open()] == names
     first, last = (
         torch.load(path.with_name(name), weights_only=True)["model"]
         for name in ("0-static.pt", "baseline.pt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -37,16 +37,20 @@ def to_classes(labels: np.ndarray, convention: str) -> np.ndarray:
     return _look_up(labels, table)
 
 
-def from_classes(classes: np.ndarray, convention: str) -> np.ndarray:
-    """Translates classes 0..3, any shape, to the values of a label convention, uint8.
+def from_classes(classes: np.ndarray, convention: str | Mapping[int, int]) -> np.ndarray:
+    """Translates classes, any shape, to the values of a label file, uint8.
+
+    Args:
+        classes: 0..3, or what the mapping knows; 0 stays 0.
+        convention: Key of `LABELS`, or class -> value.
 
     Raises:
-        ValueError: If a class is above 3 or the convention is unknown.
+        ValueError: If a class has no value or the convention is unknown.
     """
-    table = _table(convention)
+    table = _table(convention) if isinstance(convention, str) else convention
     classes = _as_bytes(classes)
-    if classes.size and classes.max() > 3:
-        raise ValueError(f"classes reach {classes.max()}, expected 0..3")
+    if classes.size and classes.max() > max(table):
+        raise ValueError(f"classes reach {classes.max()}, expected 0..{max(table)}")
     return _look_up(classes, table)
 
 
@@ -104,7 +108,7 @@ def _present(array: np.ndarray) -> set[int]:
     return set(np.flatnonzero(seen).tolist()) - {0}
 
 
-def _look_up(array: np.ndarray, table: dict[int, int]) -> np.ndarray:
+def _look_up(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     lookup = np.zeros(256, np.uint8)
     lookup[list(table)] = list(table.values())
     return lookup[array]

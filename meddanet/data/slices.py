@@ -1,4 +1,4 @@
-"""Axial slices for training: an uncompressed, memory-mapped cache, sampling, augmentation.
+"""Axial slices for training: an uncompressed, memory-mapped cache, and what is drawn from it.
 
 Every case is decompressed and normalised once; epochs then read slices from disk through the page
 cache, so that memory stays bounded whatever the number of cases.
@@ -6,14 +6,16 @@ cache, so that memory stays bounded whatever the number of cases.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+_KINDS = ("labels", "seen", "images")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class CachedCase:
         name: Case name.
         images: Memory map [D, C, H, W] float16, normalised.
         labels: Memory map [D, H, W] uint8, classes.
-        brain: Indices of slices that hold any brain.
+        brain: Indices of slices that hold any signal.
         lesion: Indices of slices that hold any label.
     """
 
@@ -36,13 +38,21 @@ class CachedCase:
 
 
 def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-    """Stores slices [D, C, H, W] and classes [D, H, W] as `<name>.{images,labels}.npy`."""
+    """Stores slices [D, C, H, W] and classes [D, H, W] as `<name>.{images,labels,seen}.npy`."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {"labels": labels.astype(np.uint8), "images": images.astype(np.float16)}
-    for kind, array in arrays.items():
+    seen = np.stack([images.any(axis=(1, 2, 3)), labels.any(axis=(1, 2))])
+    arrays = {
+        "labels": labels.astype(np.uint8), "seen": seen, "images": images.astype(np.float16)
+    }
+    for kind in _KINDS:
         partial = folder / f".{name}.{kind}.partial.npy"
-        np.save(partial, array)
+        np.save(partial, arrays[kind])
         partial.replace(folder / f"{name}.{kind}.npy")
+
+
+def is_cached(name: str, folder: Path) -> bool:
+    """Tells whether a case lies in the cache, complete."""
+    return all((folder / f"{name}.{kind}.npy").exists() for kind in _KINDS)
 
 
 def read_cache(name: str, folder: Path) -> CachedCase:
@@ -53,110 +63,106 @@ def read_cache(name: str, folder: Path) -> CachedCase:
     """
     images = np.load(folder / f"{name}.images.npy", mmap_mode="r")
     labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
-    brain = np.flatnonzero(images.any(axis=(1, 2, 3)))
-    lesion = np.flatnonzero(labels.any(axis=(1, 2)))
-    return CachedCase(name, images, labels, brain, lesion)
+    seen, labelled = np.load(folder / f"{name}.seen.npy")
+    return CachedCase(name, images, labels, np.flatnonzero(seen), np.flatnonzero(labelled))
 
 
 def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]]:
-    """Splits patients into (training, held out): every `count`-th sorted name is held out."""
-    ordered = sorted(names)
-    held_out = ordered[fold::count]
-    return [name for name in ordered if name not in held_out], held_out
+    """Splits patients into (training, held out): every `count`-th sorted name is held out.
+
+    Timepoints of one BraTS 2023 patient, `BraTS-GLI-00005-100` and `-101`, stay together. A count
+    of 0 holds out nobody.
+
+    Raises:
+        ValueError: If `fold` is not below `count`, or nobody is left to train on.
+    """
+    if count and not 0 <= fold < count:
+        raise ValueError(f"fold is {fold}, expected 0 to {count - 1} of {count} folds")
+    patients = sorted({_patient(name) for name in names})
+    chosen = set(patients[fold::count]) if count else set()
+    training = sorted(name for name in names if _patient(name) not in chosen)
+    if not training:
+        raise ValueError(f"{len(patients)} patients leave none to train on; expected more, or 0 folds")
+    return training, sorted(set(names) - set(training))
 
 
+def _patient(name: str) -> str:
+    """Returns the case name without a BraTS 2023 timepoint."""
+    match = re.fullmatch(r"(BraTS-\w+-\d{5})-\d{3}", name)
+    return match[1] if match else name
+
+
+@dataclass
 class SliceSampler:
     """Draws batches of whole slices or windows, cases with equal chance.
 
-    Args:
+    What is drawn depends on the generator alone, in a fixed number of draws per sample, so that
+    processes that share one draw the same batch and read only their parts of it.
+
+    Attributes:
         cases: Cached cases.
-        seed: Seed of the generator; the same seed gives the same batches.
         lesion_share: Share of samples drawn from slices with a lesion; the rest comes from all
             slices that hold brain. None samples all brain slices alike.
         window: Side of the window cut around a random lesion (or brain) pixel; None = whole slice.
+        canvas: Height and width that smaller slices are padded to, at the bottom and right;
+            slices of one batch have to agree.
         phantoms: Synthetic cases to mix in.
         phantom_share: Share of samples drawn from them.
+        drawn: Case and slice of each sample of the last batch.
     """
 
-    def __init__(
-        self,
-        cases: list[CachedCase],
-        seed: int,
-        lesion_share: float | None = None,
-        window: int | None = None,
-        phantoms: list[CachedCase] | None = None,
-        phantom_share: float = 0.05,
-    ) -> None:
-        self.cases = cases
-        self.phantoms = phantoms or []
-        self.phantom_share = phantom_share
-        self.random = np.random.default_rng(seed)
-        self.lesion_share = lesion_share
-        self.window = window
+    cases: list[CachedCase]
+    lesion_share: float | None = None
+    window: int | None = None
+    canvas: tuple[int, int] = (0, 0)
+    phantoms: list[CachedCase] = field(default_factory=list)
+    phantom_share: float = 0.05
+    drawn: list[str] = field(default_factory=list, init=False)
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Returns (images float32 [N, C, H, W], labels int64 [N, H, W])."""
-        pairs = [self._sample() for _ in range(size)]
+    def batch(
+        self, random: np.random.Generator, size: int, share: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (images float32 [N, C, H, W], labels int64 [N, H, W]).
+
+        Args:
+            random: Source of randomness.
+            size: Samples drawn.
+            share: Which of them are read and returned.
+        """
+        self.drawn = []
+        pairs = [self._sample(draw) for draw in random.random((size, 7))[share]]
         images = torch.from_numpy(np.stack([p[0] for p in pairs]).astype(np.float32))
         labels = torch.from_numpy(np.stack([p[1] for p in pairs]).astype(np.int64))
         return images, labels
 
-    def _sample(self) -> tuple[np.ndarray, np.ndarray]:
-        synthetic = self.phantoms and self.random.random() < self.phantom_share
-        pool = self.phantoms if synthetic else self.cases
-        case = pool[self.random.integers(len(pool))]
-        wanted = self.lesion_share is not None and self.random.random() < self.lesion_share
-        choices = case.lesion if wanted and len(case.lesion) else case.brain
-        index = int(choices[self.random.integers(len(choices))])
+    def _sample(self, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turns seven numbers in [0, 1) into one sample."""
+        synthetic = self.phantoms and draw[0] < self.phantom_share
+        case = _pick(self.phantoms if synthetic else self.cases, draw[1])
+        wanted = self.lesion_share is not None and draw[2] < self.lesion_share
+        index = int(_pick(case.lesion if wanted and len(case.lesion) else case.brain, draw[3]))
+        self.drawn.append(f"{case.name} slice {index}")
         image, label = case.images[index], case.labels[index]
         if self.window is None:
-            return image, label
+            return pad(image, self.canvas), pad(label, self.canvas)
         mask = label > 0 if label.any() else (image != 0).any(0)
-        rows, columns = np.nonzero(mask)
-        pick = self.random.integers(len(rows))
-        centre = np.array([rows[pick], columns[pick]])
-        jitter = self.random.integers(-self.window // 3, self.window // 3 + 1, size=2)
-        limit = np.array(label.shape) - self.window
-        y, x = np.clip(centre + jitter - self.window // 2, 0, np.maximum(limit, 0))
+        centre = np.array(_pick(np.argwhere(mask), draw[4]))
+        reach = self.window // 3
+        jitter = np.floor(draw[5:7] * (2 * reach + 1)).astype(int) - reach
+        limit = np.maximum(np.array(label.shape) - self.window, 0)
+        y, x = np.clip(centre + jitter - self.window // 2, 0, limit)
         cut = np.s_[..., y : y + self.window, x : x + self.window]
-        return image[cut], label[cut]
+        full = (self.window, self.window)
+        return pad(image[cut], full), pad(label[cut], full)
 
 
-def augment(
-    images: Tensor, labels: Tensor, generator: torch.Generator, *, rotation: float = 15.0,
-    scale: float = 0.15, shift: float = 0.0, intensity: float = 0.1,
-) -> tuple[Tensor, Tensor]:
-    """Flips, turns, scales, shifts and re-tints a batch, on its own device.
+def _pick(choices: Any, draw: float) -> Any:
+    return choices[int(draw * len(choices))]
 
-    The papers' augmentation (flips with p = 0.5 on each axis, intensity * U(0.9, 1.1) +
-    U(-0.1, 0.1)) with one factor per modality and none on the background, plus a small rotation
-    and zoom.
 
-    Args:
-        images: [N, C, H, W]; background is exactly 0 and stays so.
-        labels: [N, H, W] int64.
-        generator: Source of randomness, on the CPU.
-        rotation: Largest angle in degrees.
-        scale: Largest relative change of size.
-        shift: Largest shift as a share of the side.
-        intensity: Largest relative change and shift of intensity.
-    """
-    batch, channels = images.shape[:2]
-    device = images.device
-
-    def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator) - 1).to(device)
-
-    gain, offset = 1 + intensity * uniform(batch, channels, 1, 1), uniform(batch, channels, 1, 1)
-    images = torch.where(images != 0, images * gain + intensity * offset, images)
-    angle, zoom = uniform(batch) * math.radians(rotation), 1 + scale * uniform(batch)
-    flips = torch.where(uniform(batch, 2) < 0, -1.0, 1.0)
-    theta = torch.zeros(batch, 2, 3, device=device)
-    theta[:, 0, 0], theta[:, 0, 1] = zoom * angle.cos(), -zoom * angle.sin()
-    theta[:, 1, 0], theta[:, 1, 1] = zoom * angle.sin(), zoom * angle.cos()
-    theta[:, :, :2] *= flips[:, None, :]
-    theta[:, :, 2] = 2 * shift * uniform(batch, 2)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    turned = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
-    return images, turned[:, 0].long()
+def pad(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Zero-pads [..., H, W] at the bottom and right to at least `size`."""
+    missing = [max(want - have, 0) for want, have in zip(size, array.shape[-2:], strict=True)]
+    if not any(missing):
+        return array
+    return np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, side) for side in missing])

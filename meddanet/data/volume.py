@@ -113,10 +113,28 @@ def normalize(data: np.ndarray) -> np.ndarray:
     return result.transpose(np.argsort(order))
 
 
-def to_slices(volume: Volume) -> np.ndarray:
-    """Returns the normalised axial slices [D, C, H, W], float32, of a volume in LPS order."""
+def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Clips to a window of Hounsfield values and scales it to 0..1, float32, same shape.
+
+    Raises:
+        ValueError: If the window does not ascend.
+    """
+    low, high = window
+    if not low < high:
+        raise ValueError(f"window_hu is {low:g}, {high:g}; expected ascending Hounsfield values")
+    return ((data.astype(np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+
+
+def to_slices(volume: Volume, window_hu: tuple[float, float] | None = None) -> np.ndarray:
+    """Returns the normalised axial slices [D, C, H, W], float32, of a volume in LPS order.
+
+    Args:
+        volume: Raw intensities.
+        window_hu: Hounsfield values that become 0 and 1; None normalises by `normalize`.
+    """
     data = canonical(volume.data, volume.affine)
-    return np.ascontiguousarray(np.moveaxis(normalize(data), -1, 0))
+    data = normalize(data) if window_hu is None else hounsfield_window(data, window_hu)
+    return np.ascontiguousarray(np.moveaxis(data, -1, 0))
 
 
 def from_slices(labels: np.ndarray, volume: Volume) -> np.ndarray:

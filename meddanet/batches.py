@@ -1,0 +1,94 @@
+"""Augmented batches of the training cases, the same for the same seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data.augment import augment
+from .data.slices import CachedCase, SliceSampler
+from .distributed import rank, world
+
+
+@dataclass
+class Batches:
+    """What a phase trains on.
+
+    All randomness of a step follows from the seed and the step alone, so that a run that was
+    stopped goes on with the batches it would have had. Where several processes train, each draws
+    the whole batch and reads its own share.
+
+    Attributes:
+        cases: Cached training cases.
+        phantoms: Synthetic cases mixed in.
+        seed: Seed of sampling and augmentation; several numbers count as one.
+        bit_weight: Weight of the mean width's share of the dearest, in the quantised phase.
+        intensity: Largest relative change and shift of a modality's intensities.
+        window: Side of the windows in pixels; None = whole slices.
+        canvas: Height and width that whole slices are padded to.
+        device: Where batches lie; augmentation runs there.
+        dtype: Of the images.
+        drawn: Case and slice of every sample of the current step.
+    """
+
+    cases: list[CachedCase]
+    phantoms: list[CachedCase] = field(default_factory=list)
+    seed: int | Sequence[int] = 0
+    bit_weight: float = 0.06
+    intensity: float = 0.1
+    window: int | None = 128
+    canvas: tuple[int, int] = (0, 0)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    drawn: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.windows = SliceSampler(self.cases, 0.67, self.window, self.canvas, self.phantoms)
+        self.slices = SliceSampler(self.cases, None, None, self.canvas, self.phantoms)
+        self.generator = torch.Generator()
+        self.seek(0)
+
+    def seek(self, step: int) -> None:
+        """Seeds everything random of one step, PyTorch's own generators (dropout) included."""
+        seed = np.random.SeedSequence([*np.atleast_1d(self.seed).tolist(), step])
+        sampling, augmentation, layers = seed.spawn(3)
+        self.random = np.random.default_rng(sampling)
+        self.generator.manual_seed(_number(augmentation))
+        torch.manual_seed(_number(layers) + rank())
+        self.drawn = []
+
+    def window_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Returns augmented windows, two thirds of them from slices with a lesion.
+
+        Args:
+            size: Samples of all processes together, rounded up to their number.
+        """
+        return self._batch(self.windows, size)
+
+    def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Returns augmented whole slices in their natural mix."""
+        return self._batch(self.slices, size, shift=0.12)
+
+    def jitter(self, count: int, reach: int) -> Tensor:
+        """Returns whole numbers [count, 2] from -reach to reach, for this process's samples."""
+        shape = (count * world(), 2)
+        drawn = torch.randint(-reach, reach + 1, shape, generator=self.generator)
+        return drawn[rank() :: world()].to(self.device)
+
+    def _batch(self, sampler: SliceSampler, size: int, **ranges: float) -> tuple[Tensor, Tensor]:
+        whole = -(-size // world()) * world()
+        share = slice(rank(), None, world())
+        images, labels = sampler.batch(self.random, whole, share)
+        self.drawn += sampler.drawn
+        return augment(
+            images.to(self.device, self.dtype), labels.to(self.device), self.generator,
+            intensity=self.intensity, rank=rank(), world=world(), **ranges,
+        )
+
+
+def _number(seed: np.random.SeedSequence) -> int:
+    return int(seed.generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,137 @@
+"""Where a training run stands: saved whole or not at all, and only continued as what it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data.storage import write_bytes
+from .layers import quantized_layers
+from .recipe import TrainConfig
+
+# what may differ between two calls of one run; the split is compared by names, not by its folder
+_FREE = {
+    "data", "out", "cache", "device", "threads", "compile", "deterministic", "checkpoint_minutes",
+    "checkpoint_steps", "validate_every", "validation_slices", "tensorboard", "baseline",
+}
+
+
+@dataclass
+class Progress:
+    """How far a phase has come.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps the phase was to have when this was saved.
+        share: Last share of the peak learning rate.
+        ramp_start: Step at which the phase was extended, -1 if it never was.
+        ramp_share: The share there, from which the rate moves to the longer schedule.
+        smooth: Running mean of the loss.
+        cpu_seconds: CPU time spent.
+    """
+
+    step: int = 0
+    steps: int = 0
+    share: float = 0.0
+    ramp_start: int = -1
+    ramp_share: float = 0.0
+    smooth: float | None = None
+    cpu_seconds: float = 0.0
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, progress: Progress, **states: dict[str, Any]
+) -> None:
+    """Writes model, input ranges, progress and further state_dicts.
+
+    The file appears under its name only when it is complete and on disk; a process killed in the
+    middle leaves the one before.
+
+    Raises:
+        VolumeError: If it cannot be written.
+    """
+    ranges = {name: layer.input_amax for name, layer in quantized_layers(model).items()}
+    content = {
+        "model": model.state_dict(), "input_amax": ranges, "progress": asdict(progress), **states,
+    }
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_bytes(path, stream.getbuffer())
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, dict[str, Any]]]:
+    """Loads what `save_checkpoint` wrote into a model; nothing in the file is executed.
+
+    Returns:
+        The progress and the further state_dicts.
+
+    Raises:
+        ValueError: If the file is damaged or belongs to another model.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        progress = Progress(**content.pop("progress"))
+        model.load_state_dict(content.pop("model"))
+        layers = quantized_layers(model)
+        for name, amax in content.pop("input_amax").items():
+            layers[name].input_amax.copy_(amax)
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: is no checkpoint of this run ({str(error).splitlines()[0]}); "
+            "delete it to repeat its phase, or name another out"
+        ) from error
+    return progress, content
+
+
+def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
+    """Writes `<out>/config.json` and `split.json`, or sees that those there say the same.
+
+    Steps, devices, threads and how a run is watched may differ, and phases may be added.
+
+    Raises:
+        ValueError: If anything else differs; the first such field is named.
+    """
+    out = Path(config.out)
+    for path, content in ((out / "split.json", split), (out / "config.json", asdict(config))):
+        # as it will be read
+        content = json.loads(json.dumps(content))
+        if path.exists():
+            _check_same(path, json.loads(path.read_text()), content)
+        write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    now = dict(_fields(wanted))
+    for name, value in _fields(saved):
+        root, _, rest = name.partition(".")
+        free = root in _FREE and not (root == "baseline" and wanted["baseline"] and rest)
+        if free or name.endswith(".steps") or now.get(name, _ABSENT) == value:
+            continue
+        asked = "nothing" if name not in now else repr(now[name])
+        raise ValueError(
+            f"{path}: {name} is {value!r} in the run that is there, and {asked} is asked for; "
+            "expected the same, or another out"
+        )
+
+
+_ABSENT = object()
+
+
+def _fields(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every field; the members of `phases` are numbered."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _fields(value, f"{name}.{key}".lstrip("."))
+    elif name == "phases":
+        for number, value in enumerate(content):
+            yield from _fields(value, f"{name}.{number}")
+    else:
+        yield name, content

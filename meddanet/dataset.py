@@ -1,0 +1,204 @@
+"""From a folder of labelled cases to cached slices with classes, and what the weights must know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .data import (
+    MODALITIES,
+    Case,
+    VolumeError,
+    canonical,
+    detect_label_convention,
+    find_cases,
+    load_labels,
+    load_volume,
+    normalize,
+    to_classes,
+    to_slices,
+)
+from .data.phantom import make_phantom
+from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
+from .data.storage import write_bytes
+from .distributed import barrier, rank
+from .recipe import TrainConfig
+
+_FIRST_PHANTOM = 1000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cached cases, split by patient.
+
+    Attributes:
+        training: Cases to train on.
+        held_out: The fold that is held out.
+        phantoms: Synthetic gliomas to mix in, if the cases are gliomas.
+        modalities: Channels, in order.
+        num_classes: Classes, background included.
+        facts: What `save_model` shall note: label convention or values, normalisation, spacing.
+    """
+
+    training: list[CachedCase]
+    held_out: list[CachedCase]
+    phantoms: list[CachedCase]
+    modalities: tuple[str, ...]
+    num_classes: int
+    facts: dict[str, object]
+
+    @property
+    def split(self) -> dict[str, list[str]]:
+        """The names of both parts."""
+        return {
+            "trained_on": [case.name for case in self.training],
+            "held_out": [case.name for case in self.held_out],
+        }
+
+    def canvas(self, stride: int, smallest: int) -> tuple[int, int]:
+        """Returns the height and width, multiples of `stride`, that all slices fit into."""
+        cases = (*self.training, *self.held_out, *self.phantoms)
+        height, width = (
+            -(-max(smallest, *(case.labels.shape[axis] for case in cases)) // stride) * stride
+            for axis in (1, 2)
+        )
+        return height, width
+
+
+def prepare_dataset(config: TrainConfig) -> Dataset:
+    """Caches every labelled case that is not cached yet, and splits them.
+
+    Raises:
+        VolumeError: If a case is bad, or the cases do not belong together.
+        ValueError: If the cache was made with other settings, or the fold does not fit.
+    """
+    cache = Path(config.cache or Path(config.out) / "cache")
+    found = {case.name: case for case in find_cases(config.data) if case.label is not None}
+    if not found:
+        raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
+    if rank() == 0:
+        with _table(cache, config) as table:
+            for name, case in tqdm(found.items(), desc="cache", disable=None):
+                if name not in table or not is_cached(name, cache):
+                    table[name] = _cache_case(case, config, cache)
+    barrier()
+    table = json.loads((cache / "cases.json").read_text())["cases"]
+    facts = {name: table[name] for name in found}
+    modalities = tuple(_common(facts, "modalities"))
+    gliomas = _common(facts, "gliomas")
+    phantoms = []
+    if gliomas and modalities == MODALITIES:
+        phantoms = [f"phantom-{_FIRST_PHANTOM + index}" for index in range(config.phantoms)]
+        if rank() == 0:
+            _cache_phantoms(phantoms, cache)
+        barrier()
+    training, held_out = folds(list(found), config.folds, config.fold)
+    highest = max(f["highest"] for f in facts.values())
+    num_classes = 4 if gliomas else 1 + max(highest, *(config.label_map or {}).values(), 0)
+    if num_classes < 2:
+        raise VolumeError(f"{config.data}: no case has a labelled voxel; check label_map")
+    spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
+    parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]
+    return Dataset(
+        parts[0], parts[1], parts[2], modalities, num_classes,
+        {**_label_facts(config, gliomas, num_classes), **_normalisation(config),
+         "spacing_mm": spacing.round(4).tolist()},
+    )
+
+
+def _label_facts(config: TrainConfig, gliomas: bool, num_classes: int) -> dict[str, object]:
+    if gliomas:
+        return {"label_convention": "brats2021"}
+    # of values that share a class, the first stands for it
+    values = {k: k for k in range(1, num_classes)}
+    for value, k in reversed((config.label_map or {}).items()):
+        values[k] = value
+    return {"label_convention": "values", "label_values": values}
+
+
+def _normalisation(config: TrainConfig) -> dict[str, object]:
+    if config.window_hu is None:
+        return {}
+    return {"normalisation": "hounsfield window", "window_hu": list(config.window_hu)}
+
+
+@contextmanager
+def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
+    """Opens the cache's table of cases; keeps what was added, also where a later case is bad."""
+    settings = {
+        name: getattr(config, name) for name in ("modalities", "label_map", "window_hu")
+    }
+    settings = json.loads(json.dumps(settings))
+    path = cache / "cases.json"
+    content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "cases": {}}
+    for name, value in settings.items():
+        if content["settings"][name] != value:
+            raise ValueError(
+                f"{cache}: was made with {name} {content['settings'][name]}, not {value}; "
+                "delete it or name another cache"
+            )
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        yield content["cases"]
+    finally:
+        write_bytes(path, json.dumps(content).encode())
+
+
+def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:
+    """Caches one case and returns its row of the table."""
+    volume = load_volume(case, config.modalities)
+    labels = load_labels(str(case.label), like=volume)
+    gliomas = config.label_map is None and set(volume.modalities) <= set(MODALITIES)
+    if gliomas:
+        classes = to_classes(labels, detect_label_convention(volume, np.unique(labels)))
+    else:
+        classes = _by_value(labels, config.label_map, case)
+    images = to_slices(volume, config.window_hu)
+    if not np.isfinite(images).all():
+        raise VolumeError(f"{case.name}: holds values that are not finite; expected numbers")
+    if not images.any():
+        raise VolumeError(f"{case.name}: holds no signal after normalisation; check window_hu")
+    classes = canonical(classes, volume.affine).transpose(2, 0, 1)
+    write_cache(case.name, images, classes, cache)
+    return {
+        "modalities": volume.modalities, "gliomas": gliomas, "highest": int(classes.max()),
+        "spacing_mm": volume.spacing,
+    }
+
+
+def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) -> np.ndarray:
+    """Translates label values by a map, values outside it to background; None keeps them."""
+    if labels.dtype != np.uint8:
+        raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
+    if label_map is None:
+        return labels
+    lookup = np.zeros(256, np.uint8)
+    for value, k in label_map.items():
+        lookup[value] = k
+    return lookup[labels]
+
+
+def _cache_phantoms(names: list[str], cache: Path) -> None:
+    for name in names:
+        if not is_cached(name, cache):
+            phantom = make_phantom(int(name.removeprefix("phantom-")))
+            images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+            write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)
+
+
+def _common(facts: dict[str, dict], key: str) -> Any:
+    """Returns what all cases agree in."""
+    (first, fact), *others = facts.items()
+    for name, other in others:
+        if other[key] != fact[key]:
+            raise VolumeError(
+                f"{name}: {key} is {other[key]}, but {fact[key]} in {first}; expected one of them"
+            )
+    return fact[key]

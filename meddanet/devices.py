@@ -1,0 +1,24 @@
+"""Where tensors live, by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Returns the device that "auto", "cpu", "cuda" or "cuda:N" means on this machine.
+
+    Raises:
+        ValueError: If the name is none of these or the device is not there.
+    """
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use cpu"
+        )
+    return device

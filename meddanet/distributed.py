@@ -1,0 +1,98 @@
+"""Several processes that train as one: who is who, and sums over all of them.
+
+A loss that is not a mean over samples (Dice, a weighted mean) is built from global sums, so that
+every process holds the loss of the whole batch, and the averaged gradients are its gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .devices import resolve_device
+
+
+def rank() -> int:
+    """Returns the number of this process, 0 for the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did, and gives this one its device.
+
+    Raises:
+        ConnectionError: If another process stops; the checkpoints allow to go on.
+        ValueError: If the device is not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield resolve_device(device)
+        return
+    own = resolve_device(device)
+    if own.type == "cuda":
+        own = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    except RuntimeError as error:
+        if "onnection" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise ConnectionError(
+            f"process {rank()} of {world()} lost another one, which ended or was killed; "
+            "give the same command again to go on from the last checkpoint"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; all hold the same loss, whose gradients are then averaged."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        total = input.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # the mean over processes divides by their number again
+        return grad * dist.get_world_size()
+
+
+def global_sum(input: Tensor) -> Tensor:
+    """Returns the sum over all processes, differentiable; the input itself where there is one."""
+    return _Sum.apply(input) if dist.is_initialized() else input
+
+
+def global_mean(input: Tensor) -> Tensor:
+    """Returns the mean of all elements of all processes, each of which has as many."""
+    return global_sum(input.sum()) / (input.numel() * world())
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replaces tensors by their means over all processes."""
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,136 @@
+"""How a training run is watched: a log, TensorBoard, and looks at the held-out cases."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data.slices import CachedCase, pad
+from .data.storage import write_bytes
+from .distributed import rank
+
+# slices [N, C, H, W] -> labels [N, H, W]
+Predict = Callable[[Tensor], Tensor]
+_CHUNK = 8
+
+
+class Monitor:
+    """Writes `log.jsonl`, `validation.jsonl` and TensorBoard's files; only in the first process.
+
+    Args:
+        out: Folder of the run.
+        held_out: Cases to look at.
+        every: Steps between looks; 0 = none.
+        slices: Slices that one takes, spread evenly over all cases.
+        num_classes: Classes, background included.
+        canvas: Height and width that slices are padded to.
+        tensorboard: Write `<out>/tensorboard` too.
+
+    Raises:
+        ImportError: If TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        held_out: list[CachedCase] | None = None,
+        *,
+        every: int = 0,
+        slices: int = 64,
+        num_classes: int = 4,
+        canvas: tuple[int, int] = (0, 0),
+        tensorboard: bool = False,
+    ) -> None:
+        self.out, self.every, self.num_classes = out, every if held_out else 0, num_classes
+        self.canvas = canvas
+        all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
+        chosen = np.linspace(0, len(all_slices) - 1, min(slices, len(all_slices))).round()
+        self.samples = [all_slices[int(index)] for index in chosen]
+        self.writer = _writer(out / "tensorboard") if tensorboard and rank() == 0 else None
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drops what was logged of a phase after `step`, which will be logged again."""
+        for path in (self.out / "log.jsonl", self.out / "validation.jsonl"):
+            if rank() == 0 and path.exists():
+                # a killed process leaves half a line
+                rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+                kept = [
+                    line for line in rows
+                    if (row := json.loads(line))["phase"] != phase or row["step"] <= step
+                ]
+                write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+
+    def log(self, phase: str, step: int, file: str = "log.jsonl", **values: Any) -> None:
+        """Appends one line of JSON, and TensorBoard's scalars of its numbers."""
+        if rank() > 0:
+            return
+        with (self.out / file).open("a") as stream:
+            stream.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        if self.writer is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+            numbers |= {f"dice/{k}": v for k, v in values.get("dice", {}).items() if v is not None}
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{phase}/{name}", value, step)
+            self.writer.flush()
+
+    def look(self, phase: str, step: int, predict: Predict, device: torch.device) -> None:
+        """Logs the Dice of each class on held-out slices; warns where one swallows background.
+
+        Args:
+            phase: Name of the phase.
+            step: Steps done.
+            predict: Labels of slices.
+            device: Where slices are taken.
+        """
+        if rank() > 0:
+            return
+        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        with torch.inference_mode():
+            for start in range(0, len(self.samples), _CHUNK):
+                part = self.samples[start : start + _CHUNK]
+                images = np.stack([pad(c.images[z], self.canvas) for c, z in part])
+                truth = np.stack([pad(c.labels[z], self.canvas) for c, z in part])
+                found = predict(torch.from_numpy(images.astype(np.float32)).to(device))
+                pair = truth.astype(np.int64) * self.num_classes + found.cpu().numpy()
+                counts += np.bincount(pair.ravel(), minlength=counts.size).reshape(counts.shape)
+        dice, swallowed = dice_per_class(counts), swallowed_background(counts)
+        self.log(phase, step, "validation.jsonl", dice=dice, swallowed_background=swallowed)
+        for name, share in swallowed.items():
+            if share > 0.5:
+                warnings.warn(
+                    f"{phase}, step {step}: class {name} takes {share:.0%} of the background of "
+                    "held-out slices; foreground Dice alone allows that, see loss dice+ce",
+                    stacklevel=2,
+                )
+
+
+def dice_per_class(counts: np.ndarray) -> dict[str, float | None]:
+    """Returns Dice by class of a confusion matrix [truth, found]; None where a class is absent."""
+    total = counts.sum(0) + counts.sum(1)
+    return {
+        str(k): round(2 * int(counts[k, k]) / int(total[k]), 4) if total[k] else None
+        for k in range(1, len(counts))
+    }
+
+
+def swallowed_background(counts: np.ndarray) -> dict[str, float]:
+    """Returns, by class, the share of the true background that is taken for it."""
+    background = max(int(counts[0].sum()), 1)
+    return {str(k): round(int(counts[0, k]) / background, 4) for k in range(1, len(counts))}
+
+
+def _writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'tensorboard is not installed: pip install "meddanet[train]", or leave it off'
+        ) from error
+    return SummaryWriter(str(folder))
