@@ -98,13 +98,16 @@ def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -
 
 def oracle_loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
     """The loss of `decision_loss` on given slices [N, C, H, W] and labels [N, H, W]."""
+    # never in half precision: oneDNN's bfloat16 depthwise weight gradient is garbage on maps of
+    # one column, and the networks are tiny
+    with torch.autocast(images.device.type, enabled=False):
+        route_logits, position = model.decide(images), model.locate(images)
     route = oracle_route(labels, model.crop_sizes)
     area = (labels > 0).flatten(1).sum(1).to(images.dtype)
     mean_area = global_sum(area.sum()) / global_sum((area > 0).to(area).sum()).clamp_min(1)
     weight = 1 + (area / mean_area.clamp_min(1)).clamp(max=2)
-    loss = F.cross_entropy(model.decide(images), route, reduction="none") * weight
+    loss = F.cross_entropy(route_logits, route, reduction="none") * weight
     loss = global_sum(loss.sum()) / global_sum(weight.sum())
-    position = model.locate(images)
     for index, crop in enumerate(model.crop_sizes):
         fits = (route == index + 1).to(images.dtype)
         offset = model.offset(position, crop, *labels.shape[1:])

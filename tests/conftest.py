@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -105,3 +106,23 @@ def seed() -> None:
 def no_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def decathlon(tmp_path) -> Path:
+    """A task of one MR modality and two labels: five cases of odd sizes, nested discs in noise."""
+    folder = tmp_path / "Task04_Discs"
+    random = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+    (folder / "dataset.json").write_text('{"modality": {"0": "MRI"}}')
+    for number in range(5):
+        height, width, depth = 21 + number, 30 - number, 5
+        y, x, z = np.mgrid[:height, :width, :depth]
+        radius = np.hypot(y - 11, x - 13) + 3 * np.abs(z - 2)
+        labels = (radius < 8).astype(np.uint8) + (radius < 4)
+        image = random.normal(60, 9, labels.shape) + 40 * labels
+        for kind, array in (("imagesTr", image.astype(np.float32)), ("labelsTr", labels)):
+            path = folder / kind / f"disc_{number:03d}.nii.gz"
+            nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0])), path)
+    return folder

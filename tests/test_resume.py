@@ -1,0 +1,203 @@
+"""A run that was stopped, anywhere and by anything, ends in the same bits as one that was not."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from meddanet import phase as phase_module
+from meddanet.checkpoint import Progress, load_checkpoint
+from meddanet.data.slices import read_cache
+from meddanet.phase import phase_share, schedule
+from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.training import train
+
+KILLED_IN_ITS_FIFTH_CHECKPOINT = """
+import os, signal, sys, json
+from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.training import train
+
+sync, written = os.fsync, 0
+
+def fsync(descriptor):
+    global written
+    size = os.fstat(descriptor).st_size
+    written += size > 100_000  # checkpoints, not tables
+    if written == 5:
+        os.ftruncate(descriptor, size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+
+os.fsync = fsync
+values = json.loads(sys.argv[1])
+values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
+train(TrainConfig(**values))
+"""
+
+
+@pytest.fixture
+def config(decathlon, tmp_path) -> TrainConfig:
+    """Three steps that learn ranges, three with the Gumbel choice, a checkpoint after each."""
+    return TrainConfig(
+        str(decathlon), str(tmp_path / "run"), cache=str(tmp_path / "cache"), window=None,
+        segmenter="unet-12", crop_sizes=(16,), baseline=None, threads=1, device="cpu",
+        checkpoint_steps=1, validate_every=0,
+        phases=[
+            PhaseConfig("quantised", 3, batch=2, autocast="bfloat16"),
+            PhaseConfig("joint", 3, batch=2, arithmetic="learning"),
+        ],
+    )
+
+
+def result(folder) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "1-joint.pt", weights_only=True)
+    optimizer = {
+        f"{number}.{name}": value
+        for number, state in content["optimizer"]["state"].items() for name, value in state.items()
+    }
+    ranges = {f"range.{name}": value for name, value in content["input_amax"].items()}
+    return {**content["model"], **ranges, **optimizer}
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys() and len(one) > 100
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_killed_in_the_middle_of_a_write_goes_on_bit_for_bit(config, tmp_path):
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train(straight)
+    arguments = json.dumps({**vars(config), "phases": [vars(phase) for phase in config.phases]})
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_ITS_FIFTH_CHECKPOINT, arguments],
+        capture_output=True, text=True,
+    )
+    assert child.returncode == -9, child.stderr
+    run = tmp_path / "run"
+    assert len(list(run.glob(".*.partial"))) == 1
+    # the fourth is there, whole: one step of the second phase
+    assert torch.load(run / "1-joint.pt", weights_only=True)["progress"]["step"] == 1
+    train(config)
+    assert_same_bits(result(run), result(tmp_path / "straight"))
+    assert not list(run.glob(".*"))
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()]
+            for folder in (run, tmp_path / "straight")]
+    for rows in logs:
+        for row in rows:
+            del row["cpu_seconds"]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
+def test_interrupted_between_any_two_steps(config, tmp_path, monkeypatch):
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train(straight)
+    make_step, made = phase_module._make_step, []
+
+    def interrupted(*args):
+        made.append(1)
+        if len(made) in (2, 5):
+            raise KeyboardInterrupt
+        return make_step(*args)
+
+    monkeypatch.setattr(phase_module, "_make_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    assert len(made) == 6 + 2
+    assert_same_bits(result(tmp_path / "run"), result(tmp_path / "straight"))
+
+
+def test_a_finished_phase_goes_on_when_it_is_given_more_steps(config, tmp_path):
+    for phase in config.phases:
+        phase.steps = 1
+    train(config)
+    config.phases[1].steps = 2
+    train(config)
+    last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()][-1]
+    assert last["step"] == 2
+    config.phases[1].steps = 1
+    with pytest.raises(ValueError, match=r"1-joint.pt: has 2 steps done, more than the 1 asked"):
+        train(config)
+    config.phases[0].steps, config.phases[1].steps = 9, 2
+    with pytest.raises(ValueError, match=r"1-joint.pt: was trained from fewer steps than the 9"):
+        train(config)
+
+
+def test_another_configuration_is_refused_by_name(config):
+    config.phases = [PhaseConfig("static", 1, batch=2), PhaseConfig("decisions", 1, batch=2)]
+    train(config)
+    for field, value, named in (
+        ("seed", 5, "config.json: seed is 0 in the run that is there, and 5 is asked for"),
+        ("num_bits", (4, 8), r"num_bits is \[8, 16\]"),
+        ("fold", 1, r"split.json: trained_on is"),
+        ("phases", [PhaseConfig("static", 1, batch=4), config.phases[1]], "phases.0.batch is 2"),
+        ("phases", config.phases[:1], "phases.1.objective is 'decisions' .* nothing is asked"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train(replace(config, **{field: value}))
+
+
+def test_what_may_differ(config, tmp_path):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    more = [*config.phases, PhaseConfig("decisions", 1, batch=2)]
+    train(replace(config, phases=more, checkpoint_minutes=1.0, validate_every=0, device="auto"))
+    assert (tmp_path / "run" / "1-decisions.pt").exists()
+
+
+def test_an_extended_schedule_has_no_jump():
+    phase = PhaseConfig("static", steps=1000)
+    before = [phase_share(step, phase, Progress()) for step in range(1000)]
+    longer = replace(phase, steps=2000)
+    extended = Progress(step=1000, ramp_start=1000, ramp_share=before[-1])
+    after = [phase_share(step, longer, extended) for step in range(1000, 2000)]
+    joined = before + after
+    warm_up = 1 / 50
+    assert max(abs(a - b) for a, b in zip(joined, joined[1:], strict=False)) <= warm_up + 1e-12
+    assert after[60:] == [schedule(step, 2000) for step in range(1060, 2000)]
+    assert max(after) == max(after[45:55]) < 0.6 and after[-1] < 0.01
+
+
+def test_phases_that_share_a_schedule():
+    first, second, third = (
+        PhaseConfig("joint", steps, warm_up=1, schedule_before=before, schedule_after=after)
+        for steps, before, after in ((200, 0, 150), (100, 200, 50), (50, 300, 0))
+    )
+    shares = [
+        phase_share(step, phase, Progress())
+        for phase in (first, second, third) for step in range(int(phase.steps))
+    ]
+    assert shares == [schedule(step, 350, warm_up=1) for step in range(350)]
+
+
+def test_a_checkpoint_executes_nothing(config, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    path = tmp_path / "0-static.pt"
+    torch.save({"model": Harm(), "progress": {}, "input_amax": {}}, path)
+    with pytest.raises(ValueError, match="is no checkpoint of this run .* delete it to repeat"):
+        load_checkpoint(path, torch.nn.Linear(1, 1))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is no checkpoint of this run"):
+        load_checkpoint(path, torch.nn.Linear(1, 1))
+
+
+def test_a_number_that_is_not_finite_names_its_batch_and_saves_nothing(config, tmp_path):
+    config.phases = [PhaseConfig("static", 40, batch=2)]
+    train(replace(config, out=str(tmp_path / "fine"), phases=[PhaseConfig("static", 1, batch=2)]))
+    cache = tmp_path / "cache" / "disc_002.images.npy"
+    broken = read_cache("disc_002", tmp_path / "cache").images.copy()
+    broken[2] = float("nan")
+    np.save(cache, broken)
+    with pytest.raises(FloatingPointError, match="disc_002 slice 2.*last checkpoint was kept"):
+        train(config)
+    saved = torch.load(tmp_path / "run" / "0-static.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
