@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,15 +80,16 @@ class Batches:
         drawn = torch.randint(-reach, reach + 1, shape, generator=self.generator)
         return drawn[rank() :: world()].to(self.device)
 
-    def _batch(self, sampler: SliceSampler, size: int, **ranges: float) -> tuple[Tensor, Tensor]:
+    def _batch(self, sampler: SliceSampler, size: int, **ranges: Any) -> tuple[Tensor, Tensor]:
         whole = -(-size // world()) * world()
         share = slice(rank(), None, world())
         images, labels = sampler.batch(self.random, whole, share)
         self.drawn += sampler.drawn
-        return augment(
-            images.to(self.device, self.dtype), labels.to(self.device), self.generator,
+        images, labels = augment(
+            images.to(self.device), labels.to(self.device), self.generator,
             intensity=self.intensity, rank=rank(), world=world(), **ranges,
         )
+        return images.to(self.dtype), labels
 
 
 def _number(seed: np.random.SeedSequence) -> int:

@@ -7,9 +7,10 @@ every process holds the loss of the whole batch, and the averaged gradients are 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,25 +37,36 @@ def process_group(device: str) -> Iterator[torch.device]:
         ConnectionError: If another process stops; the checkpoints allow to go on.
         ValueError: If the device is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield resolve_device(device)
-        return
     own = resolve_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield own
+        return
     if own.type == "cuda":
         own = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    # torchrun's word to the others when one process has ended
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield own
     except RuntimeError as error:
-        if "onnection" not in str(error) and not isinstance(error, dist.DistError):
+        if not isinstance(error, dist.DistError | _Stopped) and "onnection" not in str(error):
             raise
         raise ConnectionError(
-            f"process {rank()} of {world()} lost another one, which ended or was killed; "
+            f"process {rank()} of {world()} stopped because another one ended or was killed; "
             "give the same command again to go on from the last checkpoint"
         ) from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+class _Stopped(RuntimeError):
+    pass
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped
 
 
 def barrier() -> None:

@@ -111,9 +111,7 @@ def run_phase(
     monitor.rewind(name, progress.step)
     step_of: nn.Module = _Step(model, objective)
     if world() > 1:
-        step_of = DistributedDataParallel(
-            step_of, find_unused_parameters=True, broadcast_buffers=False
-        )
+        step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     ranges = [layer.input_amax for layer in quantized_layers(model).values()]
     steps = tqdm(
         range(progress.step, int(phase.steps)), desc=name, initial=progress.step,

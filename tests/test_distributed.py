@@ -1,0 +1,161 @@
+"""Two gloo processes against one: equal gradients and weights, and what happens when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from meddanet.batches import Batches
+from meddanet.build import build_med_danet_v2
+from meddanet.data.slices import read_cache
+from meddanet.dataset import prepare_dataset
+from meddanet.layers import set_quantization
+from meddanet.monitor import Monitor
+from meddanet.objectives import OBJECTIVES
+from meddanet.phase import run_phase
+from meddanet.recipe import PhaseConfig, TrainConfig
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+TWO_RUNS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_distributed import learning_run, exact_run
+from meddanet.distributed import process_group
+
+with process_group("cpu"):
+    exact_run(Path(sys.argv[1]), Path(sys.argv[2]))
+    learning_run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+ONE_DIES = """
+import os, sys
+from pathlib import Path
+from meddanet.cli import main
+
+Path(sys.argv[1], "pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def batches_of(cache, **options) -> Batches:
+    cases = [read_cache(f"disc_{number:03d}", cache) for number in (1, 2, 3, 4)]
+    return Batches(cases, window=None, canvas=(32, 32), **options)
+
+
+def tiny_model():
+    torch.manual_seed(3)
+    model = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
+    model.segmenter.dropout.p = 0.0
+    return model
+
+
+def exact_run(cache, out) -> None:
+    """Three steps of everything, both branches, in float64 with frozen norms."""
+    torch.set_num_threads(1)
+    model = tiny_model().double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+    set_quantization(model, quantize=True, update_range=True)
+    phase = PhaseConfig("quantised", 3, batch=4)
+    batches = batches_of(cache, dtype=torch.float64)
+    run_phase(model, OBJECTIVES["quantised"], phase, batches, out / "exact.pt", Monitor(out))
+
+
+def learning_run(cache, out) -> None:
+    """Thirty steps of an ordinary phase."""
+    model = tiny_model()
+    set_quantization(model, quantize=False, update_range=True)
+    phase = PhaseConfig("static", 30, batch=8, learning_rate=3e-3)
+    run_phase(
+        model, OBJECTIVES["static"], phase, batches_of(cache), out / "learning.pt", Monitor(out)
+    )
+
+
+@pytest.fixture
+def cache(decathlon, tmp_path):
+    folder = tmp_path / "cache"
+    prepare_dataset(TrainConfig(str(decathlon), str(tmp_path / "run"), cache=str(folder)))
+    return folder
+
+
+def script(tmp_path, text: str) -> str:
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_two_processes_make_the_steps_of_one(cache, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    text = TWO_RUNS.format(tests=os.path.dirname(__file__))
+    done = subprocess.run(
+        [*LAUNCH, script(tmp_path, text), str(cache), str(two)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    exact_run(cache, one)
+    expected, actual = (torch.load(f / "exact.pt", weights_only=True) for f in (one, two))
+    before = tiny_model().state_dict()
+    moved = [n for n, v in expected["model"].items() if not torch.equal(v, before[n].to(v))]
+    assert len(moved) > 100
+    for name, value in expected["model"].items():
+        torch.testing.assert_close(actual["model"][name], value, msg=name)
+    for name, value in expected["input_amax"].items():
+        torch.testing.assert_close(actual["input_amax"][name], value, msg=name)
+    states = expected["optimizer"]["state"]
+    assert states.keys() == actual["optimizer"]["state"].keys() and len(states) > 100
+    for number, state in states.items():
+        # the running mean of the gradients: nothing but sums of them
+        largest = state["exp_avg"].abs().max().item()
+        torch.testing.assert_close(
+            actual["optimizer"]["state"][number]["exp_avg"], state["exp_avg"],
+            rtol=1e-7, atol=1e-9 * largest + 1e-15,
+        )
+    learning_run(cache, one)
+    alone, together = (
+        torch.load(f / "learning.pt", weights_only=True)["progress"]["smooth"] for f in (one, two)
+    )
+    assert together == pytest.approx(alone, rel=0.1)
+    # untrained: ln 3 + about 0.75
+    assert max(alone, together) < 1.7
+
+
+def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_path):
+    run = tmp_path / "run"
+    arguments = [
+        "train", "--data", str(decathlon), "--out", str(run), "--window", "null",
+        "--segmenter", "unet-12", "--crop_sizes", "[16]", "--baseline", "null",
+        "--checkpoint_steps", "1", "--validate_every", "0", "--device", "cpu", "--threads", "1",
+    ]
+
+    def phases(steps: int) -> list[str]:
+        return ["--phases", json.dumps([vars(PhaseConfig("static", steps, batch=2))])]
+
+    command = [*LAUNCH, script(tmp_path, ONE_DIES), str(tmp_path), *arguments]
+    process = subprocess.Popen(
+        [*command, *phases(100_000)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "0-static.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+    output, messages = process.communicate(timeout=120)
+    assert process.returncode != 0 and not output
+    ours = [line for line in messages.splitlines() if line.startswith("meddanet: error")]
+    assert len(ours) == 1 and "process 0 of 2 stopped because another one ended" in ours[0]
+    assert "give the same command again" in ours[0]
+    done = torch.load(run / "0-static.pt", weights_only=True)["progress"]["step"]
+    again = subprocess.run([*command, *phases(done + 2)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"{run / 'model.safetensors'}\n"
+    assert torch.load(run / "0-static.pt", weights_only=True)["progress"]["step"] == done + 2
