@@ -38,7 +38,6 @@ class Prediction:
     Attributes:
         labels: [H, W, D] uint8 in the input's voxel order and label convention.
         label_convention: Key of `LABELS` that the values follow, or "values": the training data's.
-        label_values: Class -> value in `labels`.
         routes: Names that `decisions` index.
         windows: (y, x) corner of each of the M windows in pixels; empty where whole slices were
             decided on.
@@ -50,11 +49,11 @@ class Prediction:
             "static_mac" and "static_paper": of the same network on every whole slice (or window);
             "scaled_paper": "paper" with encoder stages scaled by b / 32.
         timings: Seconds: "normalise", "network" (normalised slices to label slices), "total".
+        label_values: Class -> value in `labels`; None = the convention's.
     """
 
     labels: np.ndarray
     label_convention: str
-    label_values: Mapping[int, int]
     routes: tuple[str, ...]
     windows: tuple[tuple[int, int], ...]
     decisions: np.ndarray
@@ -62,6 +61,7 @@ class Prediction:
     num_bits: np.ndarray
     cost: dict[str, float]
     timings: dict[str, float]
+    label_values: Mapping[int, int] | None = None
 
 
 class VolumePredictor:
@@ -135,7 +135,6 @@ class VolumePredictor:
         return Prediction(
             labels=labels,
             label_convention=convention,
-            label_values=values,
             routes=self.model.routes,
             windows=self._windows(*slices.shape[2:]),
             decisions=result.decisions.numpy(),
@@ -147,6 +146,7 @@ class VolumePredictor:
                 "network": labelled - normalised,
                 "total": finished - began,
             },
+            label_values=values,
         )
 
     def _label_values(self, volume: Volume) -> tuple[str, Mapping[int, int]]:

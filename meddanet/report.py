@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,12 @@ def class_names(prediction: Prediction) -> dict[int, str]:
     """Returns what the classes are called: parts of a tumour, or the values they have in files."""
     if prediction.label_convention in LABELS:
         return NAMES
-    return {k: f"label {value}" for k, value in prediction.label_values.items()}
+    return {k: f"label {value}" for k, value in class_values(prediction).items()}
+
+
+def class_values(prediction: Prediction) -> Mapping[int, int]:
+    """Returns the value of each class in the prediction's labels."""
+    return prediction.label_values or LABELS[prediction.label_convention]
 
 
 def _colour(k: int) -> tuple[int, int, int]:
@@ -50,7 +56,7 @@ def case_report(
         seconds: Wall time of the case from file to file.
         **run: What else is known of the run, such as weights and device; goes under "run".
     """
-    values = prediction.label_values
+    values = class_values(prediction)
     names = class_names(prediction)
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
@@ -124,7 +130,7 @@ def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: i
     channel = volume.modalities.index("flair") if "flair" in volume.modalities else 0
     image = canonical(volume.data[channel], volume.affine)
     classes = np.zeros_like(prediction.labels)
-    for k, value in prediction.label_values.items():
+    for k, value in class_values(prediction).items():
         classes[prediction.labels == value] = k
     classes = canonical(classes, volume.affine)
     white = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1.0

@@ -1,0 +1,151 @@
+"""Labelled cases of several kinds: what is cached, what the weights note, what comes back."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from meddanet.data import VolumeError, find_cases, load_volume
+from meddanet.data.phantom import write_phantom
+from meddanet.dataset import prepare_dataset
+from meddanet.predictor import VolumePredictor
+from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.report import case_report, write_preview
+from meddanet.training import train
+from meddanet.weights import load_model
+
+
+def config(data, out, **options) -> TrainConfig:
+    return TrainConfig(str(data), str(out), **options)
+
+
+def test_one_modality_and_its_own_labels(decathlon, tmp_path):
+    data = prepare_dataset(config(decathlon, tmp_path / "run"))
+    assert data.modalities == ("mri",) and data.num_classes == 3 and not data.phantoms
+    assert data.facts == {
+        "label_convention": "values", "label_values": {1: 1, 2: 2}, "spacing_mm": [1.0, 1.0, 1.0],
+    }
+    assert [case.name for case in data.held_out] == ["disc_000"]
+    case = data.training[0]
+    stored = nib.load(decathlon / "labelsTr" / "disc_001.nii.gz")
+    # [D, H, W] in LPS, which this affine is
+    np.testing.assert_array_equal(case.labels, np.asarray(stored.dataobj).transpose(2, 0, 1))
+    image = np.asarray(nib.load(decathlon / "imagesTr" / "disc_001.nii.gz").dataobj)
+    z_score = (image - image.mean()) / image.std()
+    np.testing.assert_allclose(case.images[:, 0], z_score.transpose(2, 0, 1), atol=2e-3)
+    # the largest of 21..25 by 26..30, on the stride
+    assert data.canvas(8, 8) == (32, 32) and data.canvas(8, 40) == (40, 40)
+    assert data.canvas(5, 5) == (25, 30)
+
+
+def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
+    folder = tmp_path / "ct"
+    folder.mkdir()
+    scan = nib.load(real_data / "ct" / "example_ct_sm.nii.gz")
+    organs = nib.load(real_data / "ct" / "example_seg.nii.gz")
+    nib.save(scan, folder / "volume-0.nii.gz")
+    nib.save(organs, folder / "segmentation-0.nii.gz")
+    settings = config(
+        folder, tmp_path / "run", folds=0, label_map={5: 1, 1: 2, 2: 2, 3: 2},
+        window_hu=(-160, 240), segmenter="unet-12", crop_sizes=(64,), window=96, baseline=None,
+        validate_every=0, phases=[PhaseConfig("static", 1, batch=1)],
+    )
+    data = prepare_dataset(settings)
+    (case,) = data.training
+    values, hu = np.asarray(organs.dataobj), np.asarray(scan.dataobj).astype(np.float64)
+    assert (case.labels == 1).sum() == (values == 5).sum() > 0
+    assert (case.labels == 2).sum() == np.isin(values, (1, 2, 3)).sum() > 0
+    scaled = np.clip((hu + 160) / 400, 0, 1)
+    # RAS to LPS: both in-plane axes run the other way
+    np.testing.assert_allclose(
+        case.images[:, 0], scaled[::-1, ::-1].transpose(2, 0, 1), atol=1e-3
+    )
+    model = load_model(train(settings))
+    assert model.metadata["normalisation"] == "hounsfield window"
+    assert model.metadata["spacing_mm"] == [3.0, 3.0, 3.0]
+    model.policy.classifier.weight.data.zero_()
+    seen = []
+    model.policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    volume = load_volume(find_cases(folder)[0])
+    prediction = VolumePredictor(model).predict(volume)
+    assert 0 <= seen[0].min() and seen[0].max() <= 1
+    # the first value of a class stands for it
+    assert prediction.label_values == {1: 5, 2: 1}
+    assert set(np.unique(prediction.labels)) <= {0, 1, 5}
+    report = case_report(volume, prediction, 1.0)
+    assert report["label_values"] == {"label 5": 5, "label 1": 1}
+    write_preview(volume, prediction, tmp_path / "p.png")
+
+
+def test_other_settings_do_not_get_the_old_cache(decathlon, tmp_path):
+    first = config(decathlon, tmp_path / "run")
+    prepare_dataset(first)
+    with pytest.raises(ValueError, match="cache: was made with label_map None, not .*'1': 1"):
+        prepare_dataset(replace(first, label_map={1: 1}))
+    merged = replace(first, label_map={2: 1}, cache=str(tmp_path / "other"))
+    assert prepare_dataset(merged).num_classes == 2
+
+
+def test_a_half_written_cache_is_completed(decathlon, tmp_path):
+    settings = config(decathlon, tmp_path / "run")
+    prepare_dataset(settings)
+    cache = tmp_path / "run" / "cache"
+    kept, lost = cache / "disc_001.images.npy", cache / "disc_002.images.npy"
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    assert len(prepare_dataset(settings).training) == 4
+    assert kept.stat().st_mtime_ns == before and lost.exists()
+
+
+def test_cases_that_do_not_belong_together_or_hold_no_numbers(decathlon, tmp_path):
+    write_phantom(decathlon, seed=1, name="brain")
+    with pytest.raises(VolumeError, match=r"disc_000: modalities is .*mri.* in brain; expected one"):
+        prepare_dataset(config(decathlon, tmp_path / "a"))
+    path = decathlon / "imagesTr" / "disc_003.nii.gz"
+    image = nib.load(path)
+    data = image.get_fdata(dtype=np.float32)
+    data[3, 3, 3] = np.nan
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    with pytest.raises(VolumeError, match="disc_003"):
+        prepare_dataset(config(decathlon, tmp_path / "b"))
+    # what was cached before is not lost
+    table = json.loads((tmp_path / "b" / "cache" / "cases.json").read_text())
+    assert {"disc_000", "disc_001", "disc_002"} <= table["cases"].keys()
+
+
+def test_the_parts_of_a_tumour_keep_their_convention(tmp_path):
+    write_phantom(tmp_path / "data", seed=1, name="p")
+    data = prepare_dataset(config(tmp_path / "data", tmp_path / "run", folds=0, phantoms=1))
+    assert data.num_classes == 4 and data.facts["label_convention"] == "brats2021"
+    assert [case.name for case in data.phantoms] == ["phantom-1000"]
+    assert set(np.unique(data.training[0].labels)) == {0, 1, 2, 3}
+
+
+def test_a_window_that_does_not_fit(decathlon, tmp_path):
+    with pytest.raises(ValueError, match="window is 20, expected a multiple of 8 .* at least 16"):
+        train(config(decathlon, tmp_path / "run", window=20, crop_sizes=(16,)))
+
+
+def test_hippocampus(real_data, tmp_path):
+    """Files without a dataset.json: the channel is named by hand."""
+    folder = tmp_path / "task"
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+        for name in ("hippocampus_001", "hippocampus_003", "hippocampus_004"):
+            file = f"{name}.nii.gz"
+            (folder / kind / file).symlink_to(real_data / "hippocampus" / kind / file)
+    settings = config(
+        folder, tmp_path / "run", modalities=("mri",), folds=3, window=None, crop_sizes=(24, 32),
+        segmenter="unet-12", baseline=None, validate_every=1, validation_slices=4,
+        phases=[PhaseConfig("segmenter", 3, batch=2), PhaseConfig("quantised", 1, batch=2)],
+    )
+    model = load_model(train(settings))
+    assert model.routes == ("skip", "crop-24", "crop-32", "whole") and model.num_classes == 3
+    looks = (tmp_path / "run" / "validation.jsonl").read_text().splitlines()
+    assert len(looks) == 4 and json.loads(looks[0])["dice"].keys() == {"1", "2"}
+    (held_out,) = model.metadata["held_out"]
+    volume = load_volume(folder / "images" / f"{held_out}.nii.gz", ["mri"])
+    prediction = VolumePredictor(model).predict(volume)
+    assert prediction.labels.shape == volume.data.shape[1:]
