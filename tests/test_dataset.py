@@ -70,7 +70,7 @@ def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
     model.policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     volume = load_volume(find_cases(folder)[0])
     prediction = VolumePredictor(model).predict(volume)
-    assert 0 <= seen[0].min() and seen[0].max() <= 1
+    assert seen[0].min() >= 0 and seen[0].max() <= 1
     # the first value of a class stands for it
     assert prediction.label_values == {1: 5, 2: 1}
     assert set(np.unique(prediction.labels)) <= {0, 1, 5}

@@ -1,0 +1,173 @@
+"""The schedules by name against what paper and published code say, worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meddanet.batches import Batches
+from meddanet.build import build_med_danet_v2
+from meddanet.checkpoint import Progress
+from meddanet.cli import main
+from meddanet.data.slices import read_cache
+from meddanet.dataset import prepare_dataset
+from meddanet.layers import set_quantization
+from meddanet.losses import papers_dice_loss
+from meddanet.monitor import Monitor, dice_per_class, swallowed_background
+from meddanet.objectives import joint, route_costs
+from meddanet.phase import phase_share, run_phase, train_parts
+from meddanet.recipe import RECIPES, PhaseConfig, TrainConfig
+
+
+def test_the_papers_epochs_share_one_schedule():
+    """224,000 steps of 640 an epoch, as the code counts them (spec: 5 volume batches of 128)."""
+    paper = [phase.in_steps(640) for phase in RECIPES["paper"]()]
+    assert [phase.steps for phase in paper] == [128_000, 64_000, 32_000]
+    official = [phase.in_steps(640) for phase in RECIPES["official"]()]
+    assert [phase.steps for phase in official] == [96_000, 96_000, 32_000]
+    # lr * (1 - (it - warm) / (max - warm))^0.9, max = 350 epochs, at the start of epoch 150
+    expected = 2e-4 * (1 - (96_000 - 640) / (224_000 - 640)) ** 0.9
+    rate = official[1].learning_rate * phase_share(0, official[1], Progress())
+    assert rate == pytest.approx(expected)
+    # the policy restarts at ten times the rate and falls over its own 50 epochs
+    assert official[2].learning_rate == pytest.approx(2e-3)
+    assert phase_share(0, official[2], Progress()) == pytest.approx(1 / 640)
+    assert phase_share(640, official[2], Progress()) == 1
+    assert phase_share(31_999, official[2], Progress()) < 1e-3
+
+
+def test_official_weights_are_those_of_the_code():
+    first, second, third = RECIPES["official"]()
+    # phase 2: 1.5e-4 times the sum over 15 samples of G_crop + G_whole
+    shares = {"crop": 0.6 / 1.068, "whole": 1.0}
+    ours = second.branch_cost_weight * (shares["crop"] + shares["whole"])
+    assert ours == pytest.approx(1.5e-4 * 15 * (0.6 + 1.068))
+    # phase 3: (Dc + Dw + 2 (D + 0.02 * sum over 15 of G)) / 4
+    assert third.branch_weight / 2 == 1 / 4 and third.mixed_weight == 2 / 4
+    assert third.cost_weight * 1.0 == pytest.approx(2 / 4 * 0.02 * 15 * 1.068)
+    assert (first.mixed_weight, first.cost_weight, first.oracle_weight) == (0, 0, 0)
+    assert "policy" not in first.parts and third.parts == ("policy",)
+
+
+def test_the_papers_dice_by_hand():
+    labels = torch.tensor([[[0, 1], [1, 2]]])
+    probability = F.one_hot(torch.tensor([[[0, 1], [0, 0]]]), 4).movedim(-1, 1).double()
+    # classes 1, 2, 3: overlap 1 of 1 + 2; 0 of 0 + 1; absent, which costs 1 all the same
+    assert papers_dice_loss(probability, labels).item() == pytest.approx(1 - 2 / 3 + 1 + 1, abs=1e-4)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
+
+
+@pytest.fixture
+def batches(decathlon, tmp_path):
+    prepare_dataset(TrainConfig(str(decathlon), str(tmp_path)))
+    cases = [read_cache(f"disc_{number:03d}", tmp_path / "cache") for number in (1, 2)]
+    return Batches(cases, window=None, canvas=(32, 32))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "official"])
+def test_each_phase_moves_its_parts_and_no_others(model, batches, recipe):
+    """One step per phase; what moves is what the phase names, the loss is finite."""
+    for phase in RECIPES[recipe]():
+        phase.batch = 4
+        phase.cost_weight = 0.06 if phase.cost_weight is None else phase.cost_weight
+        set_quantization(model, quantize=phase.arithmetic != "float", update_range=True)
+        train_parts(model, phase.parts)
+        model.zero_grad(set_to_none=True)
+        batches.seek(3)
+        loss = joint(model, batches, 3, phase)
+        loss.backward()
+        moved = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+        if phase.parts:
+            assert moved == set(phase.parts), phase
+        assert torch.isfinite(loss)
+
+
+def test_branch_costs_are_the_routes_costs(model):
+    bits = [torch.full((2, 4), 8.0), torch.full((2, 4), 16.0)]
+    costs = route_costs(model, bits, (32, 32))
+    full = route_costs(model, [torch.full((2, 4), 32.0)] * 2, (32, 32))
+    assert costs.shape == (2, 3) and full[0, 2] == 1
+    assert (costs[:, 0] < costs[:, 1]).all() and (costs[:, 1] < costs[:, 2]).all()
+
+
+def test_unknown_choices_are_named():
+    with pytest.raises(ValueError, match="autocast is 'half', expected one of none, bfloat16"):
+        PhaseConfig("static", 1, autocast="half")
+    with pytest.raises(ValueError, match="parts holds decoder, expected segmenter"):
+        PhaseConfig("static", 1, parts=("decoder",))
+
+
+def test_recipe_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "a", "--out", "b", "--recipe", "official", "--print_config"])
+    text = capsys.readouterr().out
+    assert text.count("objective: joint") == 3 and "steps: 150" in text
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "a", "--out", "b", "--recipe", "mine"])
+    assert "choose from" in capsys.readouterr().err
+    assert main(["train", "--data", "a", "--out", str(tmp_path), "--resume"]) == 1
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
+def test_recipe_in_a_file(tmp_path, monkeypatch):
+    from meddanet import training
+
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    path = tmp_path / "config.yaml"
+    path.write_text("data: a\nout: b\nrecipe: paper\nlabel_map: {5: 1}\nwindow_hu: [-160, 240]\n")
+    assert main(["train", "--config", str(path)]) == 0
+    assert seen[0] == TrainConfig(
+        "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"]()
+    )
+
+
+def test_dice_and_swallowed_background_by_hand():
+    # rows truth, columns found
+    counts = np.array([[30, 10, 60, 0], [2, 6, 0, 0], [0, 0, 8, 0], [0, 0, 0, 0]])
+    assert dice_per_class(counts) == {
+        "1": round(2 * 6 / (8 + 16), 4), "2": round(2 * 8 / (8 + 68), 4), "3": None
+    }
+    assert swallowed_background(counts) == {"1": 0.1, "2": 0.6, "3": 0.0}
+
+
+def test_a_class_that_swallows_the_background_is_named(batches, tmp_path):
+    monitor = Monitor(tmp_path, batches.cases, every=1, slices=4, num_classes=3, canvas=(32, 32))
+    everything_two = lambda slices: torch.full((len(slices), 32, 32), 2)  # noqa: E731
+    with pytest.warns(UserWarning, match="0-x, step 7: class 2 takes 100% of the background"):
+        monitor.look("0-x", 7, everything_two, torch.device("cpu"))
+    (line,) = (tmp_path / "validation.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    truth = np.stack([np.pad(c.labels[z], [(0, 32 - s) for s in c.labels[z].shape])
+                      for c, z in monitor.samples])
+    share = (truth == 2).sum() / truth.size
+    assert row["dice"]["2"] == pytest.approx(2 * share / (share + 1), abs=1e-4)
+    assert row["dice"]["1"] == 0
+
+
+def test_tensorboard(model, batches, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monitor = Monitor(
+        tmp_path, batches.cases, every=2, slices=2, num_classes=3, canvas=(32, 32), tensorboard=True
+    )
+    phase = PhaseConfig("decisions", 2, batch=2)
+    set_quantization(model, quantize=False, update_range=True)
+    from meddanet.objectives import decisions
+
+    run_phase(
+        model, decisions, phase, batches, tmp_path / "0-decisions.pt", monitor,
+        predict=lambda slices: torch.zeros(len(slices), 32, 32, dtype=torch.long),
+    )
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    loss = json.loads((tmp_path / "log.jsonl").read_text())["loss"]
+    assert events.Scalars("0-decisions/loss")[0].value == pytest.approx(loss)
+    assert "0-decisions/learning_rate" in events.Tags()["scalars"]
+    assert events.Scalars("0-decisions/dice/1")[0].value == 0
