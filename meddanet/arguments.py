@@ -107,13 +107,23 @@ class _Recipe(Action):
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _Parser(
-        description="Prints Dice (and, with edt installed, HD95) of whole tumour, tumour core and "
-        "enhancing tumour, per case and on average."
+        description="Prints Dice, 95th percentile Hausdorff distance and surface Dice (with edt "
+        "installed) and volumes, found / true, of whole tumour, tumour core and enhancing tumour or "
+        "of any groups of labels, per case and on average."
     )
     parser.add_argument("predictions", metavar="PRED", help="folder of <case>.nii.gz, or a file")
     parser.add_argument("references", metavar="REF", help="folder of labelled cases, or a file")
     parser.add_argument(
         "--labels", choices=LABEL_CONVENTIONS, help="convention of label files that tell none"
+    )
+    parser.add_argument("--groups", help="regions by label values of the files: WT=1,2,4;TC=1,4")
+    parser.add_argument(
+        "--tolerance", type=float, default=1.0, help="of the surface Dice, in mm"
+    )
+    parser.add_argument(
+        "--empty", choices=("brats", "nan"), default="brats",
+        help="structures in neither file and in one of them score: brats, Dice 1 and 0, HD95 0 and "
+        "373.13; nan, Dice nan (which means leave out) and 0, HD95 nan and inf",
     )
     parser.add_argument("--json", help="also write the table here")
     parser.add_argument("--csv", help="also write the table here")

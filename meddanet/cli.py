@@ -141,14 +141,22 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from .evaluation import compare, find_pairs, mean_scores, write_csv
+    from .evaluation import compare, find_pairs, mean_scores, parse_groups, unpaired, write_csv
     from .report import write_json
 
+    groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
+    alone = unpaired(pairs, options.predictions, options.references)
+    for what, names in alone.items():
+        if names:
+            _say(f"{len(names)} {what.replace('_', ' ')}: {', '.join(names)}", sys.stderr)
     table: dict[str, dict[str, dict[str, float]]] = {}
     for pair in pairs:
         try:
-            table[pair.name] = compare(pair, options.labels)
+            table[pair.name] = compare(
+                pair, options.labels, groups=groups, tolerance=options.tolerance,
+                empty=options.empty,
+            )
             _say(f"{pair.name}  {_score_line(table[pair.name])}")
         except (ValueError, OSError) as error:
             _complain(error)
@@ -157,7 +165,10 @@ def _evaluate(options: Namespace) -> int:
     mean = mean_scores(table)
     _say(f"mean of {len(table)}  {_score_line(mean)}")
     if options.json:
-        content = {"mean": mean, "empty_rule": "brats", "cases": table}
+        content = {
+            "mean": mean, "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
+            "cases": table,
+        }
         write_json(content, Path(options.json))
     if options.csv:
         write_csv(table, Path(options.csv))
@@ -168,6 +179,10 @@ def _score_line(scores: dict[str, dict[str, float]]) -> str:
     parts = ["Dice", *(f"{region} {value:.4f}" for region, value in scores["dice"].items())]
     if "hd95_mm" in scores:
         parts += [" HD95", *(f"{r} {value:.2f}" for r, value in scores["hd95_mm"].items()), "mm"]
+        agreement = scores["surface_dice"].items()
+        parts += [" surface", *(f"{region} {value:.4f}" for region, value in agreement)]
+    volumes = zip(scores["volume_ml"].items(), scores["reference_ml"].values(), strict=True)
+    parts += [" ml", *(f"{region} {value:.1f}/{truth:.1f}" for (region, value), truth in volumes)]
     return " ".join(parts)
 
 

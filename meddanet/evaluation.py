@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +28,13 @@ from .data import (
 from .data.conventions import stem
 from .data.nifti import load_affine
 from .data.storage import write_bytes
-from .metrics import brats_regions, dice_score, hausdorff_distance_95
+from .metrics import brats_regions, dice_score, surface_scores
 
 # classes are numbered as the values of brats2023
 REGIONS = brats_regions("brats2023")
 
 Scores = Mapping[str, Mapping[str, float]]
+Groups = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,18 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
     return pairs
 
 
+def unpaired(pairs: list[Pair], predictions: str | Path, references: str | Path) -> dict[str, list]:
+    """Returns the names that folders hold on one side only, as "without_prediction" and so on."""
+    paired = {pair.name for pair in pairs}
+    names: dict[str, set[str]] = {"without_prediction": set(), "without_reference": set()}
+    if Path(references).is_dir():
+        names["without_prediction"] = set(_references(Path(references))) - paired
+    if Path(predictions).is_dir():
+        files = {stem(path) for path in _label_files(Path(predictions))}
+        names["without_reference"] = files - paired
+    return {key: sorted(value) for key, value in names.items()}
+
+
 def _label_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
 
@@ -95,18 +110,31 @@ def _case_of(reference: Path) -> Case:
     return Case(stem(reference), reference, "files")
 
 
-def compare(pair: Pair, labels: str | None = None) -> dict[str, dict[str, float]]:
-    """Scores one label map by region, both files in their own label convention.
+def compare(
+    pair: Pair,
+    labels: str | None = None,
+    *,
+    groups: Groups | None = None,
+    tolerance: float = 1.0,
+    empty: str = "brats",
+) -> dict[str, dict[str, float]]:
+    """Scores one label map by region.
 
-    A file's convention is that of the report beside it, else `labels`, else the one its naming and
-    values tell; a prediction without any follows its reference.
+    Without groups the regions are those of a brain tumour and each file's values follow its own
+    convention: that of the report beside it, else `labels`, else the one its naming and values
+    tell; a prediction without any follows its reference. A report that tells of other labels makes
+    each of them a region.
 
     Args:
         pair: From `find_pairs`.
         labels: Label convention of files that do not tell theirs.
+        groups: Region -> values in both files.
+        tolerance: Of the surface Dice, in mm.
+        empty: Rule for empty masks, see `dice_score`.
 
     Returns:
-        "dice" and, where `edt` is installed, "hd95_mm", by region.
+        "dice", "volume_ml", "reference_ml" and, where `edt` is installed, "hd95_mm" and
+        "surface_dice", by region.
 
     Raises:
         VolumeError: If the files do not lie on one grid or a convention cannot be told.
@@ -118,22 +146,51 @@ def compare(pair: Pair, labels: str | None = None) -> dict[str, dict[str, float]
         pair.reference.name,
     )
     prediction = load_labels(pair.prediction, like=like)
-    convention = _reported(pair.reference) or labels or _detected(pair.case, reference)
-    truth = to_classes(reference, convention)
-    found = to_classes(prediction, _reported(pair.prediction) or convention)
-    scores = {"dice": dice_score(found, truth, labels=REGIONS)}
+    report = _report(pair.prediction)
+    if groups is None and report.get("label_convention") == "values":
+        groups = {name: (value,) for name, value in report["label_values"].items()}
+    if groups is None:
+        convention = _report(pair.reference).get("label_convention") or labels
+        convention = convention or _detected(pair.case, reference)
+        reference = to_classes(reference, convention)
+        prediction = to_classes(prediction, report.get("label_convention") or convention)
+    regions = groups or REGIONS
+    scores = {"dice": dice_score(prediction, reference, labels=regions, empty=empty)}
     if find_spec("edt"):
-        scores["hd95_mm"] = hausdorff_distance_95(
-            found, truth, labels=REGIONS, spacing=like.spacing
+        scores |= surface_scores(
+            prediction, reference, tolerance, labels=regions, spacing=like.spacing, empty=empty
         )
+    millilitres = math.prod(like.spacing) / 1000
+    for name, array in (("volume_ml", prediction), ("reference_ml", reference)):
+        scores[name] = {
+            region: round(int(np.isin(array, values).sum()) * millilitres, 3)
+            for region, values in regions.items()
+        }
     return scores
 
 
-def _reported(path: Path) -> str | None:
+def parse_groups(text: str) -> dict[str, tuple[int, ...]]:
+    """Reads "WT=1,2,4;TC=1,4" as region -> label values.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
+    groups = {}
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*([^=]+?)\s*=\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
+        if not match or match[1] in groups:
+            raise ValueError(f"groups are {text!r}, expected a form such as WT=1,2,4;TC=1,4")
+        groups[match[1]] = tuple(int(value) for value in match[2].split(","))
+    return groups
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """Returns what the report beside a label file says; nothing without one."""
     report = path.with_name(f"{stem(path)}.json")
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(report.read_text()).get("label_convention")
-    return None
+    with suppress(OSError, ValueError):
+        content = json.loads(report.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _detected(case: Case, labels: np.ndarray) -> str:
@@ -143,12 +200,20 @@ def _detected(case: Case, labels: np.ndarray) -> str:
 
 
 def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """Returns the mean over cases of every measure and region."""
+    """Returns the mean over cases of every measure and region.
+
+    NaN, which the rule "nan" gives where a structure is in neither, does not count; infinity, where
+    it was missed, does.
+    """
     rows = list(table.values())
-    return {
-        measure: {r: sum(row[measure][r] for row in rows) / len(rows) for r in regions}
-        for measure, regions in rows[0].items()
-    }
+    regions = list(dict.fromkeys(region for row in rows for region in row["dice"]))
+
+    def mean(measure: str, region: str) -> float:
+        scores = [row[measure][region] for row in rows if region in row[measure]]
+        counted = [score for score in scores if not math.isnan(score)]
+        return sum(counted) / len(counted) if counted else math.nan
+
+    return {measure: {r: mean(measure, r) for r in regions} for measure in rows[0]}
 
 
 def write_csv(table: Mapping[str, Scores], path: Path) -> None:
@@ -159,8 +224,8 @@ def write_csv(table: Mapping[str, Scores], path: Path) -> None:
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    scores = next(iter(table.values()))
-    writer.writerow(["case", *(f"{m}_{region}" for m in scores for region in scores[m])])
+    columns = [(m, region) for m, regions in mean_scores(table).items() for region in regions]
+    writer.writerow(["case", *(f"{measure}_{region}" for measure, region in columns)])
     for name, scores in table.items():
-        writer.writerow([name, *(value for row in scores.values() for value in row.values())])
+        writer.writerow([name, *(scores[measure].get(region, "") for measure, region in columns)])
     write_bytes(path, text.getvalue().encode())

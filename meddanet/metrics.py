@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from .data import LABELS
-from .surfaces import surface_distances
+from .surfaces import Directed, surface_distances
 
 # what empty masks score, per rule: (both empty, one empty)
 EMPTY_DICE = {"brats": (1.0, 0.0), "nan": (math.nan, 0.0)}
@@ -126,7 +126,7 @@ def hausdorff_distance_95(
     size = _voxel_size(prediction, spacing)
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return max(_percentile_95(*directed) for directed in surface_distances(a, b, size))
+        return _larger_percentile(surface_distances(a, b, size))
 
     return _per_region(distance, prediction, reference, labels, _rule(empty, EMPTY_DISTANCE))
 
@@ -183,18 +183,58 @@ def surface_dice(
         ValueError: If shapes, dtypes, spacing or tolerance do not fit, or the rule is unknown.
         ImportError: If `edt` is not installed.
     """
-    size = _voxel_size(prediction, spacing)
+    size, limit = _voxel_size(prediction, spacing), _limit(tolerance)
+
+    def agreement(a: np.ndarray, b: np.ndarray) -> float:
+        return _share_within(surface_distances(a, b, size), limit)
+
+    return _per_region(agreement, prediction, reference, labels, _rule(empty, EMPTY_DICE))
+
+
+def surface_scores(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    tolerance: float = 1.0,
+    *,
+    labels: Labels,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    empty: str = "brats",
+) -> dict[str, dict[str, float]]:
+    """Computes `hausdorff_distance_95` and `surface_dice` of label maps, each surface seen once.
+
+    Arguments and errors are those of the two.
+
+    Returns:
+        "hd95_mm" and "surface_dice", by region.
+    """
+    size, limit = _voxel_size(prediction, spacing), _limit(tolerance)
+
+    def both(a: np.ndarray, b: np.ndarray) -> Any:
+        directed = surface_distances(a, b, size)
+        return _larger_percentile(directed), _share_within(directed, limit)
+
+    rules = zip(_rule(empty, EMPTY_DISTANCE), _rule(empty, EMPTY_DICE), strict=True)
+    pairs: Any = _per_region(both, prediction, reference, labels, tuple(rules))
+    return {
+        "hd95_mm": {region: pair[0] for region, pair in pairs.items()},
+        "surface_dice": {region: pair[1] for region, pair in pairs.items()},
+    }
+
+
+def _limit(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is a length in mm, 0 or more, got {tolerance}")
     # the distances are float32: a few units in the last place still count as equal
-    limit = tolerance * (1 + 4e-7)
+    return tolerance * (1 + 4e-7)
 
-    def agreement(a: np.ndarray, b: np.ndarray) -> float:
-        directed = surface_distances(a, b, size)
-        within = sum(areas[distances <= limit].sum() for distances, areas in directed)
-        return float(within / sum(areas.sum() for _, areas in directed))
 
-    return _per_region(agreement, prediction, reference, labels, _rule(empty, EMPTY_DICE))
+def _larger_percentile(directed: tuple[Directed, Directed]) -> float:
+    return max(_percentile_95(distances, areas) for distances, areas in directed)
+
+
+def _share_within(directed: tuple[Directed, Directed], limit: float) -> float:
+    within = sum(areas[distances <= limit].sum() for distances, areas in directed)
+    return float(within / sum(areas.sum() for _, areas in directed))
 
 
 def _rule(empty: str, rules: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
@@ -216,8 +256,8 @@ def _per_region(
     prediction: np.ndarray,
     reference: np.ndarray,
     labels: Labels | None,
-    rule: tuple[float, float],
-) -> float | dict[str, float]:
+    rule: Any,
+) -> Any:
     """Measures the masks, or each region of the label maps; `rule` scores empty masks."""
 
     def score(a: np.ndarray, b: np.ndarray) -> float:
@@ -257,7 +297,7 @@ def _region(array: np.ndarray, values: list[int]) -> np.ndarray:
 
 
 def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+    return 2 * int(np.count_nonzero(a & b)) / int(np.count_nonzero(a) + np.count_nonzero(b))
 
 
 def _percentile_95(distances: np.ndarray, areas: np.ndarray) -> float:

@@ -82,7 +82,7 @@ def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]
     chosen = set(patients[fold::count]) if count else set()
     training = sorted(name for name in names if _patient(name) not in chosen)
     if not training:
-        raise ValueError(f"{len(patients)} patients leave none to train on; expected more, or 0 folds")
+        raise ValueError(f"{len(patients)} patients leave none to train on; name 0 folds")
     return training, sorted(set(names) - set(training))
 
 
