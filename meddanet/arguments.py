@@ -7,10 +7,10 @@ from argparse import Action
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import restricted_string_type
 
-from .recipe import RECIPES, TrainConfig
+from .recipe import RECIPES, PhaseConfig, TrainConfig
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
@@ -94,6 +94,21 @@ def _train_parser() -> ArgumentParser:
         help="go on where the run in OUT stands; the same happens without, this wants one there",
     )
     return parser
+
+
+def train_config(options: Namespace) -> TrainConfig:
+    """Returns the run that the options of `meddanet train` ask for."""
+    values = options.as_dict()
+    for name in ("config", "resume"):
+        del values[name]
+    recipe = values.pop("recipe")
+    values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
+    if recipe is not None and values["phases"] == TrainConfig("", "").phases:
+        # named in a file; the option itself has put the phases in place
+        values["phases"] = RECIPES[recipe]()
+    if values["baseline"] is not None:
+        values["baseline"] = PhaseConfig(**values["baseline"])
+    return TrainConfig(**values)
 
 
 class _Recipe(Action):

@@ -15,8 +15,7 @@ from typing import Any, TextIO
 
 from jsonargparse import Namespace
 
-from .arguments import command_parser, error_line
-from .recipe import RECIPES, PhaseConfig, TrainConfig
+from .arguments import command_parser, error_line, train_config
 from .version import __version__
 
 
@@ -123,18 +122,9 @@ def _summary(report: dict) -> str:
 def _train(options: Namespace) -> int:
     from .training import train
 
-    values = options.as_dict()
-    del values["config"]
-    recipe, resume = values.pop("recipe"), values.pop("resume")
-    if resume and not (Path(values["out"]) / "config.json").is_file():
-        raise ValueError(f"{values['out']}: holds no run to resume; start one without --resume")
-    values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
-    if recipe is not None and values["phases"] == TrainConfig("", "").phases:
-        # named in a file; the option itself has put the phases in place
-        values["phases"] = RECIPES[recipe]()
-    if values["baseline"] is not None:
-        values["baseline"] = PhaseConfig(**values["baseline"])
-    path = train(TrainConfig(**values))
+    if options.resume and not (Path(options.out) / "config.json").is_file():
+        raise ValueError(f"{options.out}: holds no run to resume; start one without --resume")
+    path = train(train_config(options))
     if int(os.environ.get("RANK", "0")) == 0:
         _say(str(path))
     return 0

@@ -1,0 +1,222 @@
+"""Trains a list of configurations, fold by fold, and writes their table (Med-DANet V2, Table 3).
+
+    python benchmarks/ablations.py DATA OUT configs/ablations/policy-*.yaml
+        [--base FILE] [--folds 0,1] [--json FILE] [--table FILE] [--option NAME VALUE]...
+
+Each configuration is a file for `meddanet train --config`; `--base` names one read before all of
+them. A run lies in OUT/<configuration>/fold<k>; finished ones are not repeated, stopped ones go on.
+Held-out cases are scored as they lie in the cache. Rows of one run:
+
+    static   the baseline trained beside: a plain segmenter, every slice whole, 32 bit
+    S        skip / crop / whole as decided, 32 bit: the run before its quantised phase
+    Q        the final weights, every slice whole, widths as chosen
+    S+Q      the final weights, all decisions taken
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meddanet.arguments import command_parser, train_config
+from meddanet.build import build_segmenter
+from meddanet.checkpoint import load_checkpoint
+from meddanet.cost import cost_table
+from meddanet.data.slices import CachedCase, pad
+from meddanet.dataset import Dataset, prepare_dataset
+from meddanet.layers import set_quantization
+from meddanet.med_danet_v2 import channels_last
+from meddanet.metrics import dice_score
+from meddanet.recipe import TrainConfig
+from meddanet.training import train
+from meddanet.version import __version__
+from meddanet.weights import load_model
+
+ROWS = ("static", "S", "Q", "S+Q")
+_FULL = 32.0
+
+
+class Routed(NamedTuple):
+    """What became of slices: labels [N, H, W], routes [N], widths [N, S]."""
+
+    labels: Tensor
+    route: Tensor
+    num_bits: Tensor
+
+
+Run = Callable[[Tensor], Routed]
+
+
+def run_configs(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores everything: configuration -> row -> fold -> scores."""
+    results: dict[str, Any] = {}
+    for file in options.configs:
+        rows = results.setdefault(file.stem, {row: {} for row in options.rows})
+        for fold in options.folds:
+            config = read_config(file, options, fold)
+            train(config)
+            data = prepare_dataset(config)
+            for row in options.rows:
+                if (run := load_row(config, data, row)) is not None:
+                    rows[row][str(fold)] = score(run, data, config)
+    return results
+
+
+def read_config(file: Path, options: argparse.Namespace, fold: int) -> TrainConfig:
+    """Reads one configuration, its folders and its fold put in."""
+    files = [str(path) for path in (options.base, file) if path]
+    arguments = [part for path in files for part in ("--config", path)]
+    for name, value in options.option:
+        arguments += [f"--{name}", value]
+    out = options.out / file.stem / f"fold{fold}"
+    parsed = command_parser().parse_args([
+        "train", *arguments, "--data", str(options.data), "--out", str(out), "--fold", str(fold),
+    ])
+    config = train_config(parsed["train"])
+    return replace(config, cache=config.cache or str(options.out / "cache"))
+
+
+def load_row(config: TrainConfig, data: Dataset, row: str) -> tuple[Any, Run] | None:
+    """Returns the model of a row and how it runs; None where the run has no such row."""
+    out = Path(config.out)
+    if row == "static":
+        if not (out / "baseline.pt").exists():
+            return None
+        plain = build_segmenter(config.segmenter, len(data.modalities), data.num_classes)
+        load_checkpoint(out / "baseline.pt", plain)
+        return plain.eval(), lambda slices: _whole(plain, slices)
+    model: Any = load_model(out / "model.safetensors")
+    if row == "S":
+        objectives = [phase.objective for phase in config.phases]
+        if "quantised" not in objectives[1:]:
+            return None
+        before = objectives.index("quantised") - 1
+        load_checkpoint(out / f"{before}-{objectives[before]}.pt", model)
+        set_quantization(model, quantize=False, update_range=False)
+    if row == "Q":
+        return model, lambda slices: _whole(model, slices)
+
+    def decided(slices: Tensor) -> Routed:
+        result = model.segment(slices)
+        full = torch.full(result.num_bits.shape, _FULL)
+        return Routed(result.labels, result.decisions, full if row == "S" else result.num_bits)
+
+    return model, decided
+
+
+def _whole(model: Any, slices: Tensor) -> Routed:
+    """Segments every slice whole, with a plain segmenter or a dynamic model's whole branch."""
+    if hasattr(model, "routes"):
+        logits, num_bits = model.whole_branch(slices)
+        route = torch.full((len(slices),), len(model.routes) - 1)
+        return Routed(logits.argmax(1), route, num_bits)
+    route = torch.zeros(len(slices), dtype=torch.long)
+    return Routed(model(slices).argmax(1), route, torch.full((len(slices), 4), _FULL))
+
+
+@torch.inference_mode()
+def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str, Any]:
+    """Returns Dice by region and case, and the mean cost of a slice in millions.
+
+    Costs: "scaled_paper" as the papers count, stages scaled by b / 32; "mac" true multiply-adds,
+    whatever the width. Deciding networks count; a slice without signal costs nothing but in rows
+    that look at every slice.
+    """
+    model, segment = run
+    regions = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+    if data.facts["label_convention"] == "values":
+        regions = {f"class {k}": (k,) for k in range(1, data.num_classes)}
+    canvas = data.canvas(8, max(8, *config.crop_sizes, 0))
+    shape = (1, len(data.modalities), *canvas)
+    true, paper = (cost_table(model, shape, convention) for convention in ("mac", "paper"))
+    dice, costs, macs, routes = {}, [], [], []
+    for case in data.held_out:
+        parts = [segment(part) for part in case_slices(case, canvas).split(16)]
+        routed = Routed(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        labels = routed.labels.numpy()[:, : case.labels.shape[1], : case.labels.shape[2]]
+        dice[case.name] = dice_score(labels, np.asarray(case.labels), labels=regions)
+        looked_at = torch.ones(len(labels), dtype=torch.bool)
+        if (routed.route == 0).any() and len(true.routes) > 1:
+            looked_at[np.setdiff1d(np.arange(len(labels)), case.brain)] = False
+        costs.append(paper.slice_cost(routed.route, routed.num_bits.float()) * looked_at)
+        macs.append(true.slice_macs(routed.route) * looked_at)
+        routes.append(routed.route)
+    counts = torch.bincount(torch.cat(routes), minlength=len(true.routes)).tolist()
+    return {
+        "dice": dice,
+        "slice_mega": {
+            "scaled_paper": round(torch.cat(costs).double().mean().item() / 1e6, 3),
+            "mac": round(torch.cat(macs).mean().item() / 1e6, 3),
+        },
+        "routes": dict(zip(true.routes, counts, strict=True)),
+    }
+
+
+def case_slices(case: CachedCase, canvas: tuple[int, int]) -> Tensor:
+    """Returns all slices of a case, [D, C, H, W], padded as in training."""
+    padded = pad(case.images, canvas).astype(np.float32)
+    return channels_last(torch.from_numpy(padded))
+
+
+def render(results: dict[str, Any]) -> str:
+    """Returns the table in Markdown: means over all cases of all folds."""
+    cases = [fold for rows in results.values() for row in rows.values() for fold in row.values()]
+    regions = list(next(iter(cases[0]["dice"].values()))) if cases else []
+    header = ["configuration", "row", "cases", *(f"Dice {region}" for region in regions),
+              "M per slice, b/32", "M true MACs", "routes"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, rows in results.items():
+        for row, folds in rows.items():
+            if not folds:
+                continue
+            scores = [case for fold in folds.values() for case in fold["dice"].values()]
+            means = [f"{np.mean([s[region] for s in scores]):.4f}" for region in regions]
+            cost = [
+                f"{np.mean([fold['slice_mega'][kind] for fold in folds.values()]):.2f}"
+                for kind in ("scaled_paper", "mac")
+            ]
+            names = next(iter(folds.values()))["routes"]
+            routes = [sum(fold["routes"][route] for fold in folds.values()) for route in names]
+            taken = " / ".join(f"{count} {route}" for route, count in zip(names, routes, strict=True))
+            lines.append("| " + " | ".join([name, row, str(len(scores)), *means, *cost, taken]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the list, prints the table and stores it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("configs", type=Path, nargs="+")
+    parser.add_argument("--base", type=Path, help="configuration read before each of the list")
+    parser.add_argument("--folds", type=lambda text: [int(k) for k in text.split(",")], default=[0])
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
+    parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    results = run_configs(options)
+    table = render(results)
+    print(table)
+    if options.table:
+        options.table.write_text(table + "\n")
+    if options.json:
+        machine = {
+            "meddanet": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
