@@ -128,8 +128,8 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
     """Returns Dice by region and case, and the mean cost of a slice in millions.
 
     Costs: "scaled_paper" as the papers count, stages scaled by b / 32; "mac" true multiply-adds,
-    whatever the width. Deciding networks count; a slice without signal costs nothing but in rows
-    that look at every slice.
+    whatever the width. Deciding networks count, also in row Q, where nothing asks them; a slice
+    without signal costs nothing where slices are decided on.
     """
     model, segment = run
     regions = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
@@ -145,8 +145,11 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
         labels = routed.labels.numpy()[:, : case.labels.shape[1], : case.labels.shape[2]]
         dice[case.name] = dice_score(labels, np.asarray(case.labels), labels=regions)
         looked_at = torch.ones(len(labels), dtype=torch.bool)
-        if (routed.route == 0).any() and len(true.routes) > 1:
-            looked_at[np.setdiff1d(np.arange(len(labels)), case.brain)] = False
+        if len(true.routes) > 1:
+            # nothing decides on a slice without signal
+            looked_at = (routed.route > 0) | torch.from_numpy(
+                np.isin(np.arange(len(labels)), case.brain)
+            )
         costs.append(paper.slice_cost(routed.route, routed.num_bits.float()) * looked_at)
         macs.append(true.slice_macs(routed.route) * looked_at)
         routes.append(routed.route)
@@ -186,8 +189,9 @@ def render(results: dict[str, Any]) -> str:
             ]
             names = next(iter(folds.values()))["routes"]
             routes = [sum(fold["routes"][route] for fold in folds.values()) for route in names]
-            taken = " / ".join(f"{count} {route}" for route, count in zip(names, routes, strict=True))
-            lines.append("| " + " | ".join([name, row, str(len(scores)), *means, *cost, taken]) + " |")
+            taken = " / ".join(map("{} {}".format, routes, names))
+            cells = [name, row, str(len(scores)), *means, *cost, taken]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -211,11 +215,12 @@ def main() -> None:
         options.table.write_text(table + "\n")
     if options.json:
         machine = {
-            "meddanet": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
+            "meddanet": __version__, "torch": torch.__version__,
+            "python": platform.python_version(), "processor": platform.machine(),
             "threads": torch.get_num_threads(),
         }
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        content = {"machine": machine, "results": results}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

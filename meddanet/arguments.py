@@ -123,8 +123,8 @@ class _Recipe(Action):
 def _evaluate_parser() -> ArgumentParser:
     parser = _Parser(
         description="Prints Dice, 95th percentile Hausdorff distance and surface Dice (with edt "
-        "installed) and volumes, found / true, of whole tumour, tumour core and enhancing tumour or "
-        "of any groups of labels, per case and on average."
+        "installed) and volumes, found / true, of whole tumour, tumour core and enhancing tumour "
+        "or of any groups of labels, per case and on average."
     )
     parser.add_argument("predictions", metavar="PRED", help="folder of <case>.nii.gz, or a file")
     parser.add_argument("references", metavar="REF", help="folder of labelled cases, or a file")

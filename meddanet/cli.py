@@ -131,7 +131,15 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from .evaluation import compare, find_pairs, mean_scores, parse_groups, unpaired, write_csv
+    from .evaluation import (
+        compare,
+        find_pairs,
+        json_ready,
+        mean_scores,
+        parse_groups,
+        unpaired,
+        write_csv,
+    )
     from .report import write_json
 
     groups = parse_groups(options.groups) if options.groups else None
@@ -156,8 +164,8 @@ def _evaluate(options: Namespace) -> int:
     _say(f"mean of {len(table)}  {_score_line(mean)}")
     if options.json:
         content = {
-            "mean": mean, "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
-            "cases": table,
+            "mean": json_ready(mean), "empty_rule": options.empty,
+            "tolerance_mm": options.tolerance, **alone, "cases": json_ready(table),
         }
         write_json(content, Path(options.json))
     if options.csv:

@@ -216,6 +216,15 @@ def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
     return {measure: {r: mean(measure, r) for r in regions} for measure in rows[0]}
 
 
+def json_ready(value: Any) -> Any:
+    """Returns nested scores with NaN as None and infinity as "inf", for which JSON has no number."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf"
+    return value
+
+
 def write_csv(table: Mapping[str, Scores], path: Path) -> None:
     """Writes one row per case, one column per measure and region.
 

@@ -16,6 +16,7 @@ from meddanet.data import VolumeError
 from meddanet.evaluation import (
     compare,
     find_pairs,
+    json_ready,
     mean_scores,
     parse_groups,
     unpaired,
@@ -189,6 +190,9 @@ def test_the_rule_nan_drops_no_missed_structure(tmp_path):
     mean = mean_scores({"a": scores, "b": found})
     assert mean["hd95_mm"]["missed"] == math.inf and mean["dice"]["missed"] == 0.5
     assert math.isnan(mean["dice"]["absent"])
+    ready = json.loads(json.dumps(json_ready(mean), allow_nan=False))
+    assert ready["dice"]["absent"] is None and ready["hd95_mm"]["missed"] == "inf"
+    assert ready["dice"]["missed"] == 0.5
 
 
 def test_what_is_on_one_side_only_is_named(tmp_path):

@@ -201,3 +201,24 @@ def test_a_number_that_is_not_finite_names_its_batch_and_saves_nothing(config, t
         train(config)
     saved = torch.load(tmp_path / "run" / "0-static.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_compiled_and_deterministic_runs_have_the_same_checkpoints(config, tmp_path):
+    """With compilation made a no-op, since it takes minutes: names and bits stay."""
+    config.phases = [PhaseConfig("segmenter", 2, batch=2), PhaseConfig("joint", 1, batch=2)]
+    train(config)
+    other = replace(config, out=str(tmp_path / "other"), compile=True, deterministic=True)
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            train(other)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert_same_bits(result(tmp_path / "run"), result(tmp_path / "other"))
+
+
+def test_half_precision_with_loss_scaling(config, tmp_path):
+    config.phases = [PhaseConfig("static", 4, batch=2, autocast="float16")]
+    train(config)
+    state = torch.load(tmp_path / "run" / "0-static.pt", weights_only=True)
+    assert state["scaler"]["scale"] >= 1 and state["progress"]["step"] == 4
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
