@@ -77,7 +77,7 @@ def plain_conv2d(
 
 
 def _grid(batch, scale, shift, shape):
-    """The sampling grid of output pixels at `scale` of the input's side, moved by shares `shift`."""
+    """The sampling grid of output pixels at `scale` of the input's side, moved by `shift`."""
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     move = torch.stack([shift[:, 1], shift[:, 0]], 1)

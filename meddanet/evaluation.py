@@ -217,7 +217,7 @@ def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
 
 
 def json_ready(value: Any) -> Any:
-    """Returns nested scores with NaN as None and infinity as "inf", for which JSON has no number."""
+    """Returns nested scores with NaN as None and infinity as "inf": JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ def run_phase(
     step_of: nn.Module = _Step(model, objective)
     if world() > 1:
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
-    ranges = [layer.input_amax for layer in quantized_layers(model).values()]
+    layers: list[Any] = list(quantized_layers(model).values())
+    ranges = [layer.input_amax for layer in layers]
     steps = tqdm(
         range(progress.step, int(phase.steps)), desc=name, initial=progress.step,
         total=phase.steps, disable=None if rank() == 0 else True,

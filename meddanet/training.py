@@ -17,7 +17,6 @@ from .checkpoint import keep_config, load_checkpoint
 from .dataset import Dataset, prepare_dataset
 from .distributed import barrier, process_group, rank, world
 from .layers import set_quantization
-from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict
 from .objectives import OBJECTIVES
 from .phase import run_phase
@@ -98,7 +97,7 @@ class _Run:
             self._phase(self.model, phase, number, file, files[number + 1 :])
         path = self.out / "model.safetensors"
         if rank() == 0:
-            notes = {**self.data.split, **self.data.facts}
+            notes: dict[str, Any] = {**self.data.split, **self.data.facts}
             save_model(self.model.eval(), path, modalities=self.data.modalities, **notes)
         if self.config.baseline is not None:
             plain = build_segmenter(
@@ -171,7 +170,7 @@ def compile_parts(model: nn.Module) -> None:
             child.compile()
 
 
-def start_crop_stages(model: MedDANetV2) -> None:
+def start_crop_stages(model: Any) -> None:
     """Gives every crop's last stage the weights of the whole slice's."""
     for stage in model.crop_last_stages:
         stage.load_state_dict(model.segmenter.last_stage.state_dict())

@@ -53,7 +53,8 @@ baseline: {objective: static, steps: 1, batch: 2}
     rows = results["policy-16"]
     assert list(rows) == ["static", "S", "Q", "S+Q"] and set(rows["S"]) == {"0"}
     (held_out,) = rows["static"]["0"]["dice"]
-    assert held_out == "disc_000" and set(rows["S"]["0"]["dice"][held_out]) == {"class 1", "class 2"}
+    assert held_out == "disc_000"
+    assert set(rows["S"]["0"]["dice"][held_out]) == {"class 1", "class 2"}
     static = count_macs(build_segmenter("unet-12", 1, 3), (1, 1, 32, 32)) / 1e6
     assert rows["static"]["0"]["slice_mega"]["mac"] == pytest.approx(static, abs=1e-3)
     assert rows["Q"]["0"]["routes"] == {"skip": 0, "crop-16": 0, "whole": 5}
