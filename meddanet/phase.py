@@ -198,7 +198,14 @@ def _check_finite(what: str, value: float, name: str, step: int, batches: Batche
 
 
 def train_parts(model: nn.Module, parts: tuple[str, ...] = ()) -> None:
-    """Puts a model into training; where parts are named, freezes its other children."""
+    """Puts a model into training; where parts are named, freezes its other children.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+    known = [name for name, _ in model.named_children()]
+    if strange := set(parts) - set(known):
+        raise ValueError(f"parts holds {', '.join(strange)}, expected some of {', '.join(known)}")
     model.train()
     for name, child in model.named_children():
         trains = not parts or name in parts

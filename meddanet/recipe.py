@@ -23,8 +23,9 @@ class PhaseConfig:
         schedule_after: How much of it lies after.
         autocast: "none", "bfloat16" or "float16" (with loss scaling) for convolutions; weights stay
             in float32.
-        parts: Which of segmenter, crop_last_stages, bit_selectors, policy, position train; the rest
-            is frozen, norms and dropout included. Empty = all.
+        parts: Which of the model's parts train (of Med-DANet V2: segmenter, crop_last_stages,
+            bit_selectors, policy, position); the rest is frozen, norms and dropout included.
+            Empty = all.
         arithmetic: "float", "learning" (quantised, ranges follow the data) or "fixed" (quantised,
             ranges stay); None = what the objective is for.
         loss: "dice+ce", or "dice": the papers' foreground Dice, summed over classes.
@@ -60,8 +61,6 @@ class PhaseConfig:
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known)
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {expected}")
-        if strange := set(self.parts) - set(PARTS):
-            raise ValueError(f"parts holds {', '.join(strange)}, expected {', '.join(PARTS)}")
 
     def in_steps(self, steps_per_epoch: int) -> PhaseConfig:
         """Returns the same phase with all lengths in optimiser steps."""
@@ -73,7 +72,6 @@ class PhaseConfig:
         return replace(self, unit="steps", **lengths)
 
 
-PARTS = ("segmenter", "crop_last_stages", "bit_selectors", "policy", "position")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "unit": ("steps", "epochs"),
     "autocast": ("none", "bfloat16", "float16"),

@@ -100,8 +100,8 @@ def test_branch_costs_are_the_routes_costs(model):
 def test_unknown_choices_are_named():
     with pytest.raises(ValueError, match="autocast is 'half', expected one of none, bfloat16"):
         PhaseConfig("static", 1, autocast="half")
-    with pytest.raises(ValueError, match="parts holds decoder, expected segmenter"):
-        PhaseConfig("static", 1, parts=("decoder",))
+    with pytest.raises(ValueError, match="parts holds decoder, expected some of segmenter"):
+        train_parts(build_med_danet_v2("unet-12"), ("decoder",))
 
 
 def test_recipe_on_the_command_line(tmp_path, capsys):
