@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meddanet.activation import activation_ratio
@@ -51,7 +50,7 @@ BANK_CONFIG = BankConfig(steps=3000, batch=16, learning_rate=2e-3, stay=(0.75, 1
 DECISION_CONFIG = DecisionConfig(steps=500, batch=16, learning_rate=2e-3)
 ALPHAS = (0.001, 0.01, 0.03)
 SEED = 0
-TRAINED_SIZE = (48, 56)  # every hippocampus slice fits, a multiple of the stride
+TRAINED_SIZE = (48, 64)  # every hippocampus slice fits, a multiple of the stride
 REGIONS = {"anterior": (1,), "posterior": (2,)}
 MODALITIES = ("mri",)
 EQUAL_DICE = 0.005
@@ -75,7 +74,8 @@ def prepare(cases: dict, names: list[str], cache: Path) -> list[CachedCase]:
     for name in names:
         if not (cache / f"{name}.images.npy").exists():
             volume, labels = load_case(cases[name])
-            write_cache(name, pad(to_slices(volume), TRAINED_SIZE), pad(labels, TRAINED_SIZE), cache)
+            images, labels = pad(to_slices(volume), TRAINED_SIZE), pad(labels, TRAINED_SIZE)
+            write_cache(name, images, labels, cache)
     return [read_cache(name, cache) for name in names]
 
 
@@ -190,7 +190,8 @@ def score(classes: Tensor, labels: Tensor, macs: dict[str, float]) -> dict:
 def mean_of(scores: list[dict]) -> dict:
     """Averages over cases."""
     mean = {key: float(np.mean([s[key] for s in scores])) for key in (*REGIONS, "mean")}
-    return {**mean, "macs": {c: float(np.mean([s["macs"][c] for s in scores])) for c in CONVENTIONS}}
+    macs = {c: float(np.mean([s["macs"][c] for s in scores])) for c in CONVENTIONS}
+    return {**mean, "macs": macs}
 
 
 def choose_alpha(results: dict[float, dict]) -> float:

@@ -72,15 +72,16 @@ def activation_of_reports(paths: Iterable[str | Path], bins: int = 10) -> Activa
     Raises:
         ValueError: If a file is no report, or models differ in their routes.
     """
-    volumes, routes = [], None
+    volumes: list[np.ndarray] = []
+    routes: tuple[str, ...] = ()
     for path in paths:
         try:
             report = json.loads(Path(path).read_text(encoding="utf-8"))
-            own, decisions = tuple(report["decisions"]), np.array(report["slices"]["decision"], int)
+            own = tuple(report["decisions"])
+            volumes.append(np.array(report["slices"]["decision"], int))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: is not a report of meddanet segment ({error})") from error
         if own != (routes or own):
             raise ValueError(f"{path}: routes are {', '.join(own)}, expected {', '.join(routes)}")
         routes = own
-        volumes.append(decisions)
-    return activation_ratio(volumes, routes or (), bins)
+    return activation_ratio(volumes, routes, bins)

@@ -245,12 +245,17 @@ def _bank_work(
     parts = {"decision": "decision"}
     runs: dict[str, Callable[[Any, Tensor], object]] = {"skip": lambda m, x: m.decide(x)}
     for number, (route, member) in enumerate(zip(model.routes[1:], model.bank, strict=True)):
-        prefix = f"bank.{number}"
-        foreign = {prefix: route}
-        parts.update(_segmenter_parts(member, f"{prefix}.") if hasattr(member, "encoder") else foreign)
-        runs[route] = lambda m, x, route=number + 1: m.run(route, x)
+        if hasattr(member, "encoder"):
+            parts.update(_segmenter_parts(member, f"bank.{number}."))
+        else:
+            parts[f"bank.{number}"] = route
+        runs[route] = _member_run(number + 1)
     work = count_work(model, runs, shape, convention, parts)
     return {route: {**work["skip"], **row} for route, row in work.items()}
+
+
+def _member_run(route: int) -> Callable[[Any, Tensor], object]:
+    return lambda model, slices: model.run(route, slices)
 
 
 def _dynamic_work(

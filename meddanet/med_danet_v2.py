@@ -8,7 +8,7 @@ the same parts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class MedDANetV2(RoutedSegmenter):
     def __init__(
         self,
         *,
-        segmenter: nn.Module,
+        segmenter: Any,
         policy: nn.Module,
         position: nn.Module,
         bit_selectors: nn.ModuleList,

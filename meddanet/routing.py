@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class RoutedSegmenter(nn.Module, ABC):
         stride: Sides of slices are multiples of it.
         smallest_side: Slices are at least this large, in pixels.
         num_stages: Encoder stages S whose width is chosen.
+        config: Arguments of the builder that makes the same architecture.
+        metadata: What a weights file says of itself.
     """
 
     routes: tuple[str, ...]
@@ -48,6 +50,8 @@ class RoutedSegmenter(nn.Module, ABC):
     stride: int
     smallest_side: int
     num_stages: int = 0
+    config: dict[str, object]
+    metadata: dict[str, Any]
 
     @abstractmethod
     def decide(self, slices: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .choice import ChoiceMetric, slice_dice
 from .cost import count_macs
@@ -130,7 +131,7 @@ class BankObjective:
     def __init__(self, leaving: Sequence[int], windows: bool) -> None:
         self.leaving, self.windows = leaving, windows
 
-    def __call__(self, model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+    def __call__(self, model: Any, batches: Batches, step: int, size: int) -> Tensor:
         """Draws a batch and returns the loss."""
         images, labels = draw(batches, size, self.windows)
         losses = [
@@ -191,7 +192,7 @@ class DecisionObjective:
         self.counts = torch.zeros(routes, dtype=torch.long)
         self._macs: dict[tuple[int, ...], list[int]] = {}
 
-    def __call__(self, model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
+    def __call__(self, model: Any, batches: Batches, step: int, size: int) -> Tensor:
         """Draws a batch and returns the loss."""
         images, labels = draw(batches, size, self.config.windows)
         config, macs = self.config, self.member_macs(model, tuple(images.shape[1:]))
@@ -200,7 +201,7 @@ class DecisionObjective:
         logits = model.decide(images)
         return F.cross_entropy(logits, wanted, self.weights.to(logits))
 
-    def member_macs(self, model: nn.Module, shape: tuple[int, ...]) -> list[int]:
+    def member_macs(self, model: MedDANet, shape: tuple[int, ...]) -> list[int]:
         """Returns F_i of Eq. 4 for slices of shape (C, H, W)."""
         if shape not in self._macs:
             self._macs[shape] = [count_macs(member, (1, *shape), "paper") for member in model.bank]

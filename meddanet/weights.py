@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from .version import __version__
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 _ENDING = ".safetensors"
-_BUILDERS = {"MedDANet": build_med_danet, "MedDANetV2": build_med_danet_v2}
+_BUILDERS: dict[str, Callable[..., RoutedSegmenter]] = {
+    "MedDANet": build_med_danet, "MedDANetV2": build_med_danet_v2,
+}
 _RANGE = "quantization.{}.input_amax"
 
 
