@@ -168,3 +168,8 @@ def build_med_danet_v2(
     }
     set_quantization(model, quantize=True, update_range=True)
     return model
+
+
+MODELS: dict[str, Callable[..., MedDANet | MedDANetV2]] = {
+    "med-danet": build_med_danet, "med-danet-v2": build_med_danet_v2,
+}

@@ -261,6 +261,37 @@ def test_v2_around_transbts_trains_end_to_end(dynamic):
     assert all(layer.input_amax > 0 for layer in quantized_layers(dynamic).values())
 
 
+@torch.no_grad()
+def test_v2_around_transbts_segments_slice_by_slice_alike(dynamic):
+    """Fixed ranges, all three routes: the batch's answer is each slice's own, twice the same."""
+    set_quantization(dynamic, quantize=True, update_range=False)
+    dynamic.eval()
+    for layer in quantized_layers(dynamic).values():
+        layer.input_amax.fill_(3.0)
+    policy = dynamic.policy
+    dynamic.policy = Decide()
+    slices = torch.randn(6, 2, 16, 24)
+    slices[:, 0, 0, 0] = torch.tensor([0.0, 1, 2, 2, 1, 0])
+    together, again = dynamic.segment(slices), dynamic.segment(slices)
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    assert together.decisions.tolist() == [0, 1, 2, 2, 1, 0]
+    assert not together.labels[[0, 5]].any()
+    for index in range(6):
+        alone = dynamic.segment(slices[index : index + 1])
+        assert torch.equal(alone.num_bits[0], together.num_bits[index])
+        assert torch.equal(alone.offsets[0], together.offsets[index])
+        # rounding differs with the batch only where two logits tie
+        assert (alone.labels[0] != together.labels[index]).float().mean() < 1e-3
+    dynamic.policy = policy
+
+
+class Decide(nn.Module):
+    """A policy that reads its answer in the slice's first pixel."""
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return torch.eye(3)[slices[:, 0, 0, 0].round().long()]
+
+
 def test_v2_around_transbts_quantises_its_tokens(dynamic):
     """A linear layer's answer is the product of values rounded by hand on the 8-bit grid."""
     layer = dynamic.segmenter.transformer.layers[0].attention.qkv.eval()
