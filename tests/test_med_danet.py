@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from meddanet.cost import cost_table, count_macs
 from meddanet.data import Volume
 from meddanet.med_danet import MedDANet
 from meddanet.predictor import VolumePredictor
+from meddanet.report import case_report, write_preview
 from meddanet.weights import load_model, save_model
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -200,6 +203,11 @@ def test_weights_come_back_and_volumes_go_through(tmp_path, tolerances):
     assert prediction.cost["mac"] == sum(macs[loaded.routes[d]] for d in prediction.decisions)
     assert prediction.cost["static_mac"] == 7 * count_macs(loaded.bank[1], (1, 1, 24, 32))
     assert prediction.cost["scaled_paper"] == pytest.approx(prediction.cost["paper"])
+    report = json.loads(json.dumps(case_report(volume, prediction, 1.0)))
+    assert list(report["decisions"]) == ["skip", "M1", "M2"]
+    assert sum(report["decisions"].values()) == 7
+    write_preview(volume, prediction, tmp_path / "preview.png")
+    assert (tmp_path / "preview.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
