@@ -106,6 +106,9 @@ def _evaluate_parser() -> ArgumentParser:
 
 def _info_parser() -> ArgumentParser:
     parser = _Parser(description="Shows versions, devices and weights, or what a model costs.")
-    parser.add_argument("--cost", metavar="NAME", help="a segmenter, or weights (name or file)")
+    parser.add_argument(
+        "--cost", metavar="NAME",
+        help="a segmenter, med-danet, med-danet-v2, or weights (name or file)",
+    )
     parser.add_argument("--size", type=int, default=240, help="side of the slice in pixels")
     return parser

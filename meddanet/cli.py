@@ -181,12 +181,16 @@ def _info(options: Namespace) -> int:
 
 
 def _info_cost(name: str, size: int) -> int:
-    from .build import build_segmenter
+    from .build import MODELS, build_segmenter
     from .cost import CONVENTIONS, cost_table
     from .weights import load_model, pretrained_names
 
     weights = name in pretrained_names() or name.endswith(".safetensors")
-    model: Any = load_model(name) if weights else build_segmenter(name)
+    model: Any
+    if name in MODELS:
+        model = MODELS[name]()
+    else:
+        model = load_model(name) if weights else build_segmenter(name)
     for convention in CONVENTIONS:
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
         table = cost_table(model, (1, model.in_channels, size, size), convention).render()

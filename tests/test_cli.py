@@ -451,11 +451,30 @@ def test_info(capsys):
     whole = re.findall(r"^whole +([\d,.]+)", capsys.readouterr().out, re.MULTILINE)
     # in millions: true, and as V1 Table 3, Setting 2 has it (3.75 G)
     assert [round(float(w.replace(",", "")), 1) for w in whole] == [3575.8, 3752.3]
-    assert main(["info", "--cost", "unet-99"]) == 1
-    assert "unknown segmenter 'unet-99'" in capsys.readouterr().err
+    assert main(["info", "--cost", "vgg-16"]) == 1
+    assert "unknown segmenter 'vgg-16'" in capsys.readouterr().err
     assert main(["info", "--cost", "unet-16", "--size", "100"]) == 1
     captured = capsys.readouterr()
     assert "multiples of 8" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "routes"),
+    [
+        ("med-danet", ["skip", "M1", "M2", "M3", "M4"]),
+        ("med-danet-v2", ["skip", "crop-96", "whole"]),
+    ],
+)
+def test_info_of_whole_models(capsys, name, routes):
+    assert main(["info", "--cost", name, "--size", "128"]) == 0
+    shown = capsys.readouterr().out.split("as the papers count\n")[1]
+    rows = dict(re.findall(r"^(\S+) +([\d,.]+)", shown, re.MULTILINE))
+    assert [row for row in rows if row in routes] == routes
+    # in millions: the network that decides has 4.90, the dearest routes are V1 Table 3's M4 and M2
+    deciding = float(rows["skip"])
+    assert deciding == pytest.approx(4.90, abs=0.005)
+    expected = {"M4": 4979, "whole": 1067 + 1.2}[routes[-1]]  # V2: and 1.2 of Sobel filters
+    assert float(rows[routes[-1]].replace(",", "")) - deciding == pytest.approx(expected, abs=0.5)
 
 
 def dice(ours: Path, truth: Path, members: tuple[int, ...]) -> float:
