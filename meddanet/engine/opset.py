@@ -1,0 +1,292 @@
+"""From a module of this package to an OpenVINO graph on the same integers.
+
+`torch.fx` records the module's forward pass; each quantised layer becomes codes times step on both
+sides, with the layer's own range, which is the form OpenVINO runs as int8:
+
+    weights      int8 codes -> float -> * step (* gain of the norm that follows)
+    activations  clamp to the range -> FakeQuantize with the grid's step
+
+A width beyond 8 runs in float32 on the values of the same grid. No converter is involved: OpenVINO's
+own one reports usage.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+import torch.nn.functional as F
+from openvino import opset1
+from openvino import opset13 as ops
+from torch import Tensor, fx, nn
+
+from ..kernels.conv_train import weight_amax
+from ..kernels.grid import qmax, quantize_codes, step_size
+from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
+
+Node = ov.Node
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantizedInput) or super().is_leaf_module(module, name)
+
+
+def translate(module: nn.Module, inputs: Sequence[Node]) -> list[Node]:
+    """Adds a module's forward pass to an OpenVINO graph.
+
+    Args:
+        module: In `eval()`; its forward takes as many tensors as there are inputs.
+        inputs: Nodes of static shape, [N, C, H, W] each.
+
+    Returns:
+        One node per returned tensor.
+
+    Raises:
+        ValueError: If the forward pass holds an operation without translation.
+    """
+    try:
+        graph = _Tracer().trace(module)
+    except fx.proxy.TraceError as error:
+        raise ValueError(f"{type(module).__name__} cannot be recorded ({error})") from error
+    return _Translation(module, graph).run(inputs)
+
+
+class _Translation:
+    """One walk over a recorded forward pass."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.modules = dict(module.named_modules())
+        self.values: dict[fx.Node, Node] = {}
+        self.non_negative: set[fx.Node] = set()
+
+    def run(self, inputs: Sequence[Node]) -> list[Node]:
+        waiting = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = next(waiting)
+            elif node.op == "output":
+                result = self._arguments(node.args[0])
+                return list(result) if isinstance(result, (tuple, list)) else [result]
+            elif node not in self.values:
+                self.values[node] = self._translate(node)
+        raise AssertionError("a recorded graph ends with its output")
+
+    def _translate(self, node: fx.Node) -> Node:
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            if isinstance(module, QuantizedInput):
+                return self._quantized(node, module)
+            handler = _MODULES.get(type(module))
+            arguments: tuple = (module, *self._arguments(node.args))
+        else:
+            handler = _FUNCTIONS.get(node.target)
+            arguments = self._arguments(node.args)
+        if handler is None:
+            what = type(module).__name__ if node.op == "call_module" else str(node.target)
+            raise ValueError(f"{what} has no translation to OpenVINO")
+        if _keeps_sign(node, self.modules, self.non_negative):
+            self.non_negative.add(node)
+        return handler(*arguments, **self._arguments(node.kwargs))
+
+    def _arguments(self, value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: self.values[node])
+
+    def _quantized(self, node: fx.Node, layer: Any) -> Node:
+        """A quantised layer; a norm that alone follows it becomes part of its scale and shift."""
+        widths = [width for width in node.args[1:] if width is not None]
+        num_bits, input_num_bits = widths or (layer.num_bits, layer.input_num_bits)
+        gain, shift = 1.0, 0.0
+        follower = next(iter(node.users), None)
+        if len(node.users) == 1 and isinstance(self._module(follower), nn.BatchNorm2d):
+            gain, shift = _affine(self._module(follower))
+        source = self.values[node.args[0]]
+        if layer.quantize:
+            positive = node.args[0] in self.non_negative
+            source = on_grid(source, layer, node.target, input_num_bits, positive)
+        bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
+        result = _LAYERS[type(layer)](source, layer, _weight(layer, num_bits, gain))
+        offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
+        if offset.any():
+            trailing = 0 if isinstance(layer, QuantLinear) else 2
+            result = ops.add(result, constant(offset.reshape(1, -1, *[1] * trailing)))
+        if not np.isscalar(gain):
+            self.values[follower] = result
+        return result
+
+    def _module(self, node: fx.Node | None) -> nn.Module | None:
+        if node is None or node.op != "call_module":
+            return None
+        return self.modules[node.target]
+
+
+def constant(values: Any) -> Node:
+    """Returns a float32 constant."""
+    return ops.constant(np.asarray(values, np.float32))
+
+
+def on_grid(
+    input: Node, layer: QuantizedInput, name: str, num_bits: int, non_negative: bool = False
+) -> Node:
+    """Puts values on the grid of a layer's input, in the form that OpenVINO runs as codes.
+
+    Beyond 8 bit the values stay float32. Up to 8 bit the range is clamped first, so that 256 levels
+    of the right step serve for every width; what cannot be negative becomes unsigned codes, which
+    x86 multiplies without a correction.
+    """
+    amax, step = input_step(layer, name, num_bits)
+    if num_bits > 8:
+        ends = constant(-amax), constant(amax)
+        return ops.fake_quantize(input, *ends, *ends, 2 * qmax(num_bits) + 1)
+    low = 0 if non_negative else -128
+    if non_negative and input.get_type_name() == "Relu":
+        input = input.input_value(0)
+    input = ops.clamp(input, 0.0 if non_negative else -amax, amax)
+    ends = constant(low * step), constant((low + 255) * step)
+    return ops.fake_quantize(input, *ends, *ends, 256)
+
+
+def input_step(layer: Any, name: str, num_bits: int) -> tuple[float, float]:
+    """Returns (range, step) of a layer's input.
+
+    Raises:
+        ValueError: If the layer has no range.
+    """
+    amax = float(layer.input_amax)
+    if not 0 < amax < float("inf"):
+        raise ValueError(
+            f"layer {name} has no input range; train or calibrate the model before it is compiled"
+        )
+    return amax, float(layer.input_amax.float() / qmax(num_bits))
+
+
+def _out_axis(layer: nn.Module) -> int:
+    return 1 if isinstance(layer, QuantConvTranspose2d) else 0
+
+
+def _weight(layer: Any, num_bits: int, gain: float | np.ndarray) -> Node:
+    """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised."""
+    axis, weight = _out_axis(layer), layer.weight.detach().float()
+    shape = [-1 if index == axis else 1 for index in range(weight.dim())]
+    scale = np.broadcast_to(gain, layer.weight.shape[axis]).reshape(shape)
+    if layer.quantize:
+        step, largest, _ = step_size(weight, num_bits, weight_amax(weight, layer.per_channel))
+        weight = quantize_codes(weight, step, largest)
+        scale = scale * step.double().numpy()
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:
+        full = (groups, weight.shape[0] // groups, *weight.shape[1:])
+        weight, scale = weight.reshape(full), scale.repeat(len(weight) // len(scale), 0)
+        scale = scale.reshape(*full[:2], *[1] * (len(full) - 2))
+    if not layer.quantize or num_bits > 8 or isinstance(layer, QuantLinear):
+        return constant(weight.double().numpy() * scale)
+    codes = ops.constant(weight.numpy().astype(np.int8))
+    return ops.multiply(ops.convert(codes, "f32"), constant(scale))
+
+
+def _convolution(input: Node, layer: QuantConv2d, weight: Node) -> Node:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(f"padding {layer.padding_mode} {layer.padding} has no translation")
+    make = ops.convolution if layer.groups == 1 else ops.group_convolution
+    padding = list(layer.padding)
+    return make(input, weight, list(layer.stride), padding, padding, list(layer.dilation))
+
+
+def _transposed(input: Node, layer: QuantConvTranspose2d, weight: Node) -> Node:
+    if layer.groups > 1 or any(layer.output_padding):
+        raise ValueError("groups and output_padding of a transposed convolution: no translation")
+    padding = list(layer.padding)
+    return ops.convolution_backprop_data(
+        input, weight, list(layer.stride), pads_begin=padding, pads_end=padding,
+        dilations=list(layer.dilation),
+    )
+
+
+def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
+    return ops.matmul(input, weight, False, True)
+
+
+def _affine(norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns gain and shift of a batch norm in `eval()`, float64."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.detach().double() - norm.running_mean.double() * gain
+    return gain.numpy(), shift.numpy()
+
+
+def _norm(module: nn.BatchNorm2d, input: Node) -> Node:
+    gain, shift = (constant(part.reshape(1, -1, 1, 1)) for part in _affine(module))
+    return ops.add(ops.multiply(input, gain), shift)
+
+
+def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
+    kernel, stride, padding = (
+        [value, value] if isinstance(value, int) else list(value)
+        for value in (module.kernel_size, module.stride, module.padding)
+    )
+    return opset1.max_pool(input, stride, padding, padding, kernel)
+
+
+def _mean(input: Node, axes: Sequence[int], keepdim: bool = False) -> Node:
+    return ops.reduce_mean(input, ops.constant(np.array(axes, np.int64)), keepdim)
+
+
+def _channels(input: Node, index: Any) -> Node:
+    """input[:, start:stop:step]."""
+    everything = slice(None)
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != everything:
+        raise ValueError(f"index {index} has no translation")
+    channels = np.arange(input.get_output_partial_shape(0)[1].get_length(), dtype=np.int64)
+    axis = ops.constant(np.int64(1))
+    return ops.gather(input, ops.constant(channels[index[1]]), axis)
+
+
+def _hard_sigmoid(input: Node, inplace: bool = False) -> Node:
+    return ops.hard_sigmoid(input, constant(1 / 6), constant(0.5))
+
+
+def _same(module: nn.Module, input: Node) -> Node:
+    return input
+
+
+_LAYERS: dict[type, Callable[..., Node]] = {
+    QuantConv2d: _convolution, QuantConvTranspose2d: _transposed, QuantLinear: _linear,
+}
+_MODULES: dict[type, Callable[..., Node]] = {
+    nn.BatchNorm2d: _norm,
+    nn.MaxPool2d: _max_pool,
+    nn.ReLU: lambda module, input: ops.relu(input),
+    nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
+    nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
+}
+_FUNCTIONS: dict[Any, Callable[..., Node]] = {
+    operator.add: ops.add,
+    operator.mul: ops.multiply,
+    operator.getitem: _channels,
+    torch.cat: lambda inputs, axis: ops.concat(list(inputs), axis),
+    F.hardsigmoid: _hard_sigmoid,
+    "relu": ops.relu,
+    "mean": _mean,
+}
+_RELU = (nn.ReLU, nn.ReLU6)
+_KEEP_SIGN = (nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity)
+
+
+def _keeps_sign(node: fx.Node, modules: dict[str, nn.Module], positive: set[fx.Node]) -> bool:
+    """Tells whether a node's values cannot be negative."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, _RELU) or node.target in ("relu", F.hardsigmoid):
+        return True
+    passes = isinstance(module, _KEEP_SIGN) or node.target in ("mean", operator.getitem, torch.cat)
+    return passes and all(source in positive for source in node.all_input_nodes)
+
+
+def tensor_of(value: np.ndarray | Tensor) -> ov.Tensor:
+    """Wraps an array as a tensor that shares its memory."""
+    array = value.numpy() if isinstance(value, Tensor) else value
+    return ov.Tensor(array, shared_memory=True)
