@@ -52,10 +52,10 @@ def evaluate(data: Path, run: Path) -> dict:
     predictor = VolumePredictor(model, device="cpu")
     rows = {"dynamic": {}, "whole": {}, "static": {}}
     plain = None
-    if (run / "static.pt").exists():
+    if (run / "baseline.pt").exists():
         plain = build_segmenter("unet-16", model.in_channels, model.num_classes).eval()
         set_quantization(plain, quantize=False, update_range=False)
-        plain.load_state_dict(torch.load(run / "static.pt", weights_only=True)["model"])
+        plain.load_state_dict(torch.load(run / "baseline.pt", weights_only=True)["model"])
     cases = {case.name: case for case in find_cases(data)}
     for name in split["held_out"]:
         volume = load_volume(cases[name])

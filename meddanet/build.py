@@ -80,6 +80,7 @@ def build_med_danet_v2(
     crop_sizes: tuple[int, ...] = (96,),
     num_bits: tuple[int, ...] = (8, 16),
     decision_network: str = "shufflenetv2-m",
+    decision_scale: int = 1,
 ) -> MedDANetV2:
     """Builds Med-DANet V2 with everything on the quantisation grid.
 
@@ -93,9 +94,10 @@ def build_med_danet_v2(
         crop_sizes: Sides of the crops in pixels, ascending multiples of 8.
         num_bits: Widths the selectors choose from.
         decision_network: Name for `build_decision_network`, of policy and position network.
+        decision_scale: Both see the slice averaged over squares of this many pixels.
 
     Raises:
-        ValueError: If a name is unknown or a crop size does not fit.
+        ValueError: If a name is unknown, or a crop size or the scale does not fit.
 
     Source: Med-DANet V2, sections 3 and 4.1.
     """
@@ -104,6 +106,10 @@ def build_med_danet_v2(
     if list(crop_sizes) != sorted(set(crop_sizes)) or any(p % network.stride for p in crop_sizes):
         raise ValueError(
             f"crop_sizes must ascend and be multiples of {network.stride}, got {crop_sizes}"
+        )
+    if decision_scale < 1 or network.stride % decision_scale:
+        raise ValueError(
+            f"decision_scale must divide the stride {network.stride}, got {decision_scale}"
         )
     model = MedDANetV2(
         segmenter=network,
@@ -114,11 +120,12 @@ def build_med_danet_v2(
         ),
         crop_last_stages=nn.ModuleList(deepcopy(network.last_stage) for _ in crop_sizes),
         crop_sizes=crop_sizes,
+        decision_scale=decision_scale,
     )
     model.config = {
         "segmenter": segmenter, "in_channels": in_channels, "num_classes": num_classes,
         "crop_sizes": list(crop_sizes), "num_bits": list(num_bits),
-        "decision_network": decision_network,
+        "decision_network": decision_network, "decision_scale": decision_scale,
     }
     set_quantization(model, quantize=True, update_range=True)
     return model

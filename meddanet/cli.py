@@ -125,6 +125,8 @@ def _train(options: Namespace) -> int:
     values = options.as_dict()
     del values["config"]
     values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
+    if values["baseline"] is not None:
+        values["baseline"] = PhaseConfig(**values["baseline"])
     _say(str(train(TrainConfig(**values))))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +31,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     papers' foreground-only Dice.
 
     Args:
-        logits: [N, K, H, W].
+        logits: [N, K, H, W]; half precision is widened to float32 first.
         labels: [N, H, W] int64.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return dice_loss(logits.softmax(1), labels) + F.cross_entropy(logits, labels)

@@ -68,6 +68,8 @@ class MedDANetV2(nn.Module):
         bit_selectors: One `BitSelector` per encoder stage.
         crop_last_stages: One last stage per crop size.
         crop_sizes: Sides P of the crops in pixels, multiples of the segmenter's stride.
+        decision_scale: Policy and position network see the slice averaged over squares of this
+            many pixels; 1 as in the papers, 2 for a quarter of their cost.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class MedDANetV2(nn.Module):
         bit_selectors: nn.ModuleList,
         crop_last_stages: nn.ModuleList,
         crop_sizes: tuple[int, ...],
+        decision_scale: int = 1,
     ) -> None:
         super().__init__()
         self.segmenter = segmenter
@@ -87,6 +90,7 @@ class MedDANetV2(nn.Module):
         self.bit_selectors = bit_selectors
         self.crop_last_stages = crop_last_stages
         self.crop_sizes = crop_sizes
+        self.decision_scale = decision_scale
         self.routes = ("skip", *(f"crop-{size}" for size in crop_sizes), "whole")
         self.in_channels, self.num_classes = segmenter.in_channels, segmenter.num_classes
         self.stride = segmenter.stride
@@ -95,11 +99,16 @@ class MedDANetV2(nn.Module):
 
     def decide(self, slices: Tensor) -> Tensor:
         """Returns route logits [N, R] of slices [N, C, H, W]."""
-        return self.policy(slices)
+        return self.policy(self._at_a_glance(slices))
 
     def locate(self, slices: Tensor) -> Tensor:
         """Returns where crops go, [N, 2] in [0, 1]: (y, x) share of the free play H - P, W - P."""
-        return self.position(slices).sigmoid()
+        return self.position(self._at_a_glance(slices)).sigmoid()
+
+    def _at_a_glance(self, slices: Tensor) -> Tensor:
+        if self.decision_scale == 1:
+            return slices
+        return channels_last(F.avg_pool2d(slices, self.decision_scale))
 
     def offset(self, position: Tensor, size: int, height: int, width: int) -> Tensor:
         """Turns `locate`'s shares into the (y, x) offset in pixels of a P x P crop, [N, 2]."""

@@ -14,12 +14,16 @@ class PhaseConfig:
         steps: Optimiser steps.
         batch: Slices (or windows) per step.
         learning_rate: Peak of the schedule.
+        decay: Whether the rate falls; without, a later phase continues at the peak.
+        bfloat16: Convolutions in bfloat16 (autocast), weights in float32.
     """
 
     objective: str
     steps: int
     batch: int = 8
     learning_rate: float = 1e-3
+    decay: bool = True
+    bfloat16: bool = False
 
 
 @dataclass
@@ -35,14 +39,17 @@ class TrainConfig:
         seed: Seed of weights, sampling and augmentation.
         threads: CPU threads; 0 = all.
         phantoms: Synthetic cases mixed into the training cases.
+        intensity: Largest relative change and shift of a modality's intensities.
         segmenter: Name for `build_segmenter`.
         decision_network: Name for `build_decision_network`.
+        decision_scale: The decision networks see slices averaged over squares of so many pixels.
         crop_sizes: Sides of the crops in pixels.
         num_bits: Widths the selectors choose from.
         cost_weight: Lambda of the joint phase.
         bit_weight: Weight of the mean width in the quantised phase.
         phases: What is trained, in this order; a finished phase is not repeated.
-        static_steps: Steps of a plain segmenter trained beside, as the baseline; 0 = none.
+        baseline: A plain segmenter trained beside, to compare with; it continues a first phase
+            "static", so that both have that in common. None = none.
     """
 
     data: str
@@ -53,15 +60,20 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0
     phantoms: int = 3
+    intensity: float = 0.25
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
+    decision_scale: int = 2
     crop_sizes: tuple[int, ...] = (96,)
     num_bits: tuple[int, ...] = (8, 16)
     cost_weight: float = 0.06
     bit_weight: float = 0.06
     phases: list[PhaseConfig] = field(default_factory=lambda: [
-        PhaseConfig("segmenter", steps=1600, batch=8, learning_rate=1e-3),
-        PhaseConfig("decisions", steps=1800, batch=8, learning_rate=2e-3),
-        PhaseConfig("quantised", steps=150, batch=8, learning_rate=3e-4),
+        PhaseConfig("static", steps=1200, decay=False, bfloat16=True),
+        PhaseConfig("segmenter", steps=800, bfloat16=True),
+        PhaseConfig("decisions", steps=1200, batch=16, learning_rate=2e-3),
+        PhaseConfig("quantised", steps=120, learning_rate=3e-4),
     ])
-    static_steps: int = 2600
+    baseline: PhaseConfig | None = field(default_factory=lambda: PhaseConfig(
+        "static", steps=1600, bfloat16=True
+    ))

@@ -12,7 +12,7 @@ FLOORS = (
     {"layers", "engine", "losses"},
     {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
     {"build", "report"},
-    {"training", "weights", "cohort", "evaluation"},
+    {"training", "objectives", "weights", "cohort", "evaluation"},
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )

@@ -200,3 +200,15 @@ def test_d5_a_batch_holds_every_sample_asked_for(tmp_path):
     write_cache("a", images, labels, tmp_path)
     images, labels = SliceSampler([read_cache("a", tmp_path)], seed=0).batch(15)
     assert images.shape == (15, 2, 16, 16) and labels.shape == (15, 16, 16)
+
+
+@torch.no_grad()
+def test_the_decision_networks_see_squares_averaged():
+    """decision_scale 2: deciding on a slice equals deciding at scale 1 on its 2 x 2 means."""
+    model = build_med_danet_v2("unet-12", 2, 3, crop_sizes=(16,), decision_scale=2).eval()
+    slices = torch.randn(3, 2, 32, 48, generator=torch.Generator().manual_seed(0))
+    means = slices.reshape(3, 2, 16, 2, 24, 2).mean((3, 5))
+    assert torch.allclose(model.decide(slices), model.policy(means), atol=1e-5)
+    assert torch.allclose(model.locate(slices), model.position(means).sigmoid(), atol=1e-5)
+    with pytest.raises(ValueError, match="must divide the stride 8"):
+        build_med_danet_v2("unet-12", decision_scale=3)

@@ -1,5 +1,7 @@
 """Objectives, sampling and phases of training, on hand-made cases small enough to reason about."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,22 +9,24 @@ import torch.nn.functional as F
 
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
+from meddanet.data.phantom import write_phantom
 from meddanet.data.slices import SliceSampler, augment, folds, read_cache, write_cache
 from meddanet.kernels.conv_train import conv_per_width
 from meddanet.layers import set_quantization
 from meddanet.losses import dice_loss
 from meddanet.med_danet_v2 import TrainingOutput
-from meddanet.training import (
+from meddanet.objectives import (
+    OBJECTIVES,
     Batches,
-    PhaseConfig,
-    _phase,
     centred_offset,
     inside_crop,
     lesion_box,
     oracle_route,
     relative_cost,
-    schedule,
 )
+from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.training import _phase, schedule, train
+from meddanet.weights import load_model
 
 
 def labels_with_boxes(*boxes: tuple[int, int, int, int] | None, side: int = 64) -> torch.Tensor:
@@ -139,7 +143,7 @@ def test_d13_costs_come_from_the_model():
 
 def test_d7_a_phase_moves_only_its_own_parts(model, cases, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _phase(model, PhaseConfig("decisions", steps=3, batch=2), Batches(cases), tmp_path)
+    _phase(model, PhaseConfig("decisions", steps=3, batch=2), Batches(cases), tmp_path / "0.pt")
     for name, value in model.state_dict().items():
         if not name.startswith(("policy.", "position.")):
             assert torch.equal(value, before[name]), name
@@ -148,19 +152,17 @@ def test_d7_a_phase_moves_only_its_own_parts(model, cases, tmp_path):
 
 def test_a_finished_phase_is_loaded_and_not_repeated(model, cases, tmp_path):
     phase = PhaseConfig("quantised", steps=2, batch=2, learning_rate=1e-3)
-    _phase(model, phase, Batches(cases), tmp_path)
+    _phase(model, phase, Batches(cases), tmp_path / "0.pt")
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
     other = build_med_danet_v2("unet-12", in_channels=2, num_classes=2, crop_sizes=(24,))
-    _phase(other, phase, Batches(cases), tmp_path)
+    _phase(other, phase, Batches(cases), tmp_path / "0.pt")
     assert all(torch.equal(value, trained[name]) for name, value in other.state_dict().items())
     assert other.segmenter.init.input_amax == model.segmenter.init.input_amax > 0
 
 
 @pytest.mark.parametrize("objective", ["segmenter", "quantised", "joint", "static"])
 def test_each_objective_learns(model, cases, tmp_path, objective):
-    from meddanet.training import OBJECTIVES
-
     set_quantization(model, quantize=objective != "static", update_range=True)
     batches = Batches(cases)
     batches.windows.window = 48
@@ -182,6 +184,37 @@ def test_the_schedule_warms_up_and_falls_to_nothing():
     assert rates[0] == pytest.approx(1 / 50) and max(rates) == 1.0
     assert rates[525] == pytest.approx(0.5**0.9, rel=1e-3)
     assert rates[-1] < 0.01 and all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
+def test_a_phase_that_another_continues_keeps_its_rate():
+    rates = [schedule(step, 1000, decay=False) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 50) and set(rates[49:]) == {1.0}
+
+
+def test_the_whole_recipe_on_a_phantom(tmp_path):
+    """Two steps a phase; the baseline continues the first, and a second call repeats nothing."""
+    for seed in (1, 2):
+        write_phantom(tmp_path / "data", seed=seed, name=f"case_{seed}")
+    config = TrainConfig(
+        str(tmp_path / "data"), str(tmp_path / "run"), folds=2, phantoms=0, segmenter="unet-12"
+    )
+    for phase in [*config.phases, config.baseline]:
+        phase.steps, phase.batch = 2, 1
+    path = train(config)
+    model = load_model(path)
+    assert model.decision_scale == 2 and model.metadata["held_out"] == ["case_1"]
+    log = [json.loads(line)["phase"] for line in (path.parent / "log.jsonl").open()]
+    assert log == ["0-static", "1-segmenter", "2-decisions", "3-quantised", "baseline"]
+    first, last = (
+        torch.load(path.with_name(name), weights_only=True)["model"]
+        for name in ("0-static.pt", "baseline.pt")
+    )
+    # two steps of Adam at a hundredth of the rate move no weight far
+    moved = (last["init.weight"] - first["segmenter.init.weight"]).abs().max()
+    assert 0 < moved < 0.01
+    written = path.stat().st_mtime_ns, (path.parent / "log.jsonl").read_text()
+    train(config)
+    assert (path.parent / "log.jsonl").read_text() == written[1]
 
 
 def test_dice_loss_by_hand():
