@@ -161,7 +161,7 @@ class MedDANetV2(nn.Module):
         Args:
             slices: [N, C, H, W], H and W multiples of the stride, at least the largest crop.
         """
-        self._check(slices)
+        self.check(slices)
         height, width = slices.shape[2:]
         position = self.locate(slices)
         branches = [
@@ -241,7 +241,7 @@ class MedDANetV2(nn.Module):
         self, slices: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
         """Returns (decisions, offsets, num_bits, groups); the latter two are filled by `groups`."""
-        self._check(slices)
+        self.check(slices)
         batch, _, height, width = slices.shape
         decisions = torch.zeros(batch, dtype=torch.long, device=slices.device)
         offsets = slices.new_zeros(batch, 2, dtype=torch.float32)
@@ -270,7 +270,8 @@ class MedDANetV2(nn.Module):
 
         return decisions, offsets, num_bits, groups()
 
-    def _check(self, slices: Tensor) -> None:
+    def check(self, slices: Tensor) -> None:
+        """Raises ValueError, with the cure, unless the model takes `slices`."""
         check_input(slices, self.in_channels, self.stride)
         if min(slices.shape[2:]) < max(self.crop_sizes, default=0):
             raise ValueError(
