@@ -19,6 +19,7 @@ _PUBLIC = {
     "build_decision_network": "build",
     "build_med_danet_v2": "build",
     "build_segmenter": "build",
+    "compile_engine": "engine",
     "cost_table": "cost",
     "count_macs": "cost",
     "dice_score": "metrics",

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"kernels", "data", "macs", "cost", "metrics", "surfaces", "recipe", "version"},
-    {"layers", "engine", "losses"},
-    {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
+    {"layers", "losses"},
+    {"networks", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
     {"build", "report"},
     {"training", "objectives", "weights", "cohort", "evaluation"},
     {"arguments", "cli"},

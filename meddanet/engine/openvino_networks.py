@@ -7,20 +7,17 @@ Between graphs lie float32 maps [1, H, W, C], channels last as OpenVINO's convol
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
 from torch import nn
 
 from ..layers import sobel_kernel
 from ..med_danet_v2 import MedDANetV2
-from .opset import Node, constant, translate
+from .opset import Node, constant, ops, ov, translate
 
 Array = np.ndarray
-Part = tuple[str, *tuple[int, ...]]  # name, and where there are several: index, bit width
+Part = tuple[Any, ...]  # name, and where there are several: index, bit width
 
 
 class _Stage(nn.Module):
@@ -59,6 +56,8 @@ class OpenVINONetworks:
     def __init__(self, model: MedDANetV2, threads: int) -> None:
         self._model, self._threads = model, threads
         self._core = ov.Core()
+        if not is_exact(self._core):
+            raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
         self._lock = threading.Lock()
         self._graphs: dict[tuple, ov.CompiledModel] = {}
         self._local = threading.local()
@@ -162,6 +161,26 @@ class OpenVINONetworks:
         if name == "finish":
             return [_labels(*translate(_Decoder(segmenter, segmenter.last_stage), maps))]
         return [_labels(*translate(model.crop_last_stages[rest[0]], maps))]
+
+
+def is_exact(core: ov.Core) -> bool:
+    """Tells, by trying codes of +-127, whether int8 sums come out exact on this machine."""
+    image = ops.parameter([1, 32, 6, 6], np.float32)
+    ends = constant(-128), constant(127)
+    kernel = np.where(np.arange(32 * 8 * 9) % 3 == 1, -127, 127).reshape(8, 32, 3, 3)
+    weight = ops.convert(ops.constant(kernel.astype(np.int8)), "f32")
+    pads = [0, 0]
+    sums = ops.convolution(
+        ops.fake_quantize(image, *ends, *ends, 256), ops.multiply(weight, constant(1)),
+        [1, 1], pads, pads, [1, 1],
+    )
+    compiled = core.compile_model(ov.Model([sums], [image]), "CPU", _configuration(1))
+    exact = 127 * kernel.sum((1, 2, 3))[:, None, None]
+    return all(
+        np.array_equal(compiled([np.full((1, 32, 6, 6), value, np.float32)])[0][0] / sign,
+                       np.broadcast_to(exact, (8, 4, 4)))
+        for sign, value in ((1, 127), (-1, -127))
+    )
 
 
 def _configuration(threads: int) -> dict[str, Any]:

@@ -6,8 +6,8 @@ sides, with the layer's own range, which is the form OpenVINO runs as int8:
     weights      int8 codes -> float -> * step (* gain of the norm that follows)
     activations  clamp to the range -> FakeQuantize with the grid's step
 
-A width beyond 8 runs in float32 on the values of the same grid. No converter is involved: OpenVINO's
-own one reports usage.
+A width beyond 8 runs in float32 on the values of the same grid. No converter is involved:
+OpenVINO's own one reports usage.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import torch
 import torch.nn.functional as F
-from openvino import opset1
-from openvino import opset13 as ops
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 
-Node = ov.Node
+try:
+    import openvino as ov
+    from openvino import opset1
+    from openvino import opset13 as ops
+except ImportError:  # the extra `cpu` is not installed, and nothing below is called
+    ov = opset1 = ops = None
+
+Node = Any
 
 
 class _Tracer(fx.Tracer):
@@ -265,12 +269,12 @@ _MODULES: dict[type, Callable[..., Node]] = {
     nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
 }
 _FUNCTIONS: dict[Any, Callable[..., Node]] = {
-    operator.add: ops.add,
-    operator.mul: ops.multiply,
+    operator.add: lambda a, b: ops.add(a, b),
+    operator.mul: lambda a, b: ops.multiply(a, b),
     operator.getitem: _channels,
     torch.cat: lambda inputs, axis: ops.concat(list(inputs), axis),
     F.hardsigmoid: _hard_sigmoid,
-    "relu": ops.relu,
+    "relu": lambda input: ops.relu(input),
     "mean": _mean,
 }
 _RELU = (nn.ReLU, nn.ReLU6)
@@ -284,9 +288,3 @@ def _keeps_sign(node: fx.Node, modules: dict[str, nn.Module], positive: set[fx.N
         return True
     passes = isinstance(module, _KEEP_SIGN) or node.target in ("mean", operator.getitem, torch.cat)
     return passes and all(source in positive for source in node.all_input_nodes)
-
-
-def tensor_of(value: np.ndarray | Tensor) -> ov.Tensor:
-    """Wraps an array as a tensor that shares its memory."""
-    array = value.numpy() if isinstance(value, Tensor) else value
-    return ov.Tensor(array, shared_memory=True)

@@ -116,12 +116,11 @@ class SliceEngine:
             torch.zeros(count, len(self._selectors), dtype=torch.long),
         )
         images, parts = slices.numpy(), [part.numpy() for part in result]
-        tasks = [
-            self._pool.submit(self._segment, images[index], *(part[index : index + 1] for part in parts))
-            for index in range(count)
-        ]
-        for task in tasks:
-            task.result()
+
+        def run(index: int) -> None:
+            self._segment(images[index], *(part[index : index + 1] for part in parts))
+
+        list(self._pool.map(run, range(count)))
         return result
 
     def _segment(

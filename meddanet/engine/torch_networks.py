@@ -21,7 +21,6 @@ from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import (
     QuantConv2d,
     QuantConvTranspose2d,
-    QuantizedInput,
     QuantLinear,
     image_gradients,
     quantized_layers,
@@ -65,7 +64,9 @@ class TorchNetworks:
         return feature, _spread(feature), image_gradients(batch)[0].numpy()
 
     @torch.inference_mode()
-    def stage(self, index: int, num_bits: int, input: Tensor) -> tuple[Tensor, Tensor, Array | None]:
+    def stage(
+        self, index: int, num_bits: int, input: Tensor
+    ) -> tuple[Tensor, Tensor, Array | None]:
         """Returns (skip, input of the next stage, its spread)."""
         stage = self._model.segmenter.encoder[index]
         skip, feature = stage(input, num_bits)
@@ -105,7 +106,9 @@ class _Frozen(nn.Module):
         self.integer = integer and dense and layer.padding_mode == "zeros"
         self.codes, self.weight, self.packed = map(cache, (self._codes, self._weight, self._pack))
 
-    def forward(self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None):
+    def forward(
+        self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None
+    ) -> Tensor:
         """Runs the layer at one width; None means its own."""
         layer = self.layer
         num_bits = layer.num_bits if num_bits is None else num_bits
