@@ -13,6 +13,7 @@ from .recipe import TrainConfig
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
+EXECUTORS = ("auto", "openvino", "torch", "eager")
 LABEL_CONVENTIONS = ("brats2021", "brats2023", "msd")
 Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
 
@@ -62,6 +63,10 @@ def _segment_parser() -> ArgumentParser:
     )
     parser.add_argument("-o", "--out", required=True, help="folder for the results")
     parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--executor", choices=EXECUTORS, default="auto",
+        help="what runs the networks on a CPU: openvino (extra `cpu`), torch or eager",
+    )
     parser.add_argument(
         "--window", type=int, help="decide per window of this side (128: the papers' protocol)"
     )

@@ -87,27 +87,30 @@ def _segment(options: Namespace) -> int:
 
 def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     """Segments the cases with one model; returns how many failed."""
-    from torch import OutOfMemoryError
     from tqdm import tqdm
 
-    from .cohort import segment_case
+    from .cohort import segment_cases
     from .predictor import VolumePredictor
     from .weights import load_model
 
     model = load_model(options.weights)
-    predictor = VolumePredictor(model, options.device, options.window, options.labels)
+    predictor = VolumePredictor(
+        model, options.device, options.window, options.labels, options.executor
+    )
     modalities = tuple(options.modalities.split(",")) if options.modalities else None
+    outcomes = segment_cases(
+        cases, predictor, out,
+        weights=options.weights, preview=options.preview, modalities=modalities,
+    )
     failed = 0
-    for case in tqdm(cases, desc="segment", unit="case", disable=None):
-        try:
-            report = segment_case(
-                case, predictor, out,
-                weights=options.weights, preview=options.preview, modalities=modalities,
-            )
-            _say(f"{out / case.name}.nii.gz  {_summary(report)}")
-        except (ValueError, OSError, MemoryError, OutOfMemoryError) as error:
-            _complain(error if case.name in str(error) else f"{case.name}: {error}")
+    for case, outcome in tqdm(
+        outcomes, desc="segment", unit="case", total=len(cases), disable=None
+    ):
+        if isinstance(outcome, Exception):
+            _complain(outcome if case.name in str(outcome) else f"{case.name}: {outcome}")
             failed += 1
+        else:
+            _say(f"{out / case.name}.nii.gz  {_summary(outcome)}")
     if len(cases) > 1:
         _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
     return failed
