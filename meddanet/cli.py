@@ -165,6 +165,29 @@ def _score_line(scores: dict[str, dict[str, float]]) -> str:
     return " ".join(parts)
 
 
+def _bench(options: Namespace) -> int:
+    import tempfile
+
+    from .bench import bench_volume, render
+    from .data import load_volume
+    from .data.phantom import write_phantom
+    from .report import write_json
+    from .weights import load_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        case = options.case or write_phantom(Path(folder), seed=0)
+        volume = load_volume(case)
+    _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
+    model = load_model(options.weights)
+    result = bench_volume(model, volume, options.device, options.executor, options.rounds)
+    _say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
+         f"executor {result['executor']}, {result['machine']['threads']} threads")
+    _say(render(result))
+    if options.json:
+        write_json(result, Path(options.json))
+    return 0
+
+
 def _info(options: Namespace) -> int:
     if options.cost:
         return _info_cost(options.cost, options.size)
@@ -199,4 +222,5 @@ def _info_cost(name: str, size: int) -> int:
 
 COMMANDS = {
     "demo": _demo, "segment": _segment, "train": _train, "evaluate": _evaluate, "info": _info,
+    "bench": _bench,
 }

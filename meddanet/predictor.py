@@ -114,9 +114,9 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         self._warn_of_spacing(volume)
-        slices = torch.from_numpy(to_slices(self._ordered(volume), torch.get_num_threads()))
+        slices = torch.from_numpy(to_slices(self.ordered(volume), torch.get_num_threads()))
         height, width = slices.shape[2:]
-        fitting = self._pad(slices)
+        fitting = self.pad(slices)
         normalised = time.perf_counter()
         result = self._segment(fitting)
         result = result._replace(labels=result.labels[:, :height, :width])
@@ -151,8 +151,8 @@ class VolumePredictor:
             parts.append([tensor.cpu() for tensor in part])
         return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _pad(self, slices: Tensor) -> Tensor:
-        """Pads slices at their ends where the network takes larger ones only."""
+    def pad(self, slices: Tensor) -> Tensor:
+        """Pads slices [N, C, H, W] at their ends where the network takes larger ones only."""
         height, width = slices.shape[2:]
         rows, columns = self._padded(height, width)
         if (rows, columns) == (height, width):
@@ -171,8 +171,12 @@ class VolumePredictor:
         rows, columns = (window_origins(side, self.window) for side in self._padded(height, width))
         return tuple((y, x) for y in rows for x in columns)
 
-    def _ordered(self, volume: Volume) -> Volume:
-        """Puts the modalities into the model's order."""
+    def ordered(self, volume: Volume) -> Volume:
+        """Puts the modalities of a volume into the model's order.
+
+        Raises:
+            VolumeError: If one is missing.
+        """
         if not self.modalities and len(volume.modalities) == self.model.in_channels:
             return volume
         missing = [name for name in self.modalities if name not in volume.modalities]

@@ -45,7 +45,7 @@ class Predictor:
 
 def case(name: str) -> Case:
     files = {modality: Path(f"/nowhere/{name}_{modality}.nii.gz") for modality in MRI}
-    return Case(name, Path("/nowhere"), files, "brats2021", None, MRI)
+    return Case(name, files, "brats2021", MRI)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ FLOORS = (
     {"layers", "losses"},
     {"networks", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
     {"build", "report"},
-    {"training", "objectives", "weights", "cohort", "evaluation"},
+    {"bench", "training", "objectives", "weights", "cohort", "evaluation"},
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )
