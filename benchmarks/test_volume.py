@@ -10,6 +10,7 @@ in `extra_info` and in `results/`. Real held-out cases where `../shared/data` is
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -21,7 +22,7 @@ from timing import cases, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
 from meddanet.cohort import segment_cases
-from meddanet.data import Case, from_classes, from_slices, load_labels, load_volume, to_slices
+from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
 from meddanet.layers import set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -33,10 +34,12 @@ COPIES = 4  # cases of one folder run
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory) -> list[Case]:
+    """Cases that the shipped weights have not seen, or a phantom."""
     return cases(tmp_path_factory.mktemp("phantom"))
 
 
 def float_model() -> MedDANetV2:
+    """The shipped weights without any quantisation."""
     model = load_model()
     set_quantization(model, quantize=False, update_range=False)
     return model
@@ -137,13 +140,13 @@ def by_nibabel(case: Case, network: Callable[[torch.Tensor], np.ndarray], out: P
 
 
 def test_end_to_end(benchmark, held_out, tmp_path):
-    """Files to files: one case alone, a case of a folder run, and scripts around static runtimes."""
+    """Files to files: a case alone, a folder run, and scripts around static runtimes."""
     case = held_out[0]
     predictor = VolumePredictor(load_model(), "cpu")
     plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
     folder = tmp_path / "out"
     folder.mkdir()
-    copies = [Case(f"copy_{i}", case.files, case.convention, case.modalities) for i in range(COPIES)]
+    copies = [replace(case, name=f"copy_{index}") for index in range(COPIES)]
 
     def folder_run(cohort: list[Case]) -> None:
         for _, outcome in segment_cases(cohort, predictor, folder, weights="brats2021"):

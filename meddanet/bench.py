@@ -36,8 +36,8 @@ def time_interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str
         rounds: How often.
 
     Returns:
-        For each name "seconds" (median of wall time), "fastest", "slowest" and "cpu_seconds" (median
-        of the processor time of all threads).
+        For each name "seconds" (median of wall time), "fastest", "slowest" and "cpu_seconds"
+        (median of the processor time of all threads).
     """
     for run in runs.values():
         run()
@@ -159,8 +159,8 @@ def bench_volume(
         rounds: How often everything is timed.
 
     Returns:
-        JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with the
-        model's own layers'), "times", "ratios" (over the engine) and "not_run" with reasons.
+        JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
+        that of the model's own layers), "times", "ratios" and "not_run" with reasons.
     """
     predictor = VolumePredictor(model, device, executor=executor)
     reference = VolumePredictor(model, device, executor="eager")

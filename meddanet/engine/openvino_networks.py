@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import sobel_kernel
 from ..med_danet_v2 import MedDANetV2
-from .opset import Node, constant, ops, ov, translate
+from .opset import Node, channels_last, constant, integers, ops, ov, translate
 
 Array = np.ndarray
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
@@ -118,12 +118,13 @@ class OpenVINONetworks:
         key = (part, *(x.shape for x in inputs))
         requests = self._local.__dict__
         if key not in requests:
-            requests[key] = self.compiled(*key).create_infer_request()
-        request = requests[key]
+            request = self.compiled(*key).create_infer_request()
+            requests[key] = request, [tensor.data for tensor in request.output_tensors]
+        request, outputs = requests[key]
         for index, value in enumerate(inputs):
             request.set_input_tensor(index, ov.Tensor(value, shared_memory=True))
         request.infer()
-        return [tensor.data for tensor in request.output_tensors]
+        return outputs
 
     def compiled(self, part: Part, *shapes: tuple[int, ...]) -> ov.CompiledModel:
         """Returns the compiled graph of a part, made at the first demand."""
@@ -148,19 +149,23 @@ class OpenVINONetworks:
             return translate(model.position, inputs)
         if name == "begin":
             (feature,) = translate(nn.Sequential(segmenter.init, segmenter.dropout), inputs)
-            return [_last(feature), _spread(feature), _gradients(inputs[0], model.in_channels)]
-        maps = [_first(node) for node in inputs]
+            gradients = _gradients(inputs[0], model.in_channels)
+            return [channels_last(feature), _spread(feature), gradients]
         if name == "stage":
             index, num_bits = rest
-            skip, feature = translate(_Stage(segmenter.encoder[index], num_bits), maps)
-            if segmenter.encoder[index].down is None:
-                return [_last(skip)]
-            return [_last(skip), _last(feature), _spread(feature)]
-        if name == "decode":
-            return [_last(*translate(_Decoder(segmenter, nn.Identity()), maps))]
-        if name == "finish":
-            return [_labels(*translate(_Decoder(segmenter, segmenter.last_stage), maps))]
-        return [_labels(*translate(model.crop_last_stages[rest[0]], maps))]
+            stage = segmenter.encoder[index]
+            skip, feature = translate(_Stage(stage, num_bits), inputs, channels_last=True)
+            if num_bits > 8:
+                skip = _copy(skip)
+            if stage.down is None:
+                return [channels_last(skip)]
+            return [channels_last(skip), channels_last(feature), _spread(feature)]
+        if name == "last":
+            (logits,) = translate(model.crop_last_stages[rest[0]], inputs, channels_last=True)
+            return [_labels(logits)]
+        follower = nn.Identity() if name == "decode" else segmenter.last_stage
+        (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
+        return [channels_last(result) if name == "decode" else _labels(result)]
 
 
 def is_exact(core: ov.Core) -> bool:
@@ -191,24 +196,16 @@ def _configuration(threads: int) -> dict[str, Any]:
     }
 
 
-def _first(input: Node) -> Node:
-    """[1, H, W, C] -> [1, C, H, W]."""
-    return ops.transpose(input, _integers(0, 3, 1, 2))
-
-
-def _last(input: Node) -> Node:
-    """[1, C, H, W] -> [1, H, W, C]; costs nothing after a convolution."""
-    return ops.transpose(input, _integers(0, 2, 3, 1))
-
-
-def _integers(*values: int) -> Node:
-    return ops.constant(np.array(values, np.int64))
+def _copy(input: Node) -> Node:
+    """A clamp that changes nothing: a float convolution's sum is slow to transpose by itself."""
+    largest = float(np.finfo(np.float32).max)
+    return ops.clamp(input, -largest, largest)
 
 
 def _spread(input: Node) -> Node:
     """The population's standard deviation of every channel, [1, C]."""
-    deviation = ops.subtract(input, ops.reduce_mean(input, _integers(2, 3), True))
-    return ops.sqrt(ops.reduce_mean(ops.multiply(deviation, deviation), _integers(2, 3), False))
+    deviation = ops.subtract(input, ops.reduce_mean(input, integers(2, 3), True))
+    return ops.sqrt(ops.reduce_mean(ops.multiply(deviation, deviation), integers(2, 3), False))
 
 
 def _gradients(input: Node, channels: int) -> Node:
@@ -216,14 +213,14 @@ def _gradients(input: Node, channels: int) -> Node:
     kernel = np.zeros((2 * channels, channels, 3, 3), np.float32)
     rows = np.arange(2 * channels)
     kernel[rows, rows // 2] = sobel_kernel(channels)[:, 0]
-    edge = _integers(0, 0, 1, 1)
+    edge = integers(0, 0, 1, 1)
     padded = ops.pad(input, edge, edge, "edge")
     response = ops.convolution(padded, constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
-    return ops.reduce_mean(ops.abs(response), _integers(2, 3), False)
+    return ops.reduce_mean(ops.abs(response), integers(2, 3), False)
 
 
 def _labels(logits: Node) -> Node:
     """The first of the largest logits, uint8 [1, H, W]."""
     k = ops.constant(np.int64(1))
     best = ops.topk(logits, k, 1, "max", "value", "i32", stable=True).output(1)
-    return ops.convert(ops.squeeze(best, _integers(1)), "u8")
+    return ops.convert(ops.squeeze(best, integers(1)), "u8")

@@ -40,12 +40,15 @@ class _Tracer(fx.Tracer):
         return isinstance(module, QuantizedInput) or super().is_leaf_module(module, name)
 
 
-def translate(module: nn.Module, inputs: Sequence[Node]) -> list[Node]:
+def translate(
+    module: nn.Module, inputs: Sequence[Node], channels_last: bool = False
+) -> list[Node]:
     """Adds a module's forward pass to an OpenVINO graph.
 
     Args:
         module: In `eval()`; its forward takes as many tensors as there are inputs.
         inputs: Nodes of static shape, [N, C, H, W] each.
+        channels_last: The inputs are [N, H, W, C] instead; outputs are [N, C, H, W] all the same.
 
     Returns:
         One node per returned tensor.
@@ -57,46 +60,58 @@ def translate(module: nn.Module, inputs: Sequence[Node]) -> list[Node]:
         graph = _Tracer().trace(module)
     except fx.proxy.TraceError as error:
         raise ValueError(f"{type(module).__name__} cannot be recorded ({error})") from error
-    return _Translation(module, graph).run(inputs)
+    return _Translation(module, graph, channels_last).run(inputs)
 
 
 class _Translation:
-    """One walk over a recorded forward pass."""
+    """One walk over a recorded forward pass.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self.graph = graph
+    What is done element by element to a channels-last input, up to the first convolution's codes,
+    is done in that layout: OpenVINO keeps it for convolutions, so that bytes need no transposition
+    where floats would.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, channels_last: bool) -> None:
+        self.graph, self.channels_last = graph, channels_last
         self.modules = dict(module.named_modules())
         self.values: dict[fx.Node, Node] = {}
+        self.last: dict[fx.Node, Node] = {}  # the values that also exist with channels last
         self.non_negative: set[fx.Node] = set()
 
     def run(self, inputs: Sequence[Node]) -> list[Node]:
         waiting = iter(inputs)
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = next(waiting)
+                self._keep(node, next(waiting), self.channels_last)
             elif node.op == "output":
                 result = self._arguments(node.args[0])
                 return list(result) if isinstance(result, (tuple, list)) else [result]
             elif node not in self.values:
-                self.values[node] = self._translate(node)
+                self._translate(node)
         raise AssertionError("a recorded graph ends with its output")
 
-    def _translate(self, node: fx.Node) -> Node:
-        if node.op == "call_module":
-            module = self.modules[node.target]
-            if isinstance(module, QuantizedInput):
-                return self._quantized(node, module)
-            handler = _MODULES.get(type(module))
-            arguments: tuple = (module, *self._arguments(node.args))
-        else:
-            handler = _FUNCTIONS.get(node.target)
-            arguments = self._arguments(node.args)
-        if handler is None:
-            what = type(module).__name__ if node.op == "call_module" else str(node.target)
-            raise ValueError(f"{what} has no translation to OpenVINO")
-        if _keeps_sign(node, self.modules, self.non_negative):
+    def _keep(self, node: fx.Node, value: Node, channels_last: bool = False) -> None:
+        if channels_last:
+            self.last[node] = value
+            value = channels_first(value)
+        self.values[node] = value
+
+    def _translate(self, node: fx.Node) -> None:
+        module = self._module(node)
+        if isinstance(module, QuantizedInput):
+            return self._keep(node, self._quantized(node, module))
+        what = type(module) if module is not None else node.target
+        if what not in _OPERATIONS:
+            raise ValueError(f"{getattr(what, '__name__', what)} has no translation to OpenVINO")
+        if _keeps_sign(node, what, self.non_negative):
             self.non_negative.add(node)
-        return handler(*arguments, **self._arguments(node.kwargs))
+        source = node.args[0]
+        if what in _ELEMENTWISE and source in self.last:
+            return self._keep(node, _OPERATIONS[what](module, self.last[source], -1), True)
+        arguments = self._arguments(node.args)
+        if module is not None:
+            arguments = module, *arguments
+        self._keep(node, _OPERATIONS[what](*arguments, **self._arguments(node.kwargs)))
 
     def _arguments(self, value: Any) -> Any:
         return fx.node.map_arg(value, lambda node: self.values[node])
@@ -109,10 +124,7 @@ class _Translation:
         follower = next(iter(node.users), None)
         if len(node.users) == 1 and isinstance(self._module(follower), nn.BatchNorm2d):
             gain, shift = _affine(self._module(follower))
-        source = self.values[node.args[0]]
-        if layer.quantize:
-            positive = node.args[0] in self.non_negative
-            source = on_grid(source, layer, node.target, input_num_bits, positive)
+        source = self._on_grid(node.args[0], layer, node.target, input_num_bits)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
         result = _LAYERS[type(layer)](source, layer, _weight(layer, num_bits, gain))
         offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
@@ -123,10 +135,33 @@ class _Translation:
             self.values[follower] = result
         return result
 
+    def _on_grid(self, node: fx.Node, layer: Any, name: str, num_bits: int) -> Node:
+        if not layer.quantize:
+            return self.values[node]
+        options = layer, name, num_bits, node in self.non_negative
+        if node in self.last:
+            return channels_first(on_grid(self.last[node], *options))
+        return on_grid(self.values[node], *options)
+
     def _module(self, node: fx.Node | None) -> nn.Module | None:
         if node is None or node.op != "call_module":
             return None
         return self.modules[node.target]
+
+
+def channels_first(input: Node) -> Node:
+    """[N, H, W, C] -> [N, C, H, W]."""
+    return ops.transpose(input, integers(0, 3, 1, 2))
+
+
+def channels_last(input: Node) -> Node:
+    """[N, C, H, W] -> [N, H, W, C]; costs nothing after a convolution."""
+    return ops.transpose(input, integers(0, 2, 3, 1))
+
+
+def integers(*values: int) -> Node:
+    """Returns an int64 constant, such as a list of axes."""
+    return ops.constant(np.array(values, np.int64))
 
 
 def constant(values: Any) -> Node:
@@ -140,8 +175,9 @@ def on_grid(
     """Puts values on the grid of a layer's input, in the form that OpenVINO runs as codes.
 
     Beyond 8 bit the values stay float32. Up to 8 bit the range is clamped first, so that 256 levels
-    of the right step serve for every width; what cannot be negative becomes unsigned codes, which
-    x86 multiplies without a correction.
+    of the right step serve for every width (255 levels of +-amax gave wrong sums, see
+    docs/engine.md); what cannot be negative becomes unsigned codes, which x86 multiplies without a
+    correction.
     """
     amax, step = input_step(layer, name, num_bits)
     if num_bits > 8:
@@ -176,6 +212,8 @@ def _out_axis(layer: nn.Module) -> int:
 def _weight(layer: Any, num_bits: int, gain: float | np.ndarray) -> Node:
     """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised."""
     axis, weight = _out_axis(layer), layer.weight.detach().float()
+    if isinstance(layer, QuantLinear):
+        weight = weight[:, :, None, None]
     shape = [-1 if index == axis else 1 for index in range(weight.dim())]
     scale = np.broadcast_to(gain, layer.weight.shape[axis]).reshape(shape)
     if layer.quantize:
@@ -187,7 +225,7 @@ def _weight(layer: Any, num_bits: int, gain: float | np.ndarray) -> Node:
         full = (groups, weight.shape[0] // groups, *weight.shape[1:])
         weight, scale = weight.reshape(full), scale.repeat(len(weight) // len(scale), 0)
         scale = scale.reshape(*full[:2], *[1] * (len(full) - 2))
-    if not layer.quantize or num_bits > 8 or isinstance(layer, QuantLinear):
+    if not layer.quantize or num_bits > 8:
         return constant(weight.double().numpy() * scale)
     codes = ops.constant(weight.numpy().astype(np.int8))
     return ops.multiply(ops.convert(codes, "f32"), constant(scale))
@@ -212,7 +250,10 @@ def _transposed(input: Node, layer: QuantConvTranspose2d, weight: Node) -> Node:
 
 
 def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
-    return ops.matmul(input, weight, False, True)
+    """[N, Cin] -> [N, Cout], as a convolution: OpenVINO's matrix product of one row is slow."""
+    image = ops.reshape(input, integers(0, 0, 1, 1), True)
+    sums = ops.convolution(image, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    return ops.reshape(sums, integers(0, 0), True)
 
 
 def _affine(norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray]:
@@ -223,9 +264,14 @@ def _affine(norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray]:
     return gain.numpy(), shift.numpy()
 
 
-def _norm(module: nn.BatchNorm2d, input: Node) -> Node:
-    gain, shift = (constant(part.reshape(1, -1, 1, 1)) for part in _affine(module))
+def _norm(module: nn.BatchNorm2d, input: Node, axis: int = 1) -> Node:
+    shape = (1, -1, 1, 1) if axis == 1 else (1, 1, 1, -1)
+    gain, shift = (constant(part.reshape(shape)) for part in _affine(module))
     return ops.add(ops.multiply(input, gain), shift)
+
+
+def _relu(module: nn.ReLU, input: Node, axis: int = 1) -> Node:
+    return ops.relu(input)
 
 
 def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
@@ -237,7 +283,7 @@ def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
 
 
 def _mean(input: Node, axes: Sequence[int], keepdim: bool = False) -> Node:
-    return ops.reduce_mean(input, ops.constant(np.array(axes, np.int64)), keepdim)
+    return ops.reduce_mean(input, integers(*axes), keepdim)
 
 
 def _channels(input: Node, index: Any) -> Node:
@@ -261,14 +307,12 @@ def _same(module: nn.Module, input: Node) -> Node:
 _LAYERS: dict[type, Callable[..., Node]] = {
     QuantConv2d: _convolution, QuantConvTranspose2d: _transposed, QuantLinear: _linear,
 }
-_MODULES: dict[type, Callable[..., Node]] = {
+_OPERATIONS: dict[Any, Callable[..., Node]] = {
     nn.BatchNorm2d: _norm,
     nn.MaxPool2d: _max_pool,
-    nn.ReLU: lambda module, input: ops.relu(input),
+    nn.ReLU: _relu,
     nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
     nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
-}
-_FUNCTIONS: dict[Any, Callable[..., Node]] = {
     operator.add: lambda a, b: ops.add(a, b),
     operator.mul: lambda a, b: ops.multiply(a, b),
     operator.getitem: _channels,
@@ -277,14 +321,15 @@ _FUNCTIONS: dict[Any, Callable[..., Node]] = {
     "relu": lambda input: ops.relu(input),
     "mean": _mean,
 }
-_RELU = (nn.ReLU, nn.ReLU6)
-_KEEP_SIGN = (nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity)
+_ELEMENTWISE = (nn.BatchNorm2d, nn.ReLU)
+_NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, "relu", F.hardsigmoid)
+_KEEP_SIGN = (
+    nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, "mean", operator.getitem, torch.cat
+)
 
 
-def _keeps_sign(node: fx.Node, modules: dict[str, nn.Module], positive: set[fx.Node]) -> bool:
+def _keeps_sign(node: fx.Node, what: Any, non_negative: set[fx.Node]) -> bool:
     """Tells whether a node's values cannot be negative."""
-    module = modules.get(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, _RELU) or node.target in ("relu", F.hardsigmoid):
+    if what in _NEVER_NEGATIVE:
         return True
-    passes = isinstance(module, _KEEP_SIGN) or node.target in ("mean", operator.getitem, torch.cat)
-    return passes and all(source in positive for source in node.all_input_nodes)
+    return what in _KEEP_SIGN and all(source in non_negative for source in node.all_input_nodes)
