@@ -143,7 +143,7 @@ def _normalize_into(target: np.ndarray, data: np.ndarray, threads: int) -> None:
             return np.array([values.sum((1, 2)), np.einsum("cab,cab->c", values, values)])
 
         count = sum(np.count_nonzero(mask) for _, _, mask in seen)
-        mean, square = sum(pool.map(measure, seen)) / count
+        mean, square = np.sum(list(pool.map(measure, seen)), axis=0) / count
         spread = np.sqrt(np.maximum(square - mean**2, 0))
         gain = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)[:, None, None]
         mean = mean[:, None, None] + origin

@@ -25,7 +25,8 @@ class _Stage(nn.Module):
 
     def __init__(self, stage: nn.Module, num_bits: int) -> None:
         super().__init__()
-        self.stage, self.num_bits = stage, num_bits
+        self.stage: Any = stage
+        self.num_bits = num_bits
 
     def forward(self, input):
         return self.stage(input, self.num_bits)
@@ -36,7 +37,8 @@ class _Decoder(nn.Module):
 
     def __init__(self, segmenter: nn.Module, follower: nn.Module) -> None:
         super().__init__()
-        self.segmenter, self.follower = segmenter, follower
+        self.segmenter: Any = segmenter
+        self.follower = follower
 
     def forward(self, input, first, second, third):
         return self.follower(self.segmenter.decode(input, [first, second, third]))
@@ -54,7 +56,9 @@ class OpenVINONetworks:
     """
 
     def __init__(self, model: MedDANetV2, threads: int) -> None:
-        self._model, self._threads = model, threads
+        # its parts are found by name, of which type checkers know nothing
+        self._model: Any = model
+        self._threads = threads
         self._core = ov.Core()
         if not is_exact(self._core):
             raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
@@ -116,7 +120,7 @@ class OpenVINONetworks:
     def _run(self, part: Part, *inputs: Array) -> list[Array]:
         inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
         key = (part, *(x.shape for x in inputs))
-        requests = self._local.__dict__
+        requests: dict[Any, Any] = self._local.__dict__
         if key not in requests:
             request = self.compiled(*key).create_infer_request()
             requests[key] = request, [tensor.data for tensor in request.output_tensors]

@@ -26,7 +26,7 @@ from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 
 try:
-    import openvino as ov
+    import openvino as ov  # type: ignore[import-untyped]
     from openvino import opset1
     from openvino import opset13 as ops
 except ImportError:  # the extra `cpu` is not installed, and nothing below is called
@@ -105,7 +105,7 @@ class _Translation:
             raise ValueError(f"{getattr(what, '__name__', what)} has no translation to OpenVINO")
         if _keeps_sign(node, what, self.non_negative):
             self.non_negative.add(node)
-        source = node.args[0]
+        source: Any = node.args[0]
         if what in _ELEMENTWISE and source in self.last:
             return self._keep(node, _OPERATIONS[what](module, self.last[source], -1), True)
         arguments = self._arguments(node.args)
@@ -118,24 +118,26 @@ class _Translation:
 
     def _quantized(self, node: fx.Node, layer: Any) -> Node:
         """A quantised layer; a norm that alone follows it becomes part of its scale and shift."""
-        widths = [width for width in node.args[1:] if width is not None]
+        source, *rest = node.args
+        widths: Any = [width for width in rest if width is not None]
         num_bits, input_num_bits = widths or (layer.num_bits, layer.input_num_bits)
-        gain, shift = 1.0, 0.0
-        follower = next(iter(node.users), None)
-        if len(node.users) == 1 and isinstance(self._module(follower), nn.BatchNorm2d):
-            gain, shift = _affine(self._module(follower))
-        source = self._on_grid(node.args[0], layer, node.target, input_num_bits)
+        gain, shift = np.ones(1), np.zeros(1)
+        users = list(node.users)
+        norm = self._module(users[0]) if len(users) == 1 else None
+        if isinstance(norm, nn.BatchNorm2d):
+            gain, shift = _affine(norm)
+        codes = self._on_grid(source, layer, str(node.target), input_num_bits)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
-        result = _LAYERS[type(layer)](source, layer, _weight(layer, num_bits, gain))
+        result = _LAYERS[type(layer)](codes, layer, _weight(layer, num_bits, gain))
         offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
         if offset.any():
             trailing = 0 if isinstance(layer, QuantLinear) else 2
             result = ops.add(result, constant(offset.reshape(1, -1, *[1] * trailing)))
-        if not np.isscalar(gain):
-            self.values[follower] = result
+        if isinstance(norm, nn.BatchNorm2d):
+            self.values[users[0]] = result
         return result
 
-    def _on_grid(self, node: fx.Node, layer: Any, name: str, num_bits: int) -> Node:
+    def _on_grid(self, node: Any, layer: Any, name: str, num_bits: int) -> Node:
         if not layer.quantize:
             return self.values[node]
         options = layer, name, num_bits, node in self.non_negative
@@ -143,10 +145,8 @@ class _Translation:
             return channels_first(on_grid(self.last[node], *options))
         return on_grid(self.values[node], *options)
 
-    def _module(self, node: fx.Node | None) -> nn.Module | None:
-        if node is None or node.op != "call_module":
-            return None
-        return self.modules[node.target]
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
 
 
 def channels_first(input: Node) -> Node:
@@ -209,7 +209,7 @@ def _out_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, QuantConvTranspose2d) else 0
 
 
-def _weight(layer: Any, num_bits: int, gain: float | np.ndarray) -> Node:
+def _weight(layer: Any, num_bits: int, gain: np.ndarray) -> Node:
     """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised."""
     axis, weight = _out_axis(layer), layer.weight.detach().float()
     if isinstance(layer, QuantLinear):
@@ -256,9 +256,8 @@ def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
     return ops.reshape(sums, integers(0, 0), True)
 
 
-def _affine(norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray]:
+def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns gain and shift of a batch norm in `eval()`, float64."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
     shift = norm.bias.detach().double() - norm.running_mean.double() * gain
     return gain.numpy(), shift.numpy()

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers import BitSelector
 from ..med_danet_v2 import MedDANetV2, Segmentation
 
 Array = np.ndarray
@@ -88,8 +87,9 @@ class SliceEngine:
         self, model: MedDANetV2, networks: Networks, executor: str, threads: int
     ) -> None:
         self.executor, self.threads = executor, threads
-        self._model, self._networks = model, networks
-        self._selectors = [_selector(selector) for selector in model.bit_selectors]
+        self._model: Any = model
+        self._networks = networks
+        self._selectors = [_selector(selector) for selector in self._model.bit_selectors]
         self._halos = [_halo(stage) for stage in model.crop_last_stages]
         self._pool = _single_threaded_workers(threads)
         self._background = cache(self._label_background)
@@ -149,9 +149,11 @@ class SliceEngine:
 
     def _encode(self, image: Array, num_bits: Array) -> tuple[Any, list[Any]]:
         """Returns (the coarsest feature, the skips) and fills in the chosen widths."""
+        spread: Array | None
         x, spread, gradients = self._networks.begin(image)
         skips = []
         for index, (weight, bias, widths) in enumerate(self._selectors):
+            assert spread is not None, "every stage but the last leaves the next one's input"
             logits = weight @ np.concatenate([gradients, spread]) + bias
             num_bits[index] = widths[logits.argmax()]
             skip, x, spread = self._networks.stage(index, int(num_bits[index]), x)
@@ -216,8 +218,8 @@ def shrink(image: Array, scale: int) -> Array:
     return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
 
 
-def _selector(selector: BitSelector) -> tuple[Array, Array, list[int]]:
-    """Returns (weight, bias, widths); of softmax only the largest entry matters."""
+def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
+    """Returns (weight, bias, widths) of a `BitSelector`; of softmax only the largest entry matters."""
     linear = selector.linear
     widths = [int(width) for width in selector.widths.tolist()]
     return linear.weight.detach().numpy(), linear.bias.detach().numpy(), widths

@@ -39,7 +39,7 @@ class TorchNetworks:
     """
 
     def __init__(self, model: MedDANetV2) -> None:
-        self._model = deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._model: Any = deepcopy(model).eval().to(memory_format=torch.channels_last)
         integer = onednn.is_exact()
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:
@@ -104,7 +104,8 @@ class _Frozen(nn.Module):
         self.layer = layer
         dense = isinstance(layer, QuantConv2d) and layer.groups == 1 and layer.kernel_size != (1, 1)
         self.integer = integer and dense and layer.padding_mode == "zeros"
-        self.codes, self.weight, self.packed = map(cache, (self._codes, self._weight, self._pack))
+        self.codes, self.weight = cache(self._codes), cache(self._weight)
+        self.packed = cache(self._pack)
 
     def forward(
         self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None
@@ -113,8 +114,9 @@ class _Frozen(nn.Module):
         layer = self.layer
         num_bits = layer.num_bits if num_bits is None else num_bits
         width = layer.input_num_bits if input_num_bits is None else input_num_bits
-        step = float(layer.input_amax / qmax(width))
-        codes = (input / step).round_().clamp_(-qmax(width), qmax(width))
+        largest = int(qmax(width))
+        step = float(layer.input_amax / largest)
+        codes = (input / step).round_().clamp_(-largest, largest)
         if self.integer and max(num_bits, width) <= 8:
             _, scale = self.codes(num_bits)
             packed = self.packed(num_bits, step, codes.shape)
@@ -143,7 +145,8 @@ class _Frozen(nn.Module):
         return channels_last(weight) if weight.dim() == 4 else weight
 
     def _pack(self, num_bits: int, step: float, shape: torch.Size) -> Tensor:
-        return onednn.pack(*self.codes(num_bits), step, self.layer, shape)
+        codes, scale = self.codes(num_bits)
+        return onednn.pack(codes, scale, step, self.layer, shape)
 
 
 def _batch(image: Array) -> Tensor:
