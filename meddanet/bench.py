@@ -38,7 +38,12 @@ def time_interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str
     Returns:
         For each name "seconds" (median of wall time), "fastest", "slowest" and "cpu_seconds"
         (median of the processor time of all threads).
+
+    Raises:
+        ValueError: If `rounds` is below 1.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
     for run in runs.values():
         run()
     wall: dict[str, list[float]] = {name: [] for name in runs}

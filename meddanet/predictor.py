@@ -92,6 +92,8 @@ class VolumePredictor:
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
                 f"{smallest}"
             )
+        if window is not None and executor not in ("auto", "eager"):
+            raise ValueError(f"executor {executor} runs no windows; use auto or eager with a window")
         self.device = resolve_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.engine = compile_engine(model, self.device, "eager" if window else executor)

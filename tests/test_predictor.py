@@ -304,6 +304,7 @@ def test_the_engine_is_what_predicts(model, tolerances):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"executor": "torch", "window": 24}, "executor torch runs no windows; use auto or eager"),
         ({"executor": "fast"}, "executor is 'fast', expected one of auto, openvino, torch, eager"),
         ({"device": "gpu"}, "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:77"}, "this machine has .* CUDA GPUs; use cpu"),
