@@ -85,13 +85,13 @@ class OpenVINONetworks:
 
     # the interface of routing.Networks ---------------------------------------------------------
 
-    def decide(self, image: Array) -> Array:
-        """Returns route logits [R]."""
-        return self._run(("decide",), image)[0][0]
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R]."""
+        return self._run(("decide",), images)[0]
 
-    def locate(self, image: Array) -> Array:
-        """Returns the logits [2] of the crop's place."""
-        return self._run(("locate",), image)[0][0]
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places."""
+        return self._run(("locate",), images)[0]
 
     def begin(self, image: Array) -> tuple[Array, Array, Array]:
         """Returns (input of stage 0, its spread, image gradients)."""

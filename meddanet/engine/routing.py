@@ -2,13 +2,15 @@
 
     seen? -> decide -> locate + crop -> begin, stages, decode -> paste -> last stage -> labels
 
-Slices are independent, so every thread takes one slice at a time through the whole way: no
-barriers, activations stay in the core's cache, and no result depends on a slice's neighbours.
+The small decision networks see slices by eights, always eight, blank ones making up the number.
+After that every thread takes one slice at a time through the whole way: no barriers, activations
+stay in the core's cache. No result depends on a slice's neighbours.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -22,18 +24,21 @@ from ..med_danet_v2 import MedDANetV2, Segmentation
 Array = np.ndarray
 
 
+DECISIONS = 8  # slices that are decided on at a time
+
+
 class Networks(Protocol):
-    """The networks of one model as an executor runs them, one slice at a time.
+    """The networks of one model as an executor runs them.
 
     Images are float32 [C, H, W], maps between the parts are the executor's own; what it returns may
     be overwritten by the same thread's next call.
     """
 
-    def decide(self, image: Array) -> Array:
-        """Returns route logits [R] of an image at the decision scale."""
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R] of images [8, C, h, w] at the decision scale."""
 
-    def locate(self, image: Array) -> Array:
-        """Returns the logits [2] of the crop's place, image as for `decide`."""
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places, images as for `decide`."""
 
     def begin(self, image: Array) -> tuple[Any, Array, Array]:
         """Returns (input of stage 0, its spread [b], image gradients [2 * C])."""
@@ -115,37 +120,60 @@ class SliceEngine:
             torch.zeros(count, 2),
             torch.zeros(count, len(self._selectors), dtype=torch.long),
         )
-        images, parts = slices.numpy(), [part.numpy() for part in result]
+        images = slices.numpy()
+        seen = np.flatnonzero(list(self._pool.map(np.any, images)))
+        if not len(seen):
+            return result
+        routes = self._in_batches(self._networks.decide, images, seen).argmax(1)
+        result.decisions[seen] = torch.from_numpy(routes)
+        cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
+        if cropped.any():
+            places = self._in_batches(self._networks.locate, images, seen[cropped])
+            sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
+            offsets = _offsets(places, sizes, (height, width))
+            result.offsets[seen[cropped]] = torch.from_numpy(offsets)
+        labels, decisions, offsets, num_bits = (part.numpy() for part in result)
 
         def run(index: int) -> None:
-            self._segment(images[index], *(part[index : index + 1] for part in parts))
+            route, (y, x) = decisions[index], offsets[index].astype(int)
+            self._segment(images[index], labels[index], route, (y, x), num_bits[index])
 
-        list(self._pool.map(run, range(count)))
+        list(self._pool.map(run, seen[routes > 0]))
         return result
 
+    def _in_batches(
+        self, network: Callable[[Array], Array], images: Array, indices: Array
+    ) -> Array:
+        """Returns a decision network's logits [N, K] of the images at N indices."""
+        scale = self._model.decision_scale
+        channels, height, width = images.shape[1:]
+        shape = DECISIONS, channels, height // scale, width // scale
+
+        def run(start: int) -> Array:
+            some = indices[start : start + DECISIONS]
+            views = np.zeros(shape, np.float32)
+            for view, index in zip(views, some, strict=False):
+                view[...] = shrink(images[index], scale)
+            return network(views)[: len(some)].copy()
+
+        return np.concatenate(list(self._pool.map(run, range(0, len(indices), DECISIONS))))
+
     def _segment(
-        self, image: Array, labels: Array, decision: Array, offset: Array, num_bits: Array
+        self,
+        image: Array,
+        labels: Array,
+        route: int,
+        offset: tuple[int, int],
+        num_bits: Array,
     ) -> None:
-        """Fills in the results of one slice, each with a leading axis of 1."""
-        if not image.any():
-            return
-        view = shrink(image, self._model.decision_scale)
-        route = int(self._networks.decide(view).argmax())
-        decision[0] = route
-        if route == 0:
-            return
+        """Fills in labels and widths of one slice that is not skipped."""
         if route == len(self._model.routes) - 1:
-            deepest, skips = self._encode(image, num_bits[0])
-            labels[0] = self._networks.finish(deepest, skips)
+            labels[...] = self._networks.finish(*self._encode(image, num_bits))
             return
-        size = self._model.crop_sizes[route - 1]
-        play = np.array(image.shape[1:]) - size
-        share = 1 / (1 + np.exp(-self._networks.locate(view)))
-        offset[0] = np.rint(share * play.astype(np.float32))
-        y, x = offset[0].astype(int)
+        (y, x), size = offset, self._model.crop_sizes[route - 1]
         crop = np.ascontiguousarray(image[:, y : y + size, x : x + size])
-        features = self._networks.decode(*self._encode(crop, num_bits[0]))
-        self._paste(labels[0], features, (y, x), route - 1)
+        features = self._networks.decode(*self._encode(crop, num_bits))
+        self._paste(labels, features, (y, x), route - 1)
 
     def _encode(self, image: Array, num_bits: Array) -> tuple[Any, list[Any]]:
         """Returns (the coarsest feature, the skips) and fills in the chosen widths."""
@@ -218,8 +246,14 @@ def shrink(image: Array, scale: int) -> Array:
     return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
 
 
+def _offsets(places: Array, sizes: Array, image: tuple[int, int]) -> Array:
+    """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset` and round."""
+    play = np.array(image, np.float32) - sizes[:, None]
+    return np.rint(1 / (1 + np.exp(-places)) * play).astype(np.float32)
+
+
 def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
-    """Returns (weight, bias, widths) of a `BitSelector`; of softmax only the largest entry matters."""
+    """Returns (weight, bias, widths) of a `BitSelector`; softmax does not change which is largest."""
     linear = selector.linear
     widths = [int(width) for width in selector.widths.tolist()]
     return linear.weight.detach().numpy(), linear.bias.detach().numpy(), widths

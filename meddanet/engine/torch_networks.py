@@ -47,14 +47,14 @@ class TorchNetworks:
                 setattr(self._model.get_submodule(parent), own, _Frozen(layer, integer))
 
     @torch.inference_mode()
-    def decide(self, image: Array) -> Array:
-        """Returns route logits [R]."""
-        return self._model.policy(_batch(image))[0].numpy()
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R]."""
+        return self._model.policy(channels_last(torch.from_numpy(images))).numpy()
 
     @torch.inference_mode()
-    def locate(self, image: Array) -> Array:
-        """Returns the logits [2] of the crop's place."""
-        return self._model.position(_batch(image))[0].numpy()
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places."""
+        return self._model.position(channels_last(torch.from_numpy(images))).numpy()
 
     @torch.inference_mode()
     def begin(self, image: Array) -> tuple[Tensor, Array, Array]:
