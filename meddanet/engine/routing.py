@@ -253,7 +253,7 @@ def _offsets(places: Array, sizes: Array, image: tuple[int, int]) -> Array:
 
 
 def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
-    """Returns (weight, bias, widths) of a `BitSelector`; softmax does not change which is largest."""
+    """Returns (weight, bias, widths) of a `BitSelector`; softmax keeps the order of logits."""
     linear = selector.linear
     widths = [int(width) for width in selector.widths.tolist()]
     return linear.weight.detach().numpy(), linear.bias.detach().numpy(), widths
