@@ -3,7 +3,9 @@
 from setuptools import setup
 
 setup(
-    packages=["meddanet", "meddanet.data", "meddanet.kernels", "meddanet.networks"],
+    packages=[
+        "meddanet", "meddanet.data", "meddanet.engine", "meddanet.kernels", "meddanet.networks",
+    ],
     # installed inside meddanet, because `kernels` alone is Hugging Face's package
     package_dir={"meddanet.kernels": "kernels"},
     package_data={"meddanet": ["py.typed", "pretrained/*.md", "pretrained/*.safetensors"]},

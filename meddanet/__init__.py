@@ -21,6 +21,7 @@ _PUBLIC = {
     "build_med_danet": "build",
     "build_med_danet_v2": "build",
     "build_segmenter": "build",
+    "compile_engine": "engine",
     "cost_table": "cost",
     "count_macs": "cost",
     "dice_score": "metrics",

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from .kernels import affine_paste, bilinear_crop
 from .layers import image_gradients
-from .routing import RoutedSegmenter, Segmentation, channels_last
-
-__all__ = ["MedDANetV2", "Segmentation", "TrainingOutput", "channels_last"]
+from .routing import RoutedSegmenter, channels_last
 
 
 class TrainingOutput(NamedTuple):

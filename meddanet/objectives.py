@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .cost import cost_table
 from .data.slices import CachedCase, SliceSampler, augment
 from .losses import dice_loss, segmentation_loss
-from .med_danet_v2 import MedDANetV2, TrainingOutput, channels_last
+from .med_danet_v2 import MedDANetV2, TrainingOutput
+from .routing import channels_last
 
 
 @dataclass

@@ -22,9 +22,8 @@ from .data import (
     to_slices,
     window_origins,
 )
+from .engine import CHUNK, compile_engine, resolve_device
 from .routing import RoutedSegmenter, Segmentation, channels_last
-
-CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,11 @@ class VolumePredictor:
             averages, the papers' protocol (128).
         labels: Label convention of the result. None = the input's where its naming tells one, else
             the one the model was trained on.
+        executor: What runs the networks, as in `compile_engine`; windows are always run eagerly.
 
     Raises:
-        ValueError: If the device is not there, the window does not fit the model or the convention
-            is unknown.
+        ValueError: If the device is not there, the window does not fit the model, the convention is
+            unknown or the executor cannot run the model.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class VolumePredictor:
         device: str | torch.device = "auto",
         window: int | None = None,
         labels: str | None = None,
+        executor: str = "auto",
     ) -> None:
         if labels is not None and labels not in LABELS:
             raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
@@ -92,8 +93,11 @@ class VolumePredictor:
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
                 f"{model.smallest_side}"
             )
-        self.device = _device(device)
+        if window is not None and executor not in ("auto", "eager"):
+            raise ValueError(f"executor {executor} runs no windows; use auto or eager with a window")
+        self.device = resolve_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.engine = compile_engine(model, self.device, "eager" if window else executor)
         self.window = window
         self.labels = labels
         self._tables: dict[tuple, CostTable] = {}
@@ -113,10 +117,12 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         self._warn_of_spacing(volume)
-        slices = torch.from_numpy(to_slices(self._ordered(volume)))
+        slices = torch.from_numpy(to_slices(self.ordered(volume), torch.get_num_threads()))
+        height, width = slices.shape[2:]
+        fitting = self.pad(slices)
         normalised = time.perf_counter()
-        parts = [self._segment(chunk) for chunk in slices.split(CHUNK)]
-        result = Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+        result = self._segment(fitting)
+        result = result._replace(labels=result.labels[:, :height, :width])
         labelled = time.perf_counter()
         own = volume.convention if self._has_brain_labels(volume) else self.trained_labels
         convention = self.labels or own
@@ -143,16 +149,22 @@ class VolumePredictor:
         return volume.convention in LABELS and set(volume.modalities) <= set(MODALITIES)
 
     def _segment(self, slices: Tensor) -> Segmentation:
-        """Pads to what the network takes, segments, cuts the padding off; result on the CPU."""
+        """Segments slices of a size that the network takes; the result is on the CPU."""
+        if self.window is None:
+            return self.engine.segment(slices)
+        parts = []
+        for chunk in slices.split(CHUNK):
+            part = self.model.segment_windows(channels_last(chunk.to(self.device)), self.window)
+            parts.append([tensor.cpu() for tensor in part])
+        return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+
+    def pad(self, slices: Tensor) -> Tensor:
+        """Pads slices [N, C, H, W] at their ends where the network takes larger ones only."""
         height, width = slices.shape[2:]
         rows, columns = self._padded(height, width)
-        slices = F.pad(slices.to(self.device), (0, columns - width, 0, rows - height))
-        if self.window is None:
-            result = self.model.segment(channels_last(slices))
-        else:
-            result = self.model.segment_windows(channels_last(slices), self.window)
-        result = result._replace(labels=result.labels[:, :height, :width])
-        return Segmentation(*(part.cpu() for part in result))
+        if (rows, columns) == (height, width):
+            return slices
+        return F.pad(slices, (0, columns - width, 0, rows - height))
 
     def _padded(self, *sides: int) -> list[int]:
         """Returns the sides rounded up to what the network takes."""
@@ -166,8 +178,12 @@ class VolumePredictor:
         rows, columns = (window_origins(side, self.window) for side in self._padded(height, width))
         return tuple((y, x) for y in rows for x in columns)
 
-    def _ordered(self, volume: Volume) -> Volume:
-        """Puts the modalities into the model's order."""
+    def ordered(self, volume: Volume) -> Volume:
+        """Puts the modalities of a volume into the model's order.
+
+        Raises:
+            VolumeError: If one is missing.
+        """
         if not self.modalities and len(volume.modalities) == self.model.in_channels:
             return volume
         missing = [name for name in self.modalities if name not in volume.modalities]
@@ -210,9 +226,9 @@ class VolumePredictor:
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
-        signal = (slices != 0).any(1)
         if self.window is None:
-            return signal.flatten(1).any(1)
+            return torch.tensor([image.any() for image in slices.numpy()])
+        signal = (slices != 0).any(1)
         views = [
             signal[:, y : y + self.window, x : x + self.window].flatten(1).any(1)
             for y, x in self._windows(*slices.shape[2:])
@@ -224,17 +240,3 @@ class VolumePredictor:
         if key not in self._tables:
             self._tables[key] = cost_table(self.model, shape, convention)
         return self._tables[key]
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use cpu"
-        )
-    return device

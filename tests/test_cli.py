@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from meddanet import predictor, training
-from meddanet.arguments import LABEL_CONVENTIONS
+from meddanet import engine, predictor, training
+from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS
 from meddanet.build import build_med_danet_v2
 from meddanet.cli import main
 from meddanet.data import LABELS
@@ -353,6 +353,8 @@ def test_coarse_voxels_are_a_warning(cohort, tmp_path, segment):
         (["--weights", "nothing"], 1, "nothing: no such weights; .*brats2021"),
         (["--window", "17"], 1, "window is 17, expected a multiple of 8"),
         (["--device", "gpu"], 2, "device.* gpu"),
+        (["--window", "16", "--executor", "torch"], 1, "executor torch runs no windows"),
+        (["--executor", "fast"], 2, "invalid choice: 'fast'"),
         (["--labels", "brats1999"], 2, "invalid choice: 'brats1999'"),
         (["--window", "wide"], 2, "window.* wide"),
         (["--colour"], 2, "--colour"),
@@ -375,9 +377,10 @@ def test_a_usage_error_exits_with_2(arguments, capsys):
 
 def test_the_conventions_are_those_of_the_data():
     assert set(LABEL_CONVENTIONS) == LABELS.keys()
+    assert EXECUTORS == engine.EXECUTORS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["segment"], ["train"], ["evaluate"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["segment"], ["train"], ["evaluate"], ["info"], ["bench"]])
 def test_help_is_quick_because_torch_stays_out(command):
     code = (
         "import sys; from meddanet.cli import main\n"
@@ -480,6 +483,33 @@ def test_info_of_whole_models(capsys, name, routes):
 def dice(ours: Path, truth: Path, members: tuple[int, ...]) -> float:
     a, b = (np.isin(values(path), members) for path in (ours, truth))
     return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
+    """Without a compiler, which is not worth its minute here."""
+
+    def no_compiler(*arguments):
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", lambda network: no_compiler)
+    path = tmp_path / "bench.json"
+    code = main(["bench", str(cohort / "case_0"), "--weights", str(weights), "--rounds", "1",
+                 "--executor", "torch", "--json", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0 and lines[0].startswith("case_0 on ") and "executor torch" in lines[0]
+    result = json.loads(path.read_text())
+    names = ["eager slice by slice", "eager batched", "eager channels_last", "engine", "predict"]
+    assert list(result["times"]) == names and result["shape"] == [18, 4, 48, 48]
+    assert result["not_run"] == {
+        "torch.compile channels_last": "RuntimeError: no C++ compiler was found"
+    }
+    assert lines[-1].split(maxsplit=2)[2].startswith("not run: RuntimeError")
+    assert result["agreement"] > 0.9 and sum(result["decisions"].values()) == 18
+    assert result["machine"]["torch"] == torch.__version__
+    engine, eager = (result["times"][name]["seconds"] for name in ("engine", names[0]))
+    assert result["ratios"]["engine"][names[0]]["seconds"] == round(eager / engine, 2)
+    assert main(["bench", str(cohort / "case_0"), "--weights", str(weights), "--rounds", "0"]) == 1
+    assert "rounds is 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_demo(tmp_path, capsys):
