@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .precompiled import install
+
 BACKENDS = ("auto", "triton", "onednn", "reference")
 VARIABLE = "MEDDANET_BACKEND"
 
@@ -106,4 +108,5 @@ def __getattr__(name: str) -> Any:
         import triton.language as tl
     except ImportError:
         return _Absent()
+    install(triton)
     return {"triton": triton, "tl": tl}[name]
