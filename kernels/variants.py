@@ -1,6 +1,6 @@
 """The list of kernels to compile ahead of time: what the launchers launch, for GPUs not at hand.
 
-Every `*_triton.py` has `shape_classes()`: the launches of the shipped models, made by its own
+Every `*_triton.py` that launches has `shape_classes()`: the launches of the shipped models, made by its own
 launchers on meta tensors. They run here under a stand-in for Triton's driver that names an
 architecture, and the JIT, stopped where it would compile, tells what it would have looked up. So
 the list cannot differ from what the launchers do, nor a key from the JIT's.
@@ -136,10 +136,11 @@ def _key(source: Any, target: Any, options: dict[str, Any]) -> str:
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
-    """Returns the shape classes of every `*_triton.py`."""
+    """Returns the shape classes of every `*_triton.py` that launches kernels."""
     classes: dict[str, Callable[[], object]] = {}
     for path in sorted(Path(__file__).parent.glob("*_triton.py")):
-        classes |= import_module(f".{path.stem}", __package__).shape_classes()
+        module = import_module(f".{path.stem}", __package__)
+        classes |= getattr(module, "shape_classes", dict)()
     return classes
 
 
