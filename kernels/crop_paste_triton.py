@@ -180,8 +180,10 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """
 
     def classes(channels: int, name: str) -> dict[str, Callable[[], object]]:
-        layout = {"device": "meta", "memory_format": torch.channels_last}
-        image, patch = (torch.empty((2, channels, side, side), **layout) for side in (240, 96))
+        image, patch = (
+            torch.empty((2, channels, side, side), device="meta", memory_format=torch.channels_last)
+            for side in (240, 96)
+        )
         offset = torch.empty(2, 2, device="meta")
         return {
             f"crop, {name}": lambda: shift(image, offset, patch, paste=False),
