@@ -65,7 +65,12 @@ def _of(values: int | Tensor, index: int) -> int:
 def _step(amax: Tensor, index: int, num_bits: int) -> Tensor:
     """Returns the float32 step of one sample's range; an infinite range has none, NaN."""
     amax = amax[index if len(amax) > 1 else 0]
-    return (amax + 0 * amax) / int(qmax(num_bits))
+    return (amax + 0 * amax) / _largest(num_bits)
+
+
+def _largest(num_bits: int) -> Tensor:
+    """Returns qmax as float32, NaN for a width that is none."""
+    return qmax(torch.tensor(num_bits)).float()
 
 
 def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
@@ -95,7 +100,7 @@ def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -
             value = value.relu_()
         width = _of(call.output_num_bits, slot)
         step = _step(call.output_amax, slot, width)
-        quantised = quantize_codes(value.float(), step, int(qmax(width))).nan_to_num_(0.0)
+        quantised = quantize_codes(value.float(), step, _largest(width)).nan_to_num_(0.0)
         planes = 1 if width <= 8 else 2
         codes[:planes, slot : slot + 1] = split_codes(quantised)[:planes]
 
