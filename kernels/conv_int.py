@@ -1,0 +1,306 @@
+"""The integer convolution of inference, on codes, with everything that follows it in one pass.
+
+    S     = conv(codes, weight codes)                           an exact integer
+    sum   = S * (step * scale_c) + bias_c  [+ residual]         stored as the stream, if asked
+    value = ReLU(sum * gain_c + shift_c)                        affine map and ReLU if asked
+    codes = clamp(round_half_even(value / step'), +-qmax(b'))   stored as codes, if asked
+
+scale and bias hold the weights' step and the norm that follows this convolution; (gain, shift) is
+the norm of the *next* pre-activation block, so that such a block is two calls with nothing between.
+Since fq(x) * fq(w) = step_x * step_w * codes_x * codes_w, this is the fake-quantised path of
+training (Med-DANet V2, Eq. 6) in eval().
+
+Numerics. S is exact on every executor: at most 2^42 for 16-bit codes. Per-channel constants are
+float64 until they meet S. Where output codes have at most 8 bits, what follows is float32, each
+product and sum rounded on its own, in the order above: executors agree bit for bit, and a code
+differs from that of exact arithmetic only at a rounding tie, to within a few float32 roundings.
+Steps of 16 bits are 256 times finer: where codes may have them, everything up to `value` is carried
+in float64 (on a GPU in two float32, as float64 may be slow there) and rounded to float32 once.
+A NaN has no code: the stream carries it, the codes are 0 there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import triton_runs
+from .conv_call import ConvCall, checked_call
+from .conv_pack import PackedConv, split_codes, unpack_weight
+from .grid import qmax, quantize_codes
+
+
+class ConvOutput(NamedTuple):
+    """What `quant_conv2d` returns; either may be None.
+
+    Attributes:
+        stream: The sum, [M, Cout, Hout, Wout].
+        codes: int8 [M, Cout, Hout, Wout], or byte planes [2, M, Cout, Hout, Wout].
+    """
+
+    stream: Tensor | None
+    codes: Tensor | None
+
+
+def integer_sum(call: ConvCall, sample: int, num_bits: int) -> Tensor:
+    """Returns S of one sample, [1, Cout, Hout, Wout]: float64 holds every such integer."""
+    conv = call.conv
+    planes = call.input[:, sample : sample + 1].double()
+    codes = planes[0] + 256 * planes[1] if num_bits > 8 else planes[0]
+    weight = unpack_weight(conv, conv.variant(num_bits))
+    if conv.transposed:
+        return F.conv_transpose2d(codes, weight, None, conv.stride, conv.padding)
+    return F.conv2d(codes, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _of(values: int | Tensor, index: int) -> int:
+    return values if isinstance(values, int) else int(values[index])
+
+
+def _step(amax: Tensor, index: int, num_bits: int) -> Tensor:
+    """Returns the float32 step of one sample's range; an infinite range has none, NaN."""
+    amax = amax[index if len(amax) > 1 else 0]
+    return (amax + 0 * amax) / _largest(num_bits)
+
+
+def _largest(num_bits: int) -> Tensor:
+    """Returns qmax as float32, NaN for a width that is none."""
+    return qmax(torch.tensor(num_bits)).float()
+
+
+def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
+    """Computes the call slot by slot in plain PyTorch and writes what is asked for."""
+    conv = call.conv
+    used = call.samples if call.count is None else min(int(call.count), call.samples)
+    dtype = torch.float64 if call.output_planes == 2 else torch.float32
+
+    def constant(values: Tensor) -> Tensor:
+        return values.to(dtype).reshape(1, -1, 1, 1)
+
+    for slot in range(used):
+        sample = slot if call.slots is None else int(call.slots[slot])
+        num_bits = _of(call.num_bits, sample)
+        scale = _step(call.amax, sample, num_bits).double() * conv.scale[conv.variant(num_bits)]
+        value = integer_sum(call, sample, num_bits).to(dtype) * constant(scale)
+        value += constant(conv.bias)
+        if call.residual is not None:
+            value += call.residual[slot : slot + 1].to(dtype)
+        if stream is not None:
+            stream[slot] = value[0].float().to(stream.dtype)
+        if codes is None or call.output_amax is None:
+            continue
+        if call.affine is not None:
+            value = value * constant(call.affine[0]) + constant(call.affine[1])
+        if call.relu:
+            value = value.relu_()
+        width = _of(call.output_num_bits, slot)
+        step = _step(call.output_amax, slot, width)
+        quantised = quantize_codes(value.float(), step, _largest(width)).nan_to_num_(0.0)
+        planes = 1 if width <= 8 else 2
+        codes[:planes, slot : slot + 1] = split_codes(quantised)[:planes]
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
+    if triton_runs(call.input):
+        from .conv_int_triton import run, supports
+
+        if supports(call.conv):
+            return run(call, stream, codes)
+        _say_once(
+            f"quant_conv2d has no kernel for {describe(call.conv)}: the plain PyTorch reference "
+            "computes it, slowly"
+        )
+    return run_reference(call, stream, codes)
+
+
+def describe(conv: PackedConv) -> str:
+    """Returns a convolution's geometry in words, for messages."""
+    kind = "transposed " if conv.transposed else ""
+    height, width = conv.kernel_size
+    return (
+        f"{kind}{height}x{width}, stride {conv.stride}, padding {conv.padding}, "
+        f"dilation {conv.dilation}, groups {conv.groups}"
+    )
+
+
+@torch.library.custom_op("meddanet::quant_conv2d", mutates_args=())
+def _quant_conv2d(
+    input: Tensor,
+    amax: Tensor,
+    num_bits: Tensor | None,
+    width: int,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    packed_widths: list[int],
+    in_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    output_amax: Tensor | None,
+    output_num_bits: Tensor | None,
+    output_width: int,
+    slots: Tensor | None,
+    count: Tensor | None,
+    stream: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns (stream, byte planes of codes); what is not asked for is empty."""
+    call = _call(
+        input, amax, num_bits, width, codes, scale, bias, packed_widths, in_channels, kernel_size,
+        stride, padding, dilation, groups, transposed, residual, gain, shift, relu, output_amax,
+        output_num_bits, output_width, slots, count,
+    )  # fmt: skip
+    outputs = _outputs(call, stream)
+    if call.samples:
+        _run(call, *outputs)
+    return _present(call, outputs)
+
+
+@_quant_conv2d.register_fake
+def _(*arguments):
+    call = _call(*arguments[:-1])
+    return _present(call, _outputs(call, arguments[-1]))
+
+
+def _call(
+    input, amax, num_bits, width, codes, scale, bias, packed_widths, in_channels, kernel_size,
+    stride, padding, dilation, groups, transposed, residual, gain, shift, relu, output_amax,
+    output_num_bits, output_width, slots, count,
+) -> ConvCall:  # fmt: skip
+    """Puts the operator's flat arguments back together."""
+    pairs = (tuple(pair) for pair in (kernel_size, stride, padding, dilation))
+    conv = PackedConv(
+        codes, scale, bias, tuple(packed_widths), in_channels, *pairs, groups, transposed
+    )
+    return ConvCall(
+        input, conv, amax, width if num_bits is None else num_bits, residual,
+        None if gain is None else (gain, shift), relu, output_amax,
+        output_width if output_num_bits is None else output_num_bits, slots, count,
+    )  # fmt: skip
+
+
+def _flat(call: ConvCall) -> tuple:
+    """Reverses `_call`."""
+
+    def width(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
+        return (None, num_bits) if isinstance(num_bits, int) else (num_bits, 0)
+
+    return (
+        call.input, call.amax, *width(call.num_bits), *call.conv, call.residual,
+        *(call.affine or (None, None)), call.relu, call.output_amax,
+        *width(call.output_num_bits), call.slots, call.count,
+    )  # fmt: skip
+
+
+def _outputs(call: ConvCall, stream: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if stream is None else call.new_stream(stream),
+        None if call.output_amax is None else call.new_codes(),
+    )
+
+
+def _present(call: ConvCall, outputs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+    stream, codes = outputs
+    empty = call.input.new_empty
+    return empty(0) if stream is None else stream, empty(0) if codes is None else codes
+
+
+def _named(total: Tensor | None, codes: Tensor | None) -> ConvOutput:
+    return ConvOutput(total, codes[0] if codes is not None and len(codes) == 1 else codes)
+
+
+def quant_conv2d_reference(
+    input: Tensor,
+    conv: PackedConv,
+    amax: Tensor,
+    *,
+    num_bits: int | Tensor = 8,
+    residual: Tensor | None = None,
+    stream: torch.dtype | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    relu: bool = False,
+    output_amax: Tensor | None = None,
+    output_num_bits: int | Tensor = 8,
+    slots: Tensor | None = None,
+    count: Tensor | None = None,
+) -> ConvOutput:
+    """Plain PyTorch statement of `quant_conv2d`, slot by slot."""
+    call = checked_call(
+        input, conv, amax, num_bits=num_bits, residual=residual, stream=stream, affine=affine,
+        relu=relu, output_amax=output_amax, output_num_bits=output_num_bits, slots=slots,
+        count=count,
+    )  # fmt: skip
+    outputs = _outputs(call, stream)
+    run_reference(call, *outputs)
+    return _named(*outputs)
+
+
+def quant_conv2d(
+    input: Tensor,
+    conv: PackedConv,
+    amax: Tensor,
+    *,
+    num_bits: int | Tensor = 8,
+    residual: Tensor | None = None,
+    stream: torch.dtype | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    relu: bool = False,
+    output_amax: Tensor | None = None,
+    output_num_bits: int | Tensor = 8,
+    slots: Tensor | None = None,
+    count: Tensor | None = None,
+) -> ConvOutput:
+    """Convolves integer codes exactly and does all that follows in the same pass.
+
+    Routing needs no synchronisation with the host: widths, the sample that a slot reads and the
+    number of slots in use may all be tensors that the device has just written.
+
+    Args:
+        input: Codes, channels last: int8 [N, C, H, W] (all samples of 8 bits or fewer), or int8
+            byte planes [2, N, C, H, W] as `split_codes` and `encode` make them. int16
+            [N, C, H, W] is split first, at the cost of a pass.
+        conv: Weights from `pack_conv`.
+        amax: Range of the input, one value or one per sample [N]; its step is amax / qmax.
+        num_bits: Width of the codes and, of the packed ones, of the weights: int, or tensor [N].
+        residual: [M, Cout, Hout, Wout], float32, float16 or bfloat16, added to the sum, or None.
+        stream: Dtype in which the sum is returned; None does not return it.
+        affine: (scale, shift), [Cout], of the norm before the next convolution, or None.
+        relu: Whether values below zero become zero before they are quantised.
+        output_amax: Range of the output codes, one value or one per slot; None returns no codes.
+        output_num_bits: Width of the output codes: int, or tensor [M].
+        slots: Integer [M]: slot m of the outputs reads sample slots[m]; None: m reads m.
+        count: Integer tensor of one element: slots from here on are left zero; None: all are used.
+
+    Returns:
+        (stream, codes), each None unless asked for: stream [M, Cout, Hout, Wout]; codes int8 of
+        that shape, or byte planes [2, ...] where a sample may have more than 8 bits. Channels last.
+
+    Raises:
+        ValueError: If a shape, dtype or width does not fit, or neither output is asked for.
+
+    Source: Med-DANet V2, Eq. 6, on integers.
+    """
+    call = checked_call(
+        input, conv, amax, num_bits=num_bits, residual=residual, stream=stream, affine=affine,
+        relu=relu, output_amax=output_amax, output_num_bits=output_num_bits, slots=slots,
+        count=count,
+    )  # fmt: skip
+    total, codes = _quant_conv2d(*_flat(call), stream)
+    return _named(None if stream is None else total, None if output_amax is None else codes)
