@@ -32,6 +32,12 @@ def backend() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU if there is one, unless Triton interprets; else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
+
+
+@pytest.fixture(scope="session")
 def narrow() -> Callable[[Tensor, torch.dtype], Tensor]:
     """Rounds float32 values to a dtype as the executor under test does."""
 
