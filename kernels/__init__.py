@@ -10,6 +10,7 @@ from .crop_paste import (
     bilinear_crop,
     bilinear_crop_reference,
 )
+from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_reference",
     "join_codes",
+    "label_head",
+    "label_head_reference",
     "norm_affine",
     "pack_conv",
     "quant_conv2d",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .conv_pack import PackedConv, channels_last_planes, split_codes
+from .grid import qmax
 from .quantize import check_num_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,6 +85,17 @@ class ConvCall(NamedTuple):
         make = torch.zeros if planes == 2 or self.count is not None else torch.empty
         output = make(shape, dtype=dtype, device=self.input.device)
         return output.permute(0, 1, 4, 2, 3)
+
+
+def largest_code(num_bits: int) -> Tensor:
+    """Returns qmax as float32, NaN for a width outside of 2..16."""
+    return qmax(torch.tensor(num_bits)).float()
+
+
+def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:
+    """Returns the float32 step of one of the ranges [1] or [N]; an infinite one has none, NaN."""
+    amax = amax[index if len(amax) > 1 else 0]
+    return (amax + 0 * amax) / largest_code(num_bits).to(amax.device)
 
 
 def pixel_pitch(image: Tensor) -> int | None:

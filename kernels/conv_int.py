@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import ConvCall, checked_call
+from .conv_call import ConvCall, checked_call, largest_code, step_of
 from .conv_pack import PackedConv, split_codes, unpack_weight
-from .grid import qmax, quantize_codes
+from .grid import quantize_codes
 
 
 class ConvOutput(NamedTuple):
@@ -62,17 +62,6 @@ def _of(values: int | Tensor, index: int) -> int:
     return values if isinstance(values, int) else int(values[index])
 
 
-def _step(amax: Tensor, index: int, num_bits: int) -> Tensor:
-    """Returns the float32 step of one sample's range; an infinite range has none, NaN."""
-    amax = amax[index if len(amax) > 1 else 0]
-    return (amax + 0 * amax) / _largest(num_bits)
-
-
-def _largest(num_bits: int) -> Tensor:
-    """Returns qmax as float32, NaN for a width that is none."""
-    return qmax(torch.tensor(num_bits)).float()
-
-
 def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     """Computes the call slot by slot in plain PyTorch and writes what is asked for."""
     conv = call.conv
@@ -85,7 +74,7 @@ def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -
     for slot in range(used):
         sample = slot if call.slots is None else int(call.slots[slot])
         num_bits = _of(call.num_bits, sample)
-        scale = _step(call.amax, sample, num_bits).double() * conv.scale[conv.variant(num_bits)]
+        scale = step_of(call.amax, sample, num_bits).double() * conv.scale[conv.variant(num_bits)]
         value = integer_sum(call, sample, num_bits).to(dtype) * constant(scale)
         value += constant(conv.bias)
         if call.residual is not None:
@@ -99,8 +88,8 @@ def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -
         if call.relu:
             value = value.relu_()
         width = _of(call.output_num_bits, slot)
-        step = _step(call.output_amax, slot, width)
-        quantised = quantize_codes(value.float(), step, _largest(width)).nan_to_num_(0.0)
+        step = step_of(call.output_amax, slot, width)
+        quantised = quantize_codes(value.float(), step, largest_code(width)).nan_to_num_(0.0)
         planes = 1 if width <= 8 else 2
         codes[:planes, slot : slot + 1] = split_codes(quantised)[:planes]
 

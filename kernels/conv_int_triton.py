@@ -1,174 +1,20 @@
-"""The Triton kernel of the integer convolution; `conv_int.py` has the equations.
+"""Launches of the integer convolution's Triton kernel, `conv_kernel_triton.py`.
 
-An implicit matrix product on int8 tensor cores: pixels of one sample by output channels, K running
-over (tap, channel) flattened, so that 4 or 16 channels fill the 32 of one instruction. A transposed
-2x2 convolution of stride 2 is a 1x1 with 4 * Cout rows whose results scatter. A program serves one
-sample and takes that sample's width on the device; 16-bit codes are four products of bytes,
-(256 a + b)(256 c + d), in three exact int32 sums.
+Everything that shapes the machine code is decided here, by a static rule per class of shapes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .backend import tl, triton
 from .conv_call import ConvCall, pixel_pitch
-from .conv_epilogue_triton import codes_of, float_of, plus, step_of, times_plus
-from .conv_pack import PackedConv
-
-
-@triton.jit
-def _integer_sum(
-    low_ptr, high_ptr, weight_ptr, y, x, rows, height, width,
-    C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sums over taps and channels; y and x are the input pixel under the first tap."""
-    low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        if C_IN % BLOCK_K == 0:
-            # one tap for the whole block
-            tap, channel = start // C_IN, start % C_IN + tl.arange(0, BLOCK_K)
-            row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-            known = (row >= 0) & (row < height)
-        else:
-            tap, channel = (k // C_IN)[None, :], k % C_IN
-            row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-            known = (row >= 0) & (row < height) & (tap < KERNEL * KERNEL)
-        mask = known & (column >= 0) & (column < width)
-        offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
-        offs_w = rows[None, :] * K + k[:, None]
-        mask_w = rows[None, :] < ROWS
-
-        low = tl.load(low_ptr + offs, mask=mask, other=0)
-        weight_low = tl.load(weight_ptr + offs_w, mask=mask_w, other=0)
-        low_low = tl.dot(low, weight_low, low_low, out_dtype=tl.int32)
-        if WIDE:
-            high = tl.load(high_ptr + offs, mask=mask, other=0)
-            weight_high = tl.load(weight_ptr + ROWS * K + offs_w, mask=mask_w, other=0)
-            mixed = tl.dot(high, weight_low, mixed, out_dtype=tl.int32)
-            mixed = tl.dot(low, weight_high, mixed, out_dtype=tl.int32)
-            high_high = tl.dot(high, weight_high, high_high, out_dtype=tl.int32)
-
-    if WIDE:
-        total = (high_high.to(tl.int64) << 16) + (mixed.to(tl.int64) << 8) + low_low
-        return float_of(total, PRECISE)
-    else:
-        return float_of(low_low, PRECISE)
-
-
-@triton.jit
-def _variant(bits, index, WIDTHS: tl.constexpr):
-    """Returns which packed weights a sample of `bits` takes; bit b of WIDTHS: b is packed."""
-    if WIDTHS == 0:
-        return index
-    else:
-        index = bits * 0
-        narrow, packed = 0, 0
-        for b in tl.static_range(2, 17):
-            if (WIDTHS >> b) % 2 == 1:
-                index += (bits > b).to(tl.int32)
-                packed += 1
-                if b <= 8:
-                    narrow += 1
-        # a width above all of as many bytes takes the widest of them
-        return tl.minimum(index, tl.where(bits > 8, packed, narrow) - 1)
-
-
-# sizes of images change nothing in the machine code
-@triton.jit(
-    do_not_specialize=[
-        "bits", "variant", "amax_stride", "out_bits", "out_amax_stride", "height", "width",
-        "out_height", "out_width", "tiles",
-    ]
-)  # fmt: skip
-def conv_kernel(
-    low_ptr, high_ptr, bits_ptr, amax_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
-    shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, out_low_ptr,
-    out_high_ptr,
-    bits, variant, amax_stride, out_bits, out_amax_stride, height, width, out_height, out_width,
-    tiles,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PLANES: tl.constexpr,
-    PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDTHS: tl.constexpr, NARROW: tl.constexpr,
-    WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels."""
-    ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
-    PRECISE: tl.constexpr = out_high_ptr is not None
-    columns: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
-    slot = (tl.program_id(0) // (tiles * columns)).to(tl.int64)
-    if count_ptr is not None and slot >= tl.load(count_ptr):
-        return
-    sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
-    pixel = (tl.program_id(0) // columns % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.program_id(0) % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # a transposed convolution walks its input's pixels, the others their output's
-    line = width if TRANSPOSED else out_width
-    valid = pixel < line * (height if TRANSPOSED else out_height)
-    y, x = pixel // line, pixel % line
-
-    bits = bits if bits_ptr is None else tl.load(bits_ptr + sample)
-    variant = _variant(bits, variant, WIDTHS)
-    step, _ = step_of(amax_ptr + sample * amax_stride, bits)
-    first = sample * height * width * PITCH
-    weights = weight_ptr + variant * (PLANES * ROWS * K)
-    # a row far above the image is masked at every tap
-    top, left = tl.where(valid, y * STRIDE - PADDING, -65536), x * STRIDE - PADDING
-    if WIDE and (not NARROW or bits > 8):
-        head, tail = _integer_sum(
-            low_ptr + first, high_ptr + first, weights, top, left, rows, height, width,
-            C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, True, PRECISE, INDEX,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-    else:
-        head, tail = _integer_sum(
-            low_ptr + first, low_ptr, weights, top, left, rows, height, width,
-            C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, False, PRECISE, INDEX,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-
-    channel = rows % C_OUT
-    scale = tl.load(scale_ptr + variant * C_OUT + channel) * step.to(tl.float64)
-    head, tail = times_plus(head, tail, scale, tl.load(bias_ptr + channel), PRECISE)
-    mask = valid[:, None] & (rows < ROWS)[None, :]
-    if TRANSPOSED:
-        tap = (rows // C_OUT)[None, :]
-        pixel = (2 * y[:, None] + tap // 2) * out_width + 2 * x[:, None] + tap % 2
-    else:
-        pixel = pixel[:, None]
-    first = slot * out_height * out_width
-    offs = pixel.to(INDEX) * C_OUT + channel[None, :]
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + first * C_OUT + offs, mask=mask, other=0.0)
-        head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
-    if stream_ptr is not None:
-        total = head + tail if PRECISE else head
-        stream_ptr += first * C_OUT
-        tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
-    if out_low_ptr is not None:
-        if gain_ptr is not None:
-            gain, shift = tl.load(gain_ptr + channel), tl.load(shift_ptr + channel)
-            head, tail = times_plus(head, tail, gain, shift, PRECISE)
-        value = head + tail if PRECISE else head
-        if RELU:
-            # a comparison keeps a NaN
-            value = tl.where(value < 0, 0.0, value)
-        out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
-        step, largest = step_of(out_amax_ptr + slot * out_amax_stride, out_bits)
-        codes = codes_of(value, step, largest)
-        offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
-        # the cast keeps the lowest byte
-        tl.store(out_low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
-        if out_high_ptr is not None and out_bits > 8:
-            high = ((codes + 128) >> 8).to(tl.int8)
-            tl.store(out_high_ptr + first * OUT_PITCH + offs, high, mask=mask)
+from .conv_kernel_triton import conv_kernel
+from .conv_pack import K_MULTIPLE, PackedConv
 
 
 def supports(conv: PackedConv) -> bool:
@@ -184,17 +30,21 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
 
-    Few channels read each byte nine times, from L1 if loads are not pipelined; many channels make
-    long loops, which copy ahead. Four products keep three sums: half as many columns.
+    Short sums read through L1, which serves the nine taps' overlap; long ones copy ahead to shared
+    memory. Four products keep three sums, so their tiles are smaller. The bounds on registers leave
+    what the compiler would spill otherwise, and let three or four programs run at a time.
     """
-    rows = conv.codes.shape[2]
-    deep = conv.in_channels % 64 == 0
+    rows, depth = conv.codes.shape[2:]
+    columns = min(32 if wide else 64, max(16, triton.next_power_of_2(rows)))
+    heavy = wide and columns == 32
+    pixels_of_block = 128 if pixels >= 2048 and not heavy else 64
     return {
-        "BLOCK_M": 128 if pixels >= 2048 else 64,
-        "BLOCK_N": min(32 if wide else 64, max(16, triton.next_power_of_2(rows))),
-        "BLOCK_K": 64 if deep else 32,
-        "STAGES": 3 if deep else 1,
-        "num_warps": 4,
+        "BLOCK_M": pixels_of_block,
+        "BLOCK_N": columns,
+        "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
+        "STAGES": 1 if depth <= 320 else 3,
+        "num_warps": 8 if pixels_of_block * columns == 8192 else 4,
+        "maxnreg": 168 if heavy else 128,
     }
 
 
@@ -243,7 +93,7 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
             call.slots, call.count, stream, out_low, out_high,
             bits, 0 if several or bits_tensor is not None else conv.variant(bits),
             _stride(call.amax), out_bits, _stride(call.output_amax),
-            height, width, out_height, out_width, tiles,
+            height, width, out_height, out_width, tiles, conv.codes.shape[3],
             C_IN=conv.in_channels, C_OUT=conv.out_channels, KERNEL=conv.kernel_size[0],
             STRIDE=1 if conv.transposed else conv.stride[0], PADDING=conv.padding[0],
             TRANSPOSED=conv.transposed, K=conv.codes.shape[3], PLANES=conv.codes.shape[1],
@@ -253,3 +103,65 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
             INDEX=tl.int64 if reach >= 2**31 else tl.int32,
             enable_fp_fusion=False, **sizes,
         )  # fmt: skip
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    U-Net-16: the encoder's stages take 8 or 16 bits per sample, all else has 8. A last convolution
+    of a stage stores the stream and codes for what reads it; routed batches count their slots.
+    """
+    found: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, c_in: int, c_out: int, kernel: int, side: int, **epilogue) -> None:
+        for routed in (False, True):
+            label = f"{name}, {c_in} to {c_out} channels{', routed' if routed else ''}"
+            found[label] = partial(_launch_meta, c_in, c_out, kernel, side, routed, **epilogue)
+
+    add("first convolution", 4, 16, 3, 240, stream=True, mixed_out=True, affine=True)
+    for level, blocks_of_stage in enumerate((1, 2, 2, 4)):
+        c, side = 16 << level, 240 >> level
+        mixed = {"mixed": True, "mixed_out": True}
+        second = {"residual": True, "stream": True}
+        add("encoder block, first", c, c, 3, side, **mixed)
+        add("encoder block, last of its stage", c, c, 3, side, affine=False, **second, **mixed)
+        if blocks_of_stage > 1:
+            add("encoder block, second", c, c, 3, side, affine=True, **second, **mixed)
+        if level == 3:
+            break
+        add("down", c, 2 * c, 3, side, stride=2, stream=True, affine=True, **mixed)
+        add("up, reduce", 2 * c, c, 1, side // 2, relu=False)
+        add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, relu=False)
+        add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True)
+        add("decoder block, first", c, c, 3, side)
+        add("decoder block, second", c, c, 3, side, relu=False, **second)
+    return found
+
+
+def _launch_meta(
+    c_in: int, c_out: int, kernel: int, side: int, routed: bool, *, stride: int = 1,
+    transposed: bool = False, mixed: bool = False, mixed_out: bool = False,
+    residual: bool = False, stream: bool = False, affine: bool = False, relu: bool = True,
+) -> None:  # fmt: skip
+    """Launches a convolution whose tensors have no memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    planes, taps = 1 + mixed, kernel**2
+    rows, depth = (taps * c_out, c_in) if transposed else (c_out, taps * c_in)
+    conv = PackedConv(
+        empty(planes, planes, rows, triton.cdiv(depth, K_MULTIPLE) * K_MULTIPLE, dtype=torch.int8),
+        empty(planes, c_out, dtype=torch.float64), empty(c_out, dtype=torch.float64),
+        (8, 16)[:planes], c_in, (kernel, kernel), (stride, stride),
+        (0, 0) if transposed else (kernel // 2, kernel // 2), (1, 1), 1, transposed,
+    )  # fmt: skip
+    widths, one = empty(2, dtype=torch.int32), empty(1)
+    constants = empty(c_out, dtype=torch.float64)
+    call = ConvCall(
+        empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
+        widths if mixed else 8, None, (constants, constants) if affine else None, relu, one,
+        widths if mixed_out else 8, widths if routed else None, one.int() if routed else None,
+    )  # fmt: skip
+    total = call.new_stream(torch.float16) if stream else None
+    run(call._replace(residual=total if residual else None), total, call.new_codes())
