@@ -76,33 +76,39 @@ def spills(row: dict[str, Any]) -> bool:
     return bool(row["local_bytes"] or {"LDL", "STL"} & row["of_these"].keys())
 
 
-def table(archs: tuple[int, ...] = ARCHS) -> dict[str, Any]:
-    """Compiles everything for these architectures and describes it."""
+def rows(arch: int) -> list[dict[str, Any]]:
+    """Compiles everything for an architecture and describes it."""
+    found: list[dict[str, Any]] = []
+    compile_all(variants(arch), lambda variant, compiled: found.append(describe(variant, compiled)))
+    return found
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """Writes the table, a line per kernel."""
     from triton import __version__, knobs
 
-    wanted = [variant for arch in archs for variant in variants(arch)]
-    rows: list[dict[str, Any]] = []
-    compile_all(wanted, lambda variant, compiled: rows.append(describe(variant, compiled)))
-    return {
+    head = {
         "command": "python -m meddanet.kernels.machine_code",
         "triton": __version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,
-        "variants": rows,
     }
+    lines = ",\n  ".join(json.dumps(row) for row in found)
+    start = json.dumps(head, indent=1).removesuffix("\n}")
+    path.write_text(f'{start},\n "variants": [\n  {lines}\n ]\n}}\n')
 
 
 def main(path: str) -> int:
-    """Writes the table; returns 1 if a kernel spills or takes too much shared memory."""
-    content = table()
-    lines = ",\n  ".join(json.dumps(row) for row in content.pop("variants"))
-    head = json.dumps(content, indent=1).removesuffix("\n}")
-    Path(path).write_text(f'{head},\n "variants": [\n  {lines}\n ]\n}}\n')
-    rows = json.loads(Path(path).read_text())["variants"]
-    bad = [row for row in rows if spills(row) or row["shared_bytes"] > SHARED_LIMIT]
+    """Writes the table arch by arch; returns 1 if a kernel spills or takes too much memory."""
+    found: list[dict[str, Any]] = []
+    for arch in ARCHS:
+        found += rows(arch)
+        write(Path(path), found)
+        print(f"sm_{arch}: {len(found)} compiled so far", flush=True)
+    bad = [row for row in found if spills(row) or row["shared_bytes"] > SHARED_LIMIT]
     for row in bad:
         print(f"{row['arch']} {row['kernel']} ({row['shape_class']}): spills or shared memory")
-    print(f"{len(rows)} compiled, {len(bad)} bad: {path}")
+    print(f"{len(found)} compiled, {len(bad)} bad: {path}")
     return 1 if bad else 0
 
 
