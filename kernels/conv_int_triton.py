@@ -35,16 +35,15 @@ def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     what the compiler would spill otherwise, and let three or four programs run at a time.
     """
     rows, depth = conv.codes.shape[2:]
-    columns = min(32 if wide else 64, max(16, triton.next_power_of_2(rows)))
-    heavy = wide and columns == 32
-    pixels_of_block = 128 if pixels >= 2048 and not heavy else 64
+    widest = 32 if wide else 64
+    columns = min(widest, max(16, triton.next_power_of_2(rows)))
     return {
-        "BLOCK_M": pixels_of_block,
+        "BLOCK_M": 128 if pixels >= 2048 and columns < widest else 64,
         "BLOCK_N": columns,
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "STAGES": 1 if depth <= 320 else 3,
-        "num_warps": 8 if pixels_of_block * columns == 8192 else 4,
-        "maxnreg": 168 if heavy else 128,
+        "num_warps": 4,
+        "maxnreg": 128 if columns == 16 else 168,
     }
 
 

@@ -163,8 +163,8 @@ def pack_conv(
             folded into scale and bias; the codes stay what they are without it.
 
     Raises:
-        ValueError: If a width is out of range, weight is not 4-D or not finite, or a transposed
-            convolution has groups, dilation or a range per channel.
+        ValueError: If a width is out of range, weight is not 4-D, a value is not finite, or a
+            transposed convolution has groups, dilation or a range per channel.
     """
     widths = (num_bits,) if isinstance(num_bits, int) else tuple(sorted(set(num_bits)))
     if not widths or not all(2 <= width <= 16 for width in widths):
@@ -192,6 +192,8 @@ def pack_conv(
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:
         scale, offset = scale * norm[0].double(), offset * norm[0].double() + norm[1].double()
+    if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset])).all()):
+        raise ValueError("bias and norm must be finite")
     return PackedConv(
         torch.stack(planes, 1).to(torch.int8), scale, offset, widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
