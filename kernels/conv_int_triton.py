@@ -30,9 +30,9 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
 
-    Short sums read through L1, which serves the nine taps' overlap; long ones copy ahead to shared
-    memory. Four products keep three sums, so their tiles are smaller. The bounds on registers leave
-    what the compiler would spill otherwise, and let three or four programs run at a time.
+    Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
+    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on registers
+    leave what the compiler would spill otherwise, and let three or four programs run at a time.
     """
     rows, depth = conv.codes.shape[2:]
     widest = 32 if wide else 64
