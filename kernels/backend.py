@@ -93,7 +93,7 @@ def onednn_runs(input: Tensor) -> bool:
     """
     if _chosen not in ("auto", "onednn") or input.device.type != "cpu":
         return False
-    from .conv_int_onednn import is_exact
+    from .onednn import is_exact
 
     if _chosen == "onednn" and not is_exact():
         raise ValueError(

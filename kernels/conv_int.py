@@ -54,13 +54,13 @@ def _say_once(message: str) -> None:
 
 def _run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     if triton_runs(call.input):
-        from . import conv_int_triton as executor
+        from .conv_int_triton import run, supports
     elif onednn_runs(call.input):
-        from . import conv_int_onednn as executor
+        from .conv_int_onednn import run, supports
     else:
         return conv_reference.run(call, stream, codes)
-    if executor.supports(call.conv):
-        return executor.run(call, stream, codes)
+    if supports(call.conv):
+        return run(call, stream, codes)
     _say_once(
         f"quant_conv2d has no kernel for {describe(call.conv)}: the plain PyTorch reference "
         "computes it, slowly"
@@ -130,10 +130,10 @@ def _call(
     output_num_bits, output_width, slots, count,
 ) -> ConvCall:  # fmt: skip
     """Puts the operator's flat arguments back together."""
-    pairs = (tuple(pair) for pair in (kernel_size, stride, padding, dilation))
     conv = PackedConv(
-        codes, scale, bias, tuple(packed_widths), in_channels, *pairs, groups, transposed
-    )
+        codes, scale, bias, tuple(packed_widths), in_channels, tuple(kernel_size), tuple(stride),
+        tuple(padding), tuple(dilation), groups, transposed,
+    )  # fmt: skip
     return ConvCall(
         input, conv, amax, width if num_bits is None else num_bits, residual,
         None if gain is None else (gain, shift), relu, output_amax,

@@ -1,6 +1,5 @@
-"""The integer convolution on oneDNN's int8 kernels, which PyTorch brings for x86 CPUs.
+"""The integer convolution on oneDNN's int8 kernels, see `onednn.py`.
 
-oneDNN takes unsigned activations: a code q becomes q + 128 with zero point 128, the same integer.
 Samples of more than 8 bits, which it has no kernel for, take the reference's float64, exact too.
 
 Where codes alone are asked for, oneDNN's own epilogue makes them in the same pass; it orders its
@@ -10,10 +9,7 @@ sums, and the reference's epilogue follows.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -21,59 +17,19 @@ from . import conv_reference
 from .conv_call import ConvCall
 from .conv_pack import PackedConv, unpack_weight
 from .conv_reference import Group
+from .onednn import ZERO_POINT, convolve
 
-ZERO_POINT = 128
 # largest sum of products whose float32 is exact
 EXACT = 2**24
 
 _prepacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-@cache
-def is_exact() -> bool:
-    """Tells, by one convolution of the largest codes, whether int8 sums are exact here.
-
-    Without VNNI instructions pairs of products saturate at 16 bits and results are silently wrong.
-    """
-    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (80, 64, 3, 3), generator=generator) * 2 - 1
-    # rows of one sign reach the largest sums, mixed ones meet every pairing
-    signs[:16], signs[16:32] = 1, -1
-    codes = torch.randint(0, 2, (1, 64, 6, 6), generator=generator) * 254 - 127
-    codes[..., :3] = 127
-    wanted = F.conv2d(codes.double(), signs.double() * 127)
-    try:
-        weight = torch.ops.onednn.qconv_prepack(
-            (signs * 127).to(torch.int8), torch.ones(80), 1.0, ZERO_POINT, [1, 1], [0, 0], [1, 1],
-            1, list(codes.shape),
-        )  # fmt: skip
-        total = _convolve((codes + ZERO_POINT).to(torch.uint8), weight, [1, 1], [0, 0], [1, 1], 1)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return torch.equal(total.double(), wanted)
-
-
-def _convolve(
-    codes: Tensor, weight: Tensor, stride, padding, dilation, groups: int, *,
-    step: float = 1.0, scale: Tensor | None = None, bias: Tensor | None = None,
-    output_step: float = 1.0, relu: bool = False, dtype: torch.dtype = torch.float32,
-) -> Tensor:  # fmt: skip
-    """Convolves uint8 codes with prepacked weights; sums as float32, or requantised as uint8."""
-    rows = weight.shape[0]
-    ones, zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
-    return torch.ops.onednn.qconv2d_pointwise(
-        codes, step, ZERO_POINT, weight, ones if scale is None else scale, zeros, bias, stride,
-        padding, dilation, groups, output_step, 0 if dtype == torch.float32 else ZERO_POINT, dtype,
-        "relu" if relu else "none", [], "",
-    )  # fmt: skip
-
-
 def _weight(conv: PackedConv, variant: int, shape: list[int]) -> Tensor:
     """Returns one width's weights in oneDNN's order, made once per shape of the input."""
     kept = _prepacked.setdefault(conv.codes, {})
-    key = (conv.codes._version, variant, *shape)
+    version = 0 if conv.codes.is_inference() else conv.codes._version
+    key = (version, variant, *shape)
     if key not in kept:
         weight = unpack_weight(conv, variant)
         if conv.transposed:
@@ -114,26 +70,28 @@ def _sums(call: ConvCall, group: Group) -> Tensor:
         return conv_reference.integer_sum(call, group)
     codes = _unsigned(call, group)
     weight = _weight(conv, conv.variant(group.num_bits), list(codes.shape))
-    return _spread(conv, _convolve(codes, weight, *_geometry(conv)))
+    return _spread(conv, convolve(codes, weight, *_geometry(conv)))
 
 
-def _fuses(call: ConvCall, group: Group, stream: Tensor | None) -> bool:
-    """Tells whether oneDNN's epilogue is all that this group needs."""
+def _fusible_step(call: ConvCall, group: Group, stream: Tensor | None) -> float | None:
+    """Returns the output's step if oneDNN's epilogue does all that this group needs."""
     plain = call.residual is None and call.affine is None and stream is None
     narrow = group.num_bits <= 8 and group.output_num_bits == 8
-    steps = [group.step, group.output_step]
-    return plain and narrow and all(s is not None and 0 < float(s) < float("inf") for s in steps)
+    if not (plain and narrow) or group.output_step is None:
+        return None
+    steps = group.step.item(), group.output_step.item()
+    return steps[1] if all(0 < step < float("inf") for step in steps) else None
 
 
-def _fused(call: ConvCall, group: Group, codes: Tensor) -> None:
+def _fused(call: ConvCall, group: Group, output_step: float, codes: Tensor) -> None:
     conv = call.conv
     variant = conv.variant(group.num_bits)
     repeats = 4 if conv.transposed else 1
     unsigned = _unsigned(call, group)
-    output = _convolve(
+    output = convolve(
         unsigned, _weight(conv, variant, list(unsigned.shape)), *_geometry(conv),
         step=float(group.step), scale=conv.scale[variant].float().repeat(repeats),
-        bias=conv.bias.float().repeat(repeats), output_step=float(group.output_step),
+        bias=conv.bias.float().repeat(repeats), output_step=output_step,
         relu=call.relu, dtype=torch.uint8,
     )  # fmt: skip
     # -128 is no code
@@ -150,7 +108,8 @@ def supports(conv: PackedConv) -> bool:
 def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     """Computes the call and writes what is asked for."""
     for group in conv_reference.groups(call):
-        if codes is not None and _fuses(call, group, stream):
-            _fused(call, group, codes)
+        output_step = _fusible_step(call, group, stream)
+        if codes is not None and output_step is not None:
+            _fused(call, group, output_step, codes)
         else:
             conv_reference.finish(call, group, _sums(call, group), stream, codes)

@@ -6,6 +6,7 @@ Everything that shapes the machine code is decided here, by a static rule per cl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,8 +32,8 @@ def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
 
     Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
-    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on registers
-    leave what the compiler would spill otherwise, and let three or four programs run at a time.
+    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on
+    registers leave what the compiler would spill otherwise, and let three or four programs run.
     """
     rows, depth = conv.codes.shape[2:]
     widest = 32 if wide else 64
@@ -163,4 +164,4 @@ def _launch_meta(
         widths if mixed_out else 8, widths if routed else None, one.int() if routed else None,
     )  # fmt: skip
     total = call.new_stream(torch.float16) if stream else None
-    run(call._replace(residual=total if residual else None), total, call.new_codes())
+    run(replace(call, residual=total if residual else None), total, call.new_codes())

@@ -115,8 +115,8 @@ class PackedConv(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedConv:
         """Returns the same on another device."""
-        tensors = (t.to(device) for t in (self.codes, self.scale, self.bias))
-        return PackedConv(*tensors, *self[3:])
+        codes, scale, bias = (t.to(device) for t in (self.codes, self.scale, self.bias))
+        return self._replace(codes=codes, scale=scale, bias=bias)
 
     def variant(self, num_bits: int) -> int:
         """Returns the index of the weights that a sample of this width takes.
@@ -197,7 +197,7 @@ def pack_conv(
     return PackedConv(
         torch.stack(planes, 1).to(torch.int8), scale, offset, widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
-        _pair(tuple(weight.shape[2:])), _pair(stride), _pair(padding), _pair(dilation),
+        (weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation),
         groups, transposed,
     )  # fmt: skip
 

@@ -9,8 +9,15 @@ import sys
 import pytest
 import torch
 
-from meddanet.kernels import conv_int_onednn as onednn
-from meddanet.kernels import encode, pack_conv, quant_conv2d, quant_conv2d_reference, use_backend
+from meddanet.kernels import (
+    conv_int_onednn,
+    encode,
+    onednn,
+    pack_conv,
+    quant_conv2d,
+    quant_conv2d_reference,
+    use_backend,
+)
 from meddanet.kernels.backend import onednn_runs
 
 ONE = torch.ones(())
@@ -86,26 +93,26 @@ def test_everything_else_is_the_reference_bit_for_bit(name):
 @exact_cpu
 def test_weights_are_prepacked_once_and_forgotten_with_their_convolution():
     conv, x = packed("3x3")
-    onednn._prepacked.clear()
+    conv_int_onednn._prepacked.clear()
     with use_backend("onednn"):
         for _ in range(2):
             quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32)
-        assert [len(kept) for kept in onednn._prepacked.values()] == [1]
+        assert [len(kept) for kept in conv_int_onednn._prepacked.values()] == [1]
         conv.codes.neg_()
         changed = quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32).stream
     wanted = quant_conv2d_reference(encode(x, ONE), conv, ONE, stream=torch.float32).stream
     assert torch.equal(changed, wanted)
     del conv
-    assert len(onednn._prepacked) == 0
+    assert len(conv_int_onednn._prepacked) == 0
 
 
 def test_sums_that_saturate_are_found_out(monkeypatch):
-    honest = onednn._convolve
+    honest = onednn.convolve
     for spoil in (
         lambda total: total.clamp(max=32767.0),
         lambda total: total + (total == total.max()),
     ):
-        monkeypatch.setattr(onednn, "_convolve", lambda *a, f=spoil, **k: f(honest(*a, **k)))
+        monkeypatch.setattr(onednn, "convolve", lambda *a, f=spoil, **k: f(honest(*a, **k)))
         onednn.is_exact.cache_clear()
         assert not onednn.is_exact()
     monkeypatch.undo()
