@@ -112,5 +112,7 @@ def finish(
         value.relu_()
     largest = largest_code(group.output_num_bits)
     quantised = quantize_codes(value.float(), group.output_step, largest).nan_to_num_(0.0)
-    planes = 1 if group.output_num_bits <= 8 else 2
-    codes[:planes, group.slots] = split_codes(quantised)[:planes]
+    if group.output_num_bits <= 8:
+        codes[0, group.slots] = quantised.to(torch.int8)
+    else:
+        codes[:, group.slots] = split_codes(quantised)
