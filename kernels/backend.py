@@ -1,6 +1,7 @@
 """Which executor runs an operation: the one place that asks.
 
-    auto        Triton on CUDA tensors, plain PyTorch (the references) elsewhere
+    auto        Triton on CUDA tensors; oneDNN's int8 convolutions on CPUs where a probe, run once
+                per process, finds them exact; plain PyTorch (the references) elsewhere
     triton      Triton; on CPU tensors only through its interpreter (TRITON_INTERPRET=1)
     onednn      oneDNN's int8 convolutions where an operation has them, the references elsewhere
     reference   plain PyTorch
@@ -84,6 +85,24 @@ def triton_runs(input: Tensor) -> bool:
             "TRITON_INTERPRET=1 interprets it on the CPU"
         )
     return True
+
+
+def onednn_runs(input: Tensor) -> bool:
+    """Returns whether oneDNN's int8 convolutions compute on `input`.
+
+    Raises:
+        ValueError: If "onednn" was asked for and its sums are not exact on this CPU.
+    """
+    if _chosen not in ("auto", "onednn") or input.device.type != "cpu":
+        return False
+    from .onednn import is_exact
+
+    if _chosen == "onednn" and not is_exact():
+        raise ValueError(
+            "backend 'onednn' needs a CPU with exact int8 sums (VNNI); on this one they are not "
+            "exact: use 'reference'"
+        )
+    return is_exact()
 
 
 class _Absent:

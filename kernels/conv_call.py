@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from .quantize import check_num_bits
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class ConvCall(NamedTuple):
+@dataclass(frozen=True)
+class ConvCall:
     """Everything `quant_conv2d` computes with, but the tensors it writes.
 
     Sample-wise tensors of the input (`amax`, `num_bits`) go by the input's samples, those of the
@@ -89,7 +90,7 @@ class ConvCall(NamedTuple):
 
 def largest_code(num_bits: int) -> Tensor:
     """Returns qmax as float32, NaN for a width outside of 2..16."""
-    return qmax(torch.tensor(num_bits)).float()
+    return torch.as_tensor(qmax(torch.tensor(num_bits))).float()
 
 
 def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:

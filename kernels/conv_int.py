@@ -16,6 +16,7 @@ product and sum rounded on its own, in the order above: executors agree bit for 
 differs from that of exact arithmetic only at a rounding tie, to within a few float32 roundings.
 Steps of 16 bits are 256 times finer: where codes may have them, everything up to `value` is carried
 in float64 (on a GPU in two float32, as float64 may be slow there) and rounded to float32 once.
+(oneDNN, where it makes codes itself, orders roundings in its own way: they agree but at ties.)
 A NaN has no code: the stream carries it, the codes are 0 there.
 """
 
@@ -26,13 +27,12 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import triton_runs
-from .conv_call import ConvCall, checked_call, largest_code, step_of
-from .conv_pack import PackedConv, split_codes, unpack_weight
-from .grid import quantize_codes
+from . import conv_reference
+from .backend import onednn_runs, triton_runs
+from .conv_call import ConvCall, checked_call
+from .conv_pack import PackedConv
 
 
 class ConvOutput(NamedTuple):
@@ -47,53 +47,6 @@ class ConvOutput(NamedTuple):
     codes: Tensor | None
 
 
-def integer_sum(call: ConvCall, sample: int, num_bits: int) -> Tensor:
-    """Returns S of one sample, [1, Cout, Hout, Wout]: float64 holds every such integer."""
-    conv = call.conv
-    planes = call.input[:, sample : sample + 1].double()
-    codes = planes[0] + 256 * planes[1] if num_bits > 8 else planes[0]
-    weight = unpack_weight(conv, conv.variant(num_bits))
-    if conv.transposed:
-        return F.conv_transpose2d(codes, weight, None, conv.stride, conv.padding)
-    return F.conv2d(codes, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _of(values: int | Tensor, index: int) -> int:
-    return values if isinstance(values, int) else int(values[index])
-
-
-def run_reference(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
-    """Computes the call slot by slot in plain PyTorch and writes what is asked for."""
-    conv = call.conv
-    used = call.samples if call.count is None else min(int(call.count), call.samples)
-    dtype = torch.float64 if call.output_planes == 2 else torch.float32
-
-    def constant(values: Tensor) -> Tensor:
-        return values.to(dtype).reshape(1, -1, 1, 1)
-
-    for slot in range(used):
-        sample = slot if call.slots is None else int(call.slots[slot])
-        num_bits = _of(call.num_bits, sample)
-        scale = step_of(call.amax, sample, num_bits).double() * conv.scale[conv.variant(num_bits)]
-        value = integer_sum(call, sample, num_bits).to(dtype) * constant(scale)
-        value += constant(conv.bias)
-        if call.residual is not None:
-            value += call.residual[slot : slot + 1].to(dtype)
-        if stream is not None:
-            stream[slot] = value[0].float().to(stream.dtype)
-        if codes is None or call.output_amax is None:
-            continue
-        if call.affine is not None:
-            value = value * constant(call.affine[0]) + constant(call.affine[1])
-        if call.relu:
-            value = value.relu_()
-        width = _of(call.output_num_bits, slot)
-        step = step_of(call.output_amax, slot, width)
-        quantised = quantize_codes(value.float(), step, largest_code(width)).nan_to_num_(0.0)
-        planes = 1 if width <= 8 else 2
-        codes[:planes, slot : slot + 1] = split_codes(quantised)[:planes]
-
-
 @cache
 def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
@@ -102,14 +55,17 @@ def _say_once(message: str) -> None:
 def _run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     if triton_runs(call.input):
         from .conv_int_triton import run, supports
-
-        if supports(call.conv):
-            return run(call, stream, codes)
-        _say_once(
-            f"quant_conv2d has no kernel for {describe(call.conv)}: the plain PyTorch reference "
-            "computes it, slowly"
-        )
-    return run_reference(call, stream, codes)
+    elif onednn_runs(call.input):
+        from .conv_int_onednn import run, supports
+    else:
+        return conv_reference.run(call, stream, codes)
+    if supports(call.conv):
+        return run(call, stream, codes)
+    _say_once(
+        f"quant_conv2d has no kernel for {describe(call.conv)}: the plain PyTorch reference "
+        "computes it, slowly"
+    )
+    return conv_reference.run(call, stream, codes)
 
 
 def describe(conv: PackedConv) -> str:
@@ -174,10 +130,10 @@ def _call(
     output_num_bits, output_width, slots, count,
 ) -> ConvCall:  # fmt: skip
     """Puts the operator's flat arguments back together."""
-    pairs = (tuple(pair) for pair in (kernel_size, stride, padding, dilation))
     conv = PackedConv(
-        codes, scale, bias, tuple(packed_widths), in_channels, *pairs, groups, transposed
-    )
+        codes, scale, bias, tuple(packed_widths), in_channels, tuple(kernel_size), tuple(stride),
+        tuple(padding), tuple(dilation), groups, transposed,
+    )  # fmt: skip
     return ConvCall(
         input, conv, amax, width if num_bits is None else num_bits, residual,
         None if gain is None else (gain, shift), relu, output_amax,
@@ -185,7 +141,7 @@ def _call(
     )  # fmt: skip
 
 
-def _flat(call: ConvCall) -> tuple:
+def flat(call: ConvCall) -> tuple:
     """Reverses `_call`."""
 
     def width(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
@@ -237,7 +193,7 @@ def quant_conv2d_reference(
         count=count,
     )  # fmt: skip
     outputs = _outputs(call, stream)
-    run_reference(call, *outputs)
+    conv_reference.run(call, *outputs)
     return _named(*outputs)
 
 
@@ -291,5 +247,5 @@ def quant_conv2d(
         relu=relu, output_amax=output_amax, output_num_bits=output_num_bits, slots=slots,
         count=count,
     )  # fmt: skip
-    total, codes = _quant_conv2d(*_flat(call), stream)
+    total, codes = _quant_conv2d(*flat(call), stream)
     return _named(None if stream is None else total, None if output_amax is None else codes)

@@ -6,6 +6,7 @@ Everything that shapes the machine code is decided here, by a static rule per cl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,21 +31,20 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
 
-    Short sums read through L1, which serves the nine taps' overlap; long ones copy ahead to shared
-    memory. Four products keep three sums, so their tiles are smaller. The bounds on registers leave
-    what the compiler would spill otherwise, and let three or four programs run at a time.
+    Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
+    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on
+    registers leave what the compiler would spill otherwise, and let three or four programs run.
     """
     rows, depth = conv.codes.shape[2:]
-    columns = min(32 if wide else 64, max(16, triton.next_power_of_2(rows)))
-    heavy = wide and columns == 32
-    pixels_of_block = 128 if pixels >= 2048 and not heavy else 64
+    widest = 32 if wide else 64
+    columns = min(widest, max(16, triton.next_power_of_2(rows)))
     return {
-        "BLOCK_M": pixels_of_block,
+        "BLOCK_M": 128 if pixels >= 2048 and columns < widest else 64,
         "BLOCK_N": columns,
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "STAGES": 1 if depth <= 320 else 3,
-        "num_warps": 8 if pixels_of_block * columns == 8192 else 4,
-        "maxnreg": 168 if heavy else 128,
+        "num_warps": 4,
+        "maxnreg": 128 if columns == 16 else 168,
     }
 
 
@@ -164,4 +164,4 @@ def _launch_meta(
         widths if mixed_out else 8, widths if routed else None, one.int() if routed else None,
     )  # fmt: skip
     total = call.new_stream(torch.float16) if stream else None
-    run(call._replace(residual=total if residual else None), total, call.new_codes())
+    run(replace(call, residual=total if residual else None), total, call.new_codes())

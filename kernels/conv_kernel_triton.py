@@ -56,7 +56,8 @@ def _integer_sum(
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    if STAGES == 1 and not WIDE:
+    if K <= 160 and not WIDE:
+        # up to 3x3 on 16 channels: all addresses are known in advance
         for start in tl.static_range(0, K, BLOCK_K):
             low_low, mixed, high_high = _add_products(
                 start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,

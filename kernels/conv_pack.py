@@ -115,8 +115,8 @@ class PackedConv(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedConv:
         """Returns the same on another device."""
-        tensors = (t.to(device) for t in (self.codes, self.scale, self.bias))
-        return PackedConv(*tensors, *self[3:])
+        codes, scale, bias = (t.to(device) for t in (self.codes, self.scale, self.bias))
+        return self._replace(codes=codes, scale=scale, bias=bias)
 
     def variant(self, num_bits: int) -> int:
         """Returns the index of the weights that a sample of this width takes.
@@ -163,8 +163,8 @@ def pack_conv(
             folded into scale and bias; the codes stay what they are without it.
 
     Raises:
-        ValueError: If a width is out of range, weight is not 4-D or not finite, or a transposed
-            convolution has groups, dilation or a range per channel.
+        ValueError: If a width is out of range, weight is not 4-D, a value is not finite, or a
+            transposed convolution has groups, dilation or a range per channel.
     """
     widths = (num_bits,) if isinstance(num_bits, int) else tuple(sorted(set(num_bits)))
     if not widths or not all(2 <= width <= 16 for width in widths):
@@ -192,10 +192,12 @@ def pack_conv(
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:
         scale, offset = scale * norm[0].double(), offset * norm[0].double() + norm[1].double()
+    if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset])).all()):
+        raise ValueError("bias and norm must be finite")
     return PackedConv(
         torch.stack(planes, 1).to(torch.int8), scale, offset, widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
-        _pair(tuple(weight.shape[2:])), _pair(stride), _pair(padding), _pair(dilation),
+        (weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation),
         groups, transposed,
     )  # fmt: skip
 

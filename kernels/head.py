@@ -39,8 +39,8 @@ def _scores(
 
 
 def _run_reference(
-    input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, amax: Tensor | None,
-    num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None, labels: Tensor,
+    labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
+    amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the regions slot by slot into `labels`."""
     (height, width), corners = input.shape[2:], offset.tolist()
@@ -74,7 +74,7 @@ def _label_head(
     labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
     if len(input) == 0:
         return labels
-    arguments = (input, weight, scale, bias, amax, num_bits, offset, slots, count, labels)
+    arguments = (labels, input, weight, scale, bias, amax, num_bits, offset, slots, count)
     if triton_runs(input):
         from .head_triton import run
 
@@ -155,11 +155,9 @@ def label_head_reference(
     count: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch statement of `label_head`, slot by slot."""
-    *arguments, depth, height, width = _checked(
-        input, weight, bias, offset, size, slices, amax, num_bits, slots, count
-    )
-    labels = torch.zeros(depth, height, width, dtype=torch.uint8, device=input.device)
-    _run_reference(*arguments, labels)
+    arguments = _checked(input, weight, bias, offset, size, slices, amax, num_bits, slots, count)
+    labels = torch.zeros(arguments[-3:], dtype=torch.uint8, device=input.device)
+    _run_reference(labels, *arguments[:-3])
     return labels
 
 

@@ -66,12 +66,13 @@ def head_kernel(
 
 
 def run(
-    input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, amax: Tensor | None,
-    num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None, labels: Tensor,
+    labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
+    amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the head into given labels, once; pixels outside of the regions stay as they are.
 
     Args:
+        labels: uint8 [slices, H, W], dense.
         input: [M, C, h, w], floats or int8 codes, channels last, also some channels of wider ones.
         weight: [K, C] float32; or int8 codes [K, >= C] with `scale`, float64 [K].
         scale: None for floats.
@@ -81,7 +82,6 @@ def run(
         offset: int32 [M, 2].
         slots: int32 [M] or None.
         count: int32 [1] or None.
-        labels: uint8 [slices, H, W], dense.
     """
     samples, channels, height, width = input.shape
     columns = triton.next_power_of_2(channels)
@@ -116,6 +116,6 @@ def shape_classes() -> dict[str, Callable[[], object]]:
         scale, amax = (constants, empty(1)) if codes else (None, None)
         for name, routing in (("", (None, None)), (", routed", (slots, count))):
             found[f"head, {str(dtype).removeprefix('torch.')}{name}"] = partial(
-                run, feature, weight, scale, constants, amax, 8, offset, *routing, labels
+                run, labels, feature, weight, scale, constants, amax, 8, offset, *routing
             )
     return found
