@@ -112,15 +112,23 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     of a stage stores the stream and codes for what reads it; routed batches count their slots.
     """
     found: dict[str, Callable[[], object]] = {}
+    # the block's size hangs on the number of pixels
+    for side in (240, 96):
+        _add_unet(found, side)
+    return found
+
+
+def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
+    """Adds the convolutions of U-Net-16 on slices of one side."""
 
     def add(name: str, c_in: int, c_out: int, kernel: int, side: int, **epilogue) -> None:
         for routed in (False, True):
-            label = f"{name}, {c_in} to {c_out} channels{', routed' if routed else ''}"
+            label = f"{name}, {c_in} to {c_out} channels, {side}{', routed' if routed else ''}"
             found[label] = partial(_launch_meta, c_in, c_out, kernel, side, routed, **epilogue)
 
-    add("first convolution", 4, 16, 3, 240, stream=True, mixed_out=True, affine=True)
+    add("first convolution", 4, 16, 3, full, stream=True, mixed_out=True, affine=True)
     for level, blocks_of_stage in enumerate((1, 2, 2, 4)):
-        c, side = 16 << level, 240 >> level
+        c, side = 16 << level, full >> level
         mixed = {"mixed": True, "mixed_out": True}
         second = {"residual": True, "stream": True}
         add("encoder block, first", c, c, 3, side, **mixed)
@@ -135,7 +143,6 @@ def shape_classes() -> dict[str, Callable[[], object]]:
         add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True)
         add("decoder block, first", c, c, 3, side)
         add("decoder block, second", c, c, 3, side, relu=False, **second)
-    return found
 
 
 def _launch_meta(

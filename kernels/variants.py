@@ -1,7 +1,7 @@
 """The list of kernels to compile ahead of time: what the launchers launch, for GPUs not at hand.
 
-Every `*_triton.py` that launches has `shape_classes()`: the launches of the shipped models, made by its own
-launchers on meta tensors. They run here under a stand-in for Triton's driver that names an
+Every `*_triton.py` that launches has `shape_classes()`: the launches of the shipped models, made by
+its own launchers on meta tensors. They run here under a stand-in for Triton's driver that names an
 architecture, and the JIT, stopped where it would compile, tells what it would have looked up. So
 the list cannot differ from what the launchers do, nor a key from the JIT's.
 """

@@ -23,7 +23,8 @@ import triton.language as tl  # noqa: E402
 from meddanet.kernels import aot, machine_code, variants  # noqa: E402
 from meddanet.kernels.precompiled import entries  # noqa: E402
 
-# launches kernels on tensors of sizes that no list names; argv: the architecture of the "GPU"
+# launches kernels, most on tensors of sizes that no list names; argv: the architecture of the
+# "GPU", names of more launches
 FIRST_LAUNCHES = """
 import json, sys
 from collections import Counter
@@ -61,9 +62,7 @@ for name, method in stages.items():
     setattr(CUDABackend, name, counted(name))
 triton.runtime.driver.set_active(Driver())
 
-from meddanet.kernels import crop_paste_triton, head_triton, pack_conv, quantize_triton
-from meddanet.kernels import conv_int_triton
-from meddanet.kernels.conv_call import ConvCall
+from meddanet.kernels import crop_paste_triton, quantize_triton, variants
 last = torch.channels_last
 image = torch.ones(3, 4, 152, 184).contiguous(memory_format=last)
 feature = torch.ones(3, 32, 56, 64).contiguous(memory_format=last)
@@ -80,14 +79,8 @@ for x in (image, torch.ones(3, 7, 3)):
             quantize_triton.quantize(x, bits, 16, torch.ones(3), packed, 3)
     quantize_triton.masked_gradient(x, packed)
     quantize_triton.width_gradient(x, x, bits, torch.ones(1))
-codes = torch.ones(1, 3, 24, 40, 32, dtype=torch.int8).permute(0, 1, 4, 2, 3)
-call = ConvCall(codes, pack_conv(torch.ones(16, 32, 1, 1)), torch.ones(1), output_amax=torch.ones(1))
-conv_int_triton.run(call, None, call.new_codes())
-regions, corners = codes[0, :, :16], torch.zeros(3, 2, dtype=torch.int32)
-weight, scale = torch.ones(4, 32, dtype=torch.int8), torch.ones(4).double()
-labels = torch.zeros(3, 56, 72, dtype=torch.uint8)
-regions = regions.contiguous(memory_format=last)
-head_triton.run(regions, weight, scale, scale, torch.ones(1), 8, corners, None, None, labels)
+for name in sys.argv[2:]:
+    variants.shape_classes()[name]()
 print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
 """
 
@@ -95,7 +88,7 @@ print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
 def first_launches(arch: int, home, cache) -> tuple[Counter, list[str], str]:
     """Runs FIRST_LAUNCHES in a fresh process; returns counts, kernels loaded, stderr."""
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_LAUNCHES, str(arch)],
+        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), UP, "head, int8"],
         env=os.environ | {"XDG_CACHE_HOME": str(home), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -118,7 +111,7 @@ KERNELS = [
     "quantize_kernel", "shift_kernel", "width_gradient_kernel",
 ]  # fmt: skip
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
-UP = "up, reduce, 32 to 16 channels"
+UP = "up, reduce, 32 to 16 channels, 120"
 
 
 def some_classes():
