@@ -6,8 +6,9 @@ Every round starts two processes with an empty Triton cache, one with entries th
 for the architecture, one without. Without a GPU a process makes every listed kernel ready as the
 JIT does up to the driver: listing, then compiling or reading each (`triton.compile`). Not in that
 time: starting Python and importing torch and triton (told apart), loading code onto a device, and
-the C launcher that Triton builds once per machine. With a GPU it is the first call of
-`MedDANetV2.segment` with the shipped weights, and the second one is told beside it.
+the C launcher that Triton builds once per machine. "kernels_ready_cpu" is the processor time of
+compiling or reading alone, which other work on the machine hardly moves. With a GPU it is the first
+call of `MedDANetV2.segment` with the shipped weights, and the second one is told beside it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ import triton
 from meddanet.kernels import aot, precompiled
 
 READY = """
-import json, sys, time
+import json, resource, sys, time
 began = time.perf_counter()
 import torch, triton
 imported = time.perf_counter()
 from meddanet.kernels import variants
 listed = variants.variants(int(sys.argv[1]))
+def cpu():
+    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+busy = cpu()
 for variant in listed:
     variant.compile()
 print(json.dumps({"import": imported - began, "kernels_ready": time.perf_counter() - imported,
-                  "kernels": len(listed)}))
+                  "kernels_ready_cpu": cpu() - busy, "kernels": len(listed)}))
 """
 SEGMENT = """
 import json, time

@@ -154,6 +154,42 @@ def _deferred(make: Callable[[], Callable]) -> Callable:
     return run
 
 
+@pytest.mark.parametrize("side", [SIDE, CROP], ids=["whole", "crop"])
+@torch.inference_mode()
+def test_head(measure, side):
+    """The last 1x1 convolution and argmax of codes, into byte labels of a whole slice."""
+    x, bias = random(BATCH, 16, side, side), random(4)
+    weight, amax = random(4, 16, 1, 1), torch.tensor(3.0, device=DEVICE)
+    conv, codes = kernels.pack_conv(weight, bias), kernels.encode(x, amax)
+    corner = torch.full((BATCH, 2), (SIDE - side) // 2, device=DEVICE)
+    options = {"offset": corner, "size": SIDE, "amax": amax}
+    values, quantised = kernels.fake_quantize(x, 8, amax), kernels.fake_quantize(weight, 8)
+    expected = kernels.label_head_reference(codes, conv, **options)
+
+    def ours() -> Tensor:
+        return kernels.label_head(codes, conv, **options)
+
+    assert torch.equal(ours(), expected)
+    fused = compiled(peers.eager_head)
+    providers = {"label_head": ours}
+    for name, head in (("eager", peers.eager_head), ("compiled", fused)):
+        for dtype in (torch.float32, torch.float16):
+            inputs = [t.to(dtype) for t in (values, quantised, bias)]
+            kind = f"1x1, argmax, uint8, paste: {name} {str(dtype).removeprefix('torch.')}"
+            providers[kind] = lambda head=head, inputs=inputs: peers.placed(
+                head(*inputs), (SIDE - side) // 2, SIDE
+            )
+    deviations = {
+        name: round((run() != expected).float().mean().item(), 6) for name, run in providers.items()
+    }
+    # half precision may turn a near tie between two classes
+    assert max(deviations.values()) < 0.01
+    measure(
+        f"head, 16 channels to labels, {side}x{side}", "label_head", providers, timing={},
+        shape=list(x.shape), differing_labels=deviations, bytes=17 * BATCH * side**2,
+    )  # fmt: skip
+
+
 # training ------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,32 @@ def test_the_jit_finds_every_entry_and_compiles_nothing(home, tmp_path):
     assert "triton" not in stderr
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_first_launches_on_this_gpu_compile_nothing(tmp_path):
+    major, minor = torch.cuda.get_device_capability()
+    aot.build([10 * major + minor], tmp_path / "meddanet" / "kernels")
+    code = """
+import torch
+from triton import knobs
+hits = []
+knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit"])
+from meddanet.kernels import affine_paste, bilinear_crop, fake_quantize
+x = torch.randn(3, 4, 152, 184, device="cuda").contiguous(memory_format=torch.channels_last)
+offset = torch.rand(3, 2, device="cuda", requires_grad=True)
+out = affine_paste(bilinear_crop(fake_quantize(x, 8), offset, 40), offset, (152, 184))
+torch.autograd.grad(out.sum(), offset)
+torch.cuda.synchronize()
+print(len(hits), all(hits))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    launched, found = run.stdout.split()
+    assert int(launched) >= 5 and found == "True", run.stderr
+
+
 def test_for_another_architecture_the_jit_compiles(home, tmp_path):
     counts, loaded, _ = first_launches(86, home, tmp_path / "cache")
     assert loaded == KERNELS
