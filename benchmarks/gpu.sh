@@ -12,7 +12,8 @@
 # Results go to $OUT (default benchmarks/results) and are whole after every test. Nothing has to be
 # installed: the checkout is put on Python's path. On a machine without network, packages that are
 # missing can lie in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
-#   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: hypothesis nibabel isal
+#   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: --no-deps \
+#     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,8 +36,8 @@ fi
 python=${PYTHON:-python3}
 out=$(realpath -m "${OUT:-benchmarks/results}")
 mkdir -p "$out"
-# -P and a path of our own: the current folder would bring `kernels` in by its folder's name
-export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# for the processes that tests start elsewhere, too
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 [[ -d .gpu-packages ]] && PYTHONPATH="$PYTHONPATH:$PWD/.gpu-packages"
 [[ -n $dry_run ]] && export MEDDANET_DRY_RUN=1 CUDA_VISIBLE_DEVICES=
 
