@@ -539,3 +539,51 @@ def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):
         assert dice(ours, truth, members) == pytest.approx(row[region], abs=0.01)
     share = json.loads((tmp_path / f"{case.name}.json").read_text())["share_of_static"]
     assert share["mac"] <= 0.25
+
+
+@pytest.fixture
+def one_kernel(tmp_path, monkeypatch):
+    """Shortens the list of kernels to one class, and moves the user's cache folder."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("interpreted kernels are not compiled")
+    from meddanet.kernels import aot, precompiled, variants
+
+    name, launch = next(iter(variants.shape_classes().items()))
+    monkeypatch.setattr(variants, "shape_classes", lambda: {name: launch})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(precompiled, "PACKAGED", tmp_path / "absent")
+    monkeypatch.setattr(aot, "PACKAGED", tmp_path / "unwritable" / "compiled")
+    return tmp_path / "meddanet" / "kernels"
+
+
+def test_info_kernels(one_kernel, capsys):
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out.startswith("none precompiled")
+    assert main(["info", "--kernels", "--build", "8.6,9.0"]) == 0
+    captured = capsys.readouterr()
+    assert f"compiled into {one_kernel}" in captured.err
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert [line.split(",")[0] for line in captured.out.splitlines()] == ["sm_86", "sm_90"]
+    assert captured.out.count(f"{one_kernel}: 1 of 1 kernels (") == 2
+    (folder,) = one_kernel.iterdir()
+    folder.rename(one_kernel / "0.0.1")
+    assert main(["info", "--kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("triton 0.0.1" in line and "1 kernels, unused: triton" in line for line in lines)
+
+
+@pytest.mark.parametrize("archs", ["8.5", "", "86"])
+def test_info_kernels_of_no_architecture(one_kernel, capsys, archs):
+    assert main(["info", "--kernels", "--build", archs]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("meddanet: error: ") and "known are 8.0, 8.6" in line
+
+
+def test_info_kernels_without_triton(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for options in ([], ["--build", "8.6"]):
+        assert main(["info", "--kernels", *options]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("meddanet: error: compiling kernels needs the package triton: pip")
