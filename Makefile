@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/pytest benchmarks
+	$(BIN)/pytest benchmarks --benchmark-only
 
 clean:
 	test ! -f $(VENV)/pyvenv.cfg || rm -rf $(VENV)

@@ -34,9 +34,9 @@ from meddanet.cost import cost_table
 from meddanet.data.slices import CachedCase, pad
 from meddanet.dataset import Dataset, prepare_dataset
 from meddanet.layers import set_quantization
-from meddanet.med_danet_v2 import channels_last
 from meddanet.metrics import dice_score
 from meddanet.recipe import TrainConfig
+from meddanet.routing import channels_last
 from meddanet.training import train
 from meddanet.version import __version__
 from meddanet.weights import load_model

@@ -1,118 +1,228 @@
-"""Dice and multiply-adds of a trained model on cases it has not seen, beside static baselines.
+"""Dice, HD95 and multiply-adds on cases not trained on, like Med-DANet V2, Table 3a.
 
-    python benchmarks/accuracy.py DATA RUN [--out benchmarks/results/NAME.json]
+    python benchmarks/accuracy.py DATA RUN [RUN ...] [--out benchmarks/results/NAME.json]
+    python benchmarks/accuracy.py --show benchmarks/results/NAME.json
 
-RUN is the output folder of `meddanet train`: `model.safetensors`, `split.json`, `log.jsonl` and,
-where the run trained a baseline, `static.pt`. Three rows per held-out case:
+Each RUN is the output folder of `meddanet train`, usually one per fold: `model.safetensors`,
+`split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`. Rows per held-out case:
 
-    dynamic   skip / crop / whole as decided
-    whole     the same weights, the whole branch on every slice
-    static    a plain segmenter of the same kind, trained beside on the same split
+    static    a plain segmenter in float32 on every slice, trained as long on the same split
+    whole     the dynamic model's own whole branch in float32 on every slice
+    S         its decisions, in float32
+    Q         its whole branch on every slice, 8 or 16 bit
+    S+Q       its decisions, 8 or 16 bit: what `meddanet segment` does
+    8, 16     S+Q with every stage at this width; "random": widths drawn with the selectors' mean
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from decisions import decision_report
+from torch import Tensor, nn
 
 from meddanet.build import build_segmenter
-from meddanet.cost import count_macs
-from meddanet.data import (
-    find_cases,
-    from_slices,
-    load_labels,
-    load_volume,
-    to_classes,
-    to_slices,
-)
+from meddanet.cost import CONVENTIONS, cost_table, count_macs
+from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_classes, to_slices
 from meddanet.layers import set_quantization
-from meddanet.metrics import dice_score
+from meddanet.metrics import brats_regions, dice_score, hausdorff_distance_95
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
 
-REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+REGIONS = brats_regions("brats2023")
+
+
+class Widths(nn.Module):
+    """Stands in for a bit selector: the same widths for all, or drawn with a mean."""
+
+    def __init__(self, low: float, high: float, share: float, seed: int = 0) -> None:
+        super().__init__()
+        self.low, self.high, self.share = low, high, share
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, gradients: Tensor, feature: Tensor) -> Tensor:
+        """Returns widths [N]."""
+        drawn = torch.rand(len(feature), generator=self.generator) < self.share
+        return torch.where(drawn, self.high, self.low)
+
+
+@contextmanager
+def widths(model, shares: list[float]):
+    """Gives stage i the widest width with chance `shares[i]`, else the narrowest."""
+    own = model.bit_selectors
+    low, high = (float(own[0].widths[i]) for i in (0, -1))
+    model.bit_selectors = nn.ModuleList(
+        Widths(low, high, share, seed) for seed, share in enumerate(shares)
+    )
+    yield
+    model.bit_selectors = own
+
+
+@contextmanager
+def in_float(model):
+    """Switches the quantisation off."""
+    set_quantization(model, quantize=False, update_range=False)
+    yield
+    set_quantization(model, quantize=True, update_range=False)
 
 
 @torch.inference_mode()
-def run_whole(logits, volume) -> np.ndarray:
-    """Labels [H, W, D] of a function from slices [N, C, H, W] to logits, on every slice."""
+def run_whole(logits: Callable[[Tensor], Tensor], volume) -> np.ndarray:
+    """Classes [H, W, D] of a function from slices [N, C, H, W] to logits, on every slice."""
     slices = torch.from_numpy(to_slices(volume))
-    labels = [logits(part).argmax(1).to(torch.uint8) for part in slices.split(8)]
-    return from_slices(torch.cat(labels).numpy(), volume)
+    classes = [
+        logits(part.contiguous(memory_format=torch.channels_last)).argmax(1).to(torch.uint8)
+        for part in slices.split(8)
+    ]
+    return from_slices(torch.cat(classes).numpy(), volume)
 
 
-def evaluate(data: Path, run: Path) -> dict:
-    """Returns the table as {row: {case: {region: dice, "macs": {convention: MACs}}}}."""
+def evaluate_run(data: Path, run: Path) -> dict[str, dict]:
+    """Returns {held-out case: {"rows": {row: scores}, "decisions": report}} of one run."""
     split = json.loads((run / "split.json").read_text())
     model = load_model(run / "model.safetensors")
-    predictor = VolumePredictor(model, device="cpu")
-    rows = {"dynamic": {}, "whole": {}, "static": {}}
-    plain = None
+    plain = build_segmenter(model.config["segmenter"], model.in_channels, model.num_classes)
     if (run / "baseline.pt").exists():
-        plain = build_segmenter("unet-16", model.in_channels, model.num_classes).eval()
-        set_quantization(plain, quantize=False, update_range=False)
         plain.load_state_dict(torch.load(run / "baseline.pt", weights_only=True)["model"])
+    else:
+        plain = None
     cases = {case.name: case for case in find_cases(data)}
+    results = {}
     for name in split["held_out"]:
-        volume = load_volume(cases[name])
-        truth = to_classes(load_labels(cases[name].label, like=volume), "brats2021")
+        results[name] = evaluate_case(model, plain, cases[name])
+        for row, scores in results[name]["rows"].items():
+            dice = " ".join(f"{region} {value:.3f}" for region, value in scores["dice"].items())
+            print(f"{name} {row:8} {dice}  {scores['mac'] / 1e9:.1f} G", flush=True)
+    return results
+
+
+def evaluate_case(model, plain: nn.Module | None, case) -> dict:
+    """Scores every row on one case and reports the decisions against the truth."""
+    volume = load_volume(case)
+    truth = to_classes(load_labels(case.label, like=volume), "brats2021")
+    predictor = VolumePredictor(model, device="cpu", labels="brats2023")
+    rows = {}
+
+    def dynamic(row: str):
         prediction = predictor.predict(volume)
-        classes = to_classes(prediction.labels, "brats2021")
-        shape = (1, model.in_channels, *volume.data.shape[1:3])
-        depth = volume.data.shape[3]
-        static_macs = {
-            c: depth * count_macs(model.segmenter, shape, c) for c in ("mac", "paper")
-        }
-        rows["dynamic"][name] = score(classes, truth, prediction.cost)
-        counts = np.bincount(prediction.decisions, minlength=len(prediction.routes))
-        rows["dynamic"][name]["decisions"] = dict(
-            zip(prediction.routes, counts.tolist(), strict=True)
-        )
-        rows["dynamic"][name]["scaled_paper"] = int(prediction.cost["scaled_paper"])
-        whole = run_whole(lambda part: model.whole_branch(part)[0], volume)
-        rows["whole"][name] = score(whole, truth, static_macs)
-        if plain is not None:
-            rows["static"][name] = score(run_whole(plain, volume), truth, static_macs)
-        for row, scored in rows.items():
-            if name in scored:
-                print(name, row, scored[name], flush=True)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"machine": machine, "split": split, "rows": rows, "log": training_time(run / "log.jsonl")}
+        rows[row] = {**score(prediction.labels, truth, volume), **prediction.cost}
+        return prediction
+
+    routed = dynamic("S+Q")
+    ran = routed.num_bits[routed.decisions > 0]
+    narrow, wide = (float(model.bit_selectors[0].widths[i]) for i in (0, -1))
+    mean = ((ran - narrow) / (wide - narrow)).mean(0) if len(ran) else np.zeros(ran.shape[1])
+    stages = len(model.bit_selectors)
+    for row, shares in {"8": [0.0] * stages, "16": [1.0] * stages, "random": mean}.items():
+        with widths(model, list(shares)):
+            dynamic(row)
+    with in_float(model):
+        dynamic("S")
+        rows["whole"] = static_row(lambda x: model.whole_branch(x)[0], volume, truth, model)
+    rows["Q"] = quantised_row(model, volume, truth)
+    if plain is not None:
+        rows["static"] = static_row(plain.eval(), volume, truth, model)
+    return {"rows": rows, "decisions": decision_report(model, routed, volume, truth)}
 
 
-def score(classes: np.ndarray, truth: np.ndarray, macs: dict) -> dict:
-    """Dice per region and the case's multiply-adds."""
+def static_row(logits: Callable[[Tensor], Tensor], volume, truth: np.ndarray, model) -> dict:
+    """Scores a function on every slice at the cost of the plain segmenter."""
+    shape = (1, model.in_channels, *volume.data.shape[1:3])
+    depth = volume.data.shape[3]
+    cost = {c: depth * count_macs(model.segmenter, shape, c) for c in CONVENTIONS}
+    cost["scaled_paper"] = cost["paper"]
+    return {**score(run_whole(logits, volume), truth, volume), **cost}
+
+
+def quantised_row(model, volume, truth: np.ndarray) -> dict:
+    """Scores the quantised whole branch on every slice; widths as the selectors choose."""
+    chosen: list[Tensor] = []
+
+    def logits(slices: Tensor) -> Tensor:
+        output, num_bits = model.whole_branch(slices)
+        chosen.append(num_bits)
+        return output
+
+    row = static_row(logits, volume, truth, model)
+    table = cost_table(model.segmenter, (1, model.in_channels, *volume.data.shape[1:3]), "paper")
+    bits = torch.cat(chosen)
+    row["scaled_paper"] = table.slice_cost(torch.zeros(len(bits), dtype=torch.long), bits).sum()
+    return {**row, "scaled_paper": row["scaled_paper"].item()}
+
+
+def score(classes: np.ndarray, truth: np.ndarray, volume) -> dict:
+    """Dice and HD95 per region."""
     dice = dice_score(classes, truth, labels=REGIONS)
-    dice = {region: round(float(value), 4) for region, value in dice.items()}
-    return {**dice, "macs": {c: int(macs[c]) for c in ("mac", "paper")}}
+    distance = hausdorff_distance_95(classes, truth, labels=REGIONS, spacing=volume.spacing)
+    return {
+        "dice": {region: round(float(value), 4) for region, value in dice.items()},
+        "hd95_mm": {region: round(float(value), 2) for region, value in distance.items()},
+    }
 
 
-def training_time(log: Path) -> dict[str, float]:
+def training_seconds(run: Path) -> dict[str, float]:
     """CPU seconds per phase, as the log of the run says."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {line["phase"]: line["cpu_seconds"] for line in lines}
 
 
+def show(result: dict) -> None:
+    """Prints the cross-validated table as Markdown, then Dice case by case."""
+    cases = result["cases"]
+    rows = ["static", "whole", "S", "Q", "S+Q", "8", "16", "random"]
+    rows = [row for row in rows if all(row in case["rows"] for case in cases.values())]
+    print("| row | WT | TC | ET | HD95 WT | TC | ET | true MACs, G | papers' count, G | b/32, G |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        scored = [case["rows"][row] for case in cases.values()]
+        dice = [np.mean([s["dice"][r] for s in scored]) for r in REGIONS]
+        hd95 = [np.mean([s["hd95_mm"][r] for s in scored]) for r in REGIONS]
+        giga = [np.mean([s[c] for s in scored]) / 1e9 for c in (*CONVENTIONS, "scaled_paper")]
+        cells = [*(f"{x:.3f}" for x in dice), *(f"{x:.1f}" for x in (*hd95, *giga))]
+        print(f"| {row} | {' | '.join(cells)} |")
+    print("\nDice WT / TC / ET of each held-out case, true MACs in G, skipped / cropped / whole slices")
+    print("\n| case | static | whole | S+Q | MACs | slices |\n|---|---|---|---|---|---|")
+    for name, case in sorted(cases.items()):
+        shown = [row for row in ("static", "whole", "S+Q") if row in rows]
+        cells = [" / ".join(f"{x:.2f}" for x in case["rows"][r]["dice"].values()) for r in shown]
+        routes = " / ".join(map(str, case["decisions"]["routes"].values()))
+        cells += [f"{case['rows']['S+Q']['mac'] / 1e9:.1f}", routes]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
-    """Runs the evaluation, prints each row and stores the table."""
+    """Evaluates the runs and stores the result, or shows a stored one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path)
     args = parser.parse_args()
-    result = evaluate(args.data, args.run)
-    for row, cases in result["rows"].items():
-        for region in REGIONS:
-            values = [case[region] for case in cases.values()]
-            if values:
-                print(f"{row:8} {region} mean Dice {np.mean(values):.4f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    if args.show:
+        show(json.loads(args.show.read_text()))
+        return
+    result: dict = {
+        "machine": {
+            "torch": torch.__version__, "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "training_cpu_seconds": {run.name: training_seconds(run) for run in args.runs},
+        "cases": {},
+    }
+    for run in args.runs:
+        for name, case in evaluate_run(args.data, run).items():
+            result["cases"][name] = {"run": run.name, **case}
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
 
 
 if __name__ == "__main__":

@@ -1,92 +1,208 @@
-"""Wall time per volume on the CPU: `VolumePredictor` against the same U-Net run eagerly on all slices.
+"""Wall and CPU time per volume against the static U-Net of the same weights in other runtimes.
 
     pytest benchmarks --benchmark-only
 
-Every round times the peers and then the predictor on the same volume, so that the ratio in
-`extra_info` is of interleaved runs. Uses a real case where `../shared/data` is, the phantom elsewhere.
+Two levels: `network` (normalised slices to label slices) and `end to end` (.nii.gz to .nii.gz). All
+contestants of a level run in turns in one process, after their answers were compared; ratios stand
+in `extra_info` and in `results/`. Real held-out cases where `../shared/data` is, else a phantom.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import runtimes
 import torch
+from volumes import cases, lesion_dice, write_results
 
-from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_slices
-from meddanet.data.phantom import write_phantom
+from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
+from meddanet.cohort import segment_cases
+from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
 from meddanet.layers import set_quantization
-from meddanet.metrics import dice_score
+from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021" / "BraTS2021_00000"
 ROUNDS = 3
-
-
-def eager_slice_by_slice(segmenter, slices):
-    """The way the official code runs: one slice at a time, PyTorch's default layout."""
-    return torch.cat([segmenter(part).argmax(1).to(torch.uint8) for part in slices.split(1)])
-
-
-def eager_batched(segmenter, slices):
-    """Batches of 8 in channels_last: what a careful user writes."""
-    parts = [part.contiguous(memory_format=torch.channels_last) for part in slices.split(8)]
-    return torch.cat([segmenter(part).argmax(1).to(torch.uint8) for part in parts])
-
-
-PEERS = {"slice by slice": eager_slice_by_slice, "batched channels_last": eager_batched}
+COPIES = 4  # cases of one folder run
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    """A case not trained on, or the phantom."""
-    folder = REAL if REAL.exists() else write_phantom(tmp_path_factory.mktemp("phantom"))
-    return find_cases(folder)[0]
+def held_out(tmp_path_factory) -> list[Case]:
+    """Cases that the shipped weights have not seen, or a phantom."""
+    return cases(tmp_path_factory.mktemp("phantom"))
 
 
-@torch.inference_mode()
-def test_volume_against_static_eager(benchmark, case):
-    """Network time of the dynamic model against the static float32 U-Net of the same weights."""
-    volume = load_volume(case)
-    truth = load_labels(case.label, like=volume) > 0
-    predictor = VolumePredictor(load_model("brats2021"), device="cpu")
-    static = load_model("brats2021").segmenter.eval()
-    set_quantization(static, quantize=False, update_range=False)
-    slices = torch.from_numpy(to_slices(volume))
-    times = {name: [] for name in [*PEERS, "network", "predict"]}
+def float_model() -> MedDANetV2:
+    """The shipped weights without any quantisation."""
+    model = load_model()
+    set_quantization(model, quantize=False, update_range=False)
+    return model
 
-    def run_peers():
-        for name, peer in PEERS.items():
-            began = time.perf_counter()
-            peer(static, slices)
-            times[name].append(time.perf_counter() - began)
 
-    def run():
-        began = time.perf_counter()
-        prediction = predictor.predict(volume)
-        times["predict"].append(time.perf_counter() - began)
-        times["network"].append(prediction.timings["network"])
-        return prediction
-
-    # quality first: what is faster must not tell the tumour worse than the peer does
-    whole = from_slices(eager_batched(static, slices).numpy(), volume) > 0
-    dynamic = run().labels > 0
-    quality = {"dynamic": dice_score(dynamic, truth), "static": dice_score(whole, truth)}
-    assert quality["dynamic"] >= quality["static"] - 0.01
-    times["predict"].clear(), times["network"].clear()
-    benchmark.pedantic(run, setup=run_peers, rounds=ROUNDS, warmup_rounds=0)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {
-        f"{name} / {ours}": round(median[name] / median[ours], 2)
-        for name in PEERS for ours in ("predict", "network")
+def static_peers(
+    slices: np.ndarray, folder: Path, everything: bool
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Returns runs over all slices by name, and why others cannot run."""
+    model, tensor = load_model(), torch.from_numpy(slices)
+    makers = {
+        "OpenVINO int8": lambda: runtimes.openvino_static(model, slices, 8),
+        "OpenVINO fp32": lambda: runtimes.openvino_static(model, slices, 32),
+        "ONNX Runtime int8": lambda: runtimes.onnxruntime_static(model, slices, 8, folder),
+        "ONNX Runtime fp32": lambda: runtimes.onnxruntime_static(model, slices, 32, folder),
     }
-    benchmark.extra_info.update(
-        case=volume.name, threads=torch.get_num_threads(), torch=torch.__version__,
-        whole_tumour_dice={name: round(float(value), 4) for name, value in quality.items()},
-        whole_tumour_agreement=round(float(dice_score(dynamic, whole)), 4),
-        median_seconds={name: round(value, 3) for name, value in median.items()}, ratio=ratios,
-    )
-    print(median, ratios)
+    if everything:
+        runs, missing = torch_peers(model, tensor)
+    else:
+        plain = static_network(model).to(memory_format=torch.contiguous_format)
+        runs, missing = {"eager slice by slice": lambda: slice_by_slice(plain, tensor)}, {}
+        makers = {"OpenVINO int8": makers["OpenVINO int8"]}
+    for name, make in makers.items():
+        try:
+            runs[name] = make()
+        except runtimes.Unavailable as reason:
+            missing[name] = str(reason)
+    return runs, missing
+
+
+def quality(case: Case, predictor: VolumePredictor) -> dict[str, float]:
+    """Dice of the engine's lesion with the float32 model's, and of both with the truth."""
+    volume = load_volume(case)
+    engine = predictor.predict(volume).labels
+    own = VolumePredictor(load_model(), "cpu", executor="eager").predict(volume).labels
+    full = VolumePredictor(float_model(), "cpu", executor="eager").predict(volume).labels
+    result = {
+        "engine with the model's own layers": lesion_dice(engine, own),
+        "engine with the float32 model": lesion_dice(engine, full),
+    }
+    if case.label:
+        truth = load_labels(case.label, like=volume)
+        result |= {
+            "engine with the truth": lesion_dice(engine, truth),
+            "float32 model with the truth": lesion_dice(full, truth),
+        }
+    return result
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_network(benchmark, held_out, index, tmp_path):
+    """Every runtime on the first case; the eager and the fastest static one on the others."""
+    if index >= len(held_out):
+        pytest.skip("only one case: no real volumes in ../shared/data")
+    case = held_out[index]
+    predictor = VolumePredictor(load_model(), "cpu")
+    volume = load_volume(case)
+    slices = to_slices(predictor.ordered(volume))
+    fitting = predictor.pad(torch.from_numpy(slices))
+    runs, not_run = static_peers(fitting.numpy(), tmp_path, everything=index == 0)
+    answers = {name: np.array(run()) for name, run in runs.items()}
+    agreement = {
+        name: lesion_dice(answer, answers["eager slice by slice"])
+        for name, answer in answers.items()
+    }
+    assert all(value > 0.99 for name, value in agreement.items() if "int8" not in name), agreement
+    found = quality(case, predictor)
+    assert found["engine with the model's own layers"] > 0.98
+    runs["engine"] = lambda: predictor.engine.segment(fitting)
+    runs["predict"] = lambda: predictor.predict(volume)
+    times = time_interleaved(runs, ROUNDS)
+    prediction = benchmark.pedantic(lambda: predictor.predict(volume), rounds=ROUNDS)
+    content = {
+        "case": case.name, "shape": list(fitting.shape), "executor": predictor.engine.executor,
+        "decisions": np.bincount(prediction.decisions, minlength=3).tolist(),
+        "quality": found, "static_agreement": agreement, "not_run": not_run, "times": times,
+        "ratios": {base: ratios(times, base) for base in ("engine", "predict")},
+    }
+    benchmark.extra_info.update(content)
+    write_results(f"network {case.name}", content)
+    for name, reason in not_run.items():
+        print(f"{name}: not run, {reason}")
+
+
+def by_nibabel(case: Case, network: Callable[[torch.Tensor], np.ndarray], out: Path) -> None:
+    """What a script around nibabel and numpy does."""
+    images = [nib.load(path) for path in case.files.values()]
+    data = np.stack([image.get_fdata(dtype=np.float32) for image in images])
+    mask = data.sum(0) > 0
+    for channel in data:
+        inside = channel[mask]
+        channel[mask] = (inside - inside.mean()) / inside.std()
+        channel[~mask] = 0
+    slices = np.ascontiguousarray(np.moveaxis(data, -1, 0))
+    labels = np.moveaxis(np.asarray(network(torch.from_numpy(slices))), 0, -1)
+    labels = from_classes(labels.astype(np.uint8), "brats2021")
+    nib.save(nib.Nifti1Image(labels, images[0].affine), out)
+
+
+def test_end_to_end(benchmark, held_out, tmp_path):
+    """Files to files: a case alone, a folder run, and scripts around static runtimes."""
+    case = held_out[0]
+    predictor = VolumePredictor(load_model(), "cpu")
+    plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    copies = [replace(case, name=f"copy_{index}") for index in range(COPIES)]
+
+    def folder_run(cohort: list[Case]) -> None:
+        for _, outcome in segment_cases(cohort, predictor, folder, weights="brats2021"):
+            assert isinstance(outcome, dict), outcome
+
+    runs = {
+        "nibabel + eager slice by slice": lambda: by_nibabel(
+            case, lambda slices: slice_by_slice(plain, slices), tmp_path / "eager.nii.gz"
+        ),
+        "meddanet, one case": lambda: folder_run(copies[:1]),
+        f"meddanet, {COPIES} cases": lambda: folder_run(copies),
+    }
+    try:
+        volume = load_volume(case)
+        slices = to_slices(volume)
+        static = runtimes.openvino_static(load_model(), slices, 8)
+        runs["nibabel + OpenVINO int8"] = lambda: by_nibabel(
+            case, lambda _: static(), tmp_path / "openvino.nii.gz"
+        )
+    except runtimes.Unavailable as reason:
+        print(f"OpenVINO int8: not run, {reason}")
+    times = time_interleaved(runs, ROUNDS)
+    benchmark.pedantic(lambda: folder_run(copies[:1]), rounds=ROUNDS)
+    labels = nib.load(folder / "copy_0.nii.gz").get_fdata()
+    assert set(np.unique(labels)) <= {0, 1, 2, 4}
+    shared = times[f"meddanet, {COPIES} cases"]
+    times["meddanet, a case of a folder"] = {key: value / COPIES for key, value in shared.items()}
+    content = {"case": case.name, "times": times, "ratios": ratios(times, "meddanet, one case")}
+    benchmark.extra_info.update(content)
+    write_results("end to end", content)
+
+
+def test_cost_grows_as_the_work(benchmark, held_out):
+    """Seconds against the number of slices that are segmented, the rest skipped or blank."""
+    predictor = VolumePredictor(load_model(), "cpu")
+    slices = predictor.pad(torch.from_numpy(to_slices(load_volume(held_out[0]))))
+    routed = predictor.engine.segment(slices).decisions
+    wanted, skipped = (routed > 0).nonzero().flatten(), (routed == 0).nonzero().flatten()
+    counts = sorted({0, len(wanted) // 4, len(wanted) // 2, 3 * len(wanted) // 4, len(wanted)})
+    # always as many slices: what is not segmented is replaced by slices that are skipped
+    chosen = {
+        str(count): torch.cat([wanted[:count], skipped, skipped])[: len(routed)] for count in counts
+    }
+    runs = {
+        name: lambda part=slices[index]: predictor.engine.segment(part)
+        for name, index in chosen.items()
+    }
+    times = time_interleaved(runs, 5)
+    seconds = [times[str(count)]["cpu_seconds"] for count in counts]
+    slope, start = np.polyfit(counts, seconds, 1)
+    fit = np.corrcoef(counts, seconds)[0, 1] ** 2
+    benchmark.pedantic(runs[str(counts[-1])], rounds=3)
+    content = {
+        "case": held_out[0].name, "segmented": counts, "times": times, "r_squared": float(fit),
+        "cpu_seconds_per_segmented_slice": float(slope), "cpu_seconds_without": float(start),
+    }
+    benchmark.extra_info.update(content)
+    write_results("scaling with slices", content)
+    assert fit > 0.98, f"time is not linear in the work: {dict(zip(counts, seconds, strict=True))}"

@@ -14,6 +14,7 @@ from .recipe import RECIPES, PhaseConfig, TrainConfig
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
+EXECUTORS = ("auto", "openvino", "torch", "eager")
 LABEL_CONVENTIONS = ("brats2021", "brats2023", "msd")
 Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
 
@@ -45,6 +46,7 @@ def command_parser() -> ArgumentParser:
     commands.add_subcommand("train", _train_parser(), help="train on labelled cases")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compare with references")
     commands.add_subcommand("info", _info_parser(), help="versions, devices, weights, costs")
+    commands.add_subcommand("bench", _bench_parser(), help="time this machine on one case")
     return parser
 
 
@@ -63,6 +65,10 @@ def _segment_parser() -> ArgumentParser:
     )
     parser.add_argument("-o", "--out", required=True, help="folder for the results")
     parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--executor", choices=EXECUTORS, default="auto",
+        help="what runs the networks on a CPU: openvino (extra `cpu`), torch or eager",
+    )
     parser.add_argument(
         "--window", type=int, help="decide per window of this side (128: the papers' protocol)"
     )
@@ -145,8 +151,35 @@ def _evaluate_parser() -> ArgumentParser:
     return parser
 
 
+def _bench_parser() -> ArgumentParser:
+    parser = _Parser(
+        description="Times the engine against the static network of the same weights, eager and "
+        "compiled, in turns, and prints the ratios."
+    )
+    parser.add_argument("case", nargs="?", help="case folder or image file, default a phantom")
+    parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--executor", choices=EXECUTORS, default="auto", help="as for segment")
+    parser.add_argument(
+        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
+    parser.add_argument("--json", help="also write everything here, machine and versions included")
+    return parser
+
+
 def _info_parser() -> ArgumentParser:
-    parser = _Parser(description="Shows versions, devices and weights, or what a model costs.")
-    parser.add_argument("--cost", metavar="NAME", help="a segmenter, or weights (name or file)")
+    parser = _Parser(
+        description="Shows versions, devices and weights, what a model costs, or which GPU kernels "
+        "are compiled ahead of time."
+    )
+    parser.add_argument(
+        "--cost", metavar="NAME",
+        help="a segmenter, med-danet, med-danet-v2, or weights (name or file)",
+    )
     parser.add_argument("--size", type=int, default=240, help="side of the slice in pixels")
+    parser.add_argument("--kernels", action="store_true", help="list precompiled GPU kernels")
+    parser.add_argument(
+        "--build", metavar="ARCHS",
+        help="with --kernels: first compile them for these CUDA architectures, such as 8.6,8.9",
+    )
     return parser

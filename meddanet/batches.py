@@ -29,6 +29,7 @@ class Batches:
         seed: Seed of sampling and augmentation; several numbers count as one.
         bit_weight: Weight of the mean width's share of the dearest, in the quantised phase.
         intensity: Largest relative change and shift of a modality's intensities.
+        margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         window: Side of the windows in pixels; None = whole slices.
         canvas: Height and width that whole slices are padded to.
         device: Where batches lie; augmentation runs there.
@@ -41,6 +42,7 @@ class Batches:
     seed: int | Sequence[int] = 0
     bit_weight: float = 0.06
     intensity: float = 0.1
+    margin: int = 0
     window: int | None = 128
     canvas: tuple[int, int] = (0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -72,7 +74,7 @@ class Batches:
 
     def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Returns augmented whole slices in their natural mix."""
-        return self._batch(self.slices, size, shift=0.12)
+        return self._batch(self.slices, size, shift=0.06)
 
     def jitter(self, count: int, reach: int) -> Tensor:
         """Returns whole numbers [count, 2] from -reach to reach, for this process's samples."""

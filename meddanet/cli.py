@@ -87,27 +87,30 @@ def _segment(options: Namespace) -> int:
 
 def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     """Segments the cases with one model; returns how many failed."""
-    from torch import OutOfMemoryError
     from tqdm import tqdm
 
-    from .cohort import segment_case
+    from .cohort import segment_cases
     from .predictor import VolumePredictor
     from .weights import load_model
 
     model = load_model(options.weights)
-    predictor = VolumePredictor(model, options.device, options.window, options.labels)
+    predictor = VolumePredictor(
+        model, options.device, options.window, options.labels, options.executor
+    )
     modalities = tuple(options.modalities.split(",")) if options.modalities else None
+    outcomes = segment_cases(
+        cases, predictor, out,
+        weights=options.weights, preview=options.preview, modalities=modalities,
+    )
     failed = 0
-    for case in tqdm(cases, desc="segment", unit="case", disable=None):
-        try:
-            report = segment_case(
-                case, predictor, out,
-                weights=options.weights, preview=options.preview, modalities=modalities,
-            )
-            _say(f"{out / case.name}.nii.gz  {_summary(report)}")
-        except (ValueError, OSError, MemoryError, OutOfMemoryError) as error:
-            _complain(error if case.name in str(error) else f"{case.name}: {error}")
+    for case, outcome in tqdm(
+        outcomes, desc="segment", unit="case", total=len(cases), disable=None
+    ):
+        if isinstance(outcome, Exception):
+            _complain(outcome if case.name in str(outcome) else f"{case.name}: {outcome}")
             failed += 1
+        else:
+            _say(f"{out / case.name}.nii.gz  {_summary(outcome)}")
     if len(cases) > 1:
         _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
     return failed
@@ -184,9 +187,34 @@ def _score_line(scores: dict[str, dict[str, float]]) -> str:
     return " ".join(parts)
 
 
+def _bench(options: Namespace) -> int:
+    import tempfile
+
+    from .bench import bench_volume, render
+    from .data import load_volume
+    from .data.phantom import write_phantom
+    from .report import write_json
+    from .weights import load_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        case = options.case or write_phantom(Path(folder), seed=0)
+        volume = load_volume(case)
+    _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
+    model = load_model(options.weights)
+    result = bench_volume(model, volume, options.device, options.executor, options.rounds)
+    _say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
+         f"executor {result['executor']}, {result['machine']['threads']} threads")
+    _say(render(result))
+    if options.json:
+        write_json(result, Path(options.json))
+    return 0
+
+
 def _info(options: Namespace) -> int:
     if options.cost:
         return _info_cost(options.cost, options.size)
+    if options.kernels or options.build is not None:
+        return _info_kernels(options.build)
     import platform
 
     import torch
@@ -203,12 +231,16 @@ def _info(options: Namespace) -> int:
 
 
 def _info_cost(name: str, size: int) -> int:
-    from .build import build_segmenter
+    from .build import MODELS, build_segmenter
     from .cost import CONVENTIONS, cost_table
     from .weights import load_model, pretrained_names
 
     weights = name in pretrained_names() or name.endswith(".safetensors")
-    model: Any = load_model(name) if weights else build_segmenter(name)
+    model: Any
+    if name in MODELS:
+        model = MODELS[name]()
+    else:
+        model = load_model(name) if weights else build_segmenter(name)
     for convention in CONVENTIONS:
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
         table = cost_table(model, (1, model.in_channels, size, size), convention).render()
@@ -216,6 +248,31 @@ def _info_cost(name: str, size: int) -> int:
     return 0
 
 
+def _info_kernels(archs: str | None) -> int:
+    from tqdm import tqdm
+
+    from .kernels.aot import build, listing, parse_archs
+
+    if archs is not None:
+        wanted = parse_archs(archs)
+        with tqdm(desc="compile", unit="kernel", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            folder = build(wanted, progress=progress)
+        _say(f"compiled into {folder}", sys.stderr)
+    lines = listing()
+    for line in lines:
+        _say(line)
+    if not lines:
+        _say("none precompiled: kernels compile on first use")
+        _say("meddanet info --kernels --build 8.6,8.9 compiles them for these architectures")
+    return 0
+
+
 COMMANDS = {
     "demo": _demo, "segment": _segment, "train": _train, "evaluate": _evaluate, "info": _info,
+    "bench": _bench,
 }

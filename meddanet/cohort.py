@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .data import Case, VolumeError, case_from_files, find_cases, load_volume, save_volume
-from .predictor import VolumePredictor
+from .data import Case, Volume, VolumeError, case_from_files, find_cases, load_volume, save_volume
+from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_json, write_preview
+
+# what may be wrong with one case while the others go on
+CASE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
@@ -99,28 +104,127 @@ def segment_case(
         modalities: What the channels are, in file order, where the naming does not tell.
 
     Returns:
-        The report.
+        The report; its "file_to_file" is reading, predicting and writing the labels.
 
     Raises:
         VolumeError: If the case is bad, or its labels would take the place of its image.
     """
+    volume, reading = _timed(_read, case, out, modalities)
+    prediction, predicting = _timed(predictor.predict, volume)
+    return _write(case, predictor, out, weights, preview, volume, prediction, reading + predicting)
+
+
+def segment_cases(
+    cases: Sequence[Case],
+    predictor: VolumePredictor,
+    out: Path,
+    *,
+    weights: str,
+    preview: bool = False,
+    modalities: tuple[str, ...] | None = None,
+) -> Iterator[tuple[Case, dict | Exception]]:
+    """Segments many cases: the next one is read and the former one written meanwhile.
+
+    At most three volumes are in memory: one read ahead, one at work, one being written.
+
+    Args:
+        cases, predictor, out, weights, preview, modalities: As for `segment_case`.
+
+    Yields:
+        Each case, in order, with its report once it is written, or the error that ended it.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+
+        def read(case: Case) -> Future:
+            return reader.submit(_timed, _read, case, out, modalities)
+
+        ahead = read(cases[0]) if cases else None
+        written: tuple[Case, Future] | None = None
+        for index, case in enumerate(cases):
+            assert ahead is not None
+            current, ahead = ahead, None
+            current.exception()
+            if index + 1 < len(cases):
+                ahead = read(cases[index + 1])
+            outcome = _predict(case, predictor, current)
+            del current
+            if written is not None:
+                yield written[0], _outcome(written[1])
+            written = case, writer.submit(
+                _write_or_raise, case, predictor, out, weights, preview, outcome
+            )
+            del outcome
+        if written is not None:
+            yield written[0], _outcome(written[1])
+
+
+def _predict(
+    case: Case, predictor: VolumePredictor, reading: Future
+) -> tuple[Volume, Prediction, float] | Exception:
+    """Returns (volume, prediction, seconds so far), or the error that ended the case."""
+    try:
+        volume, seconds = reading.result()
+        prediction, predicting = _timed(predictor.predict, volume)
+    except CASE_ERRORS as error:
+        return error
+    return volume, prediction, seconds + predicting
+
+
+def _write_or_raise(
+    case: Case,
+    predictor: VolumePredictor,
+    out: Path,
+    weights: str,
+    preview: bool,
+    outcome: tuple[Volume, Prediction, float] | Exception,
+) -> dict:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return _write(case, predictor, out, weights, preview, *outcome)
+
+
+def _outcome(writing: Future) -> dict | Exception:
+    try:
+        return writing.result()
+    except CASE_ERRORS as error:
+        return error
+
+
+def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     began = time.perf_counter()
-    labels, picture, report = (out / f"{case.name}{end}" for end in (".nii.gz", ".png", ".json"))
+    return function(*arguments), time.perf_counter() - began
+
+
+def _read(case: Case, out: Path, modalities: tuple[str, ...] | None) -> Volume:
+    labels = out / f"{case.name}.nii.gz"
     files = [case.files] if isinstance(case.files, Path) else case.files.values()
     if labels.resolve() in [file.resolve() for file in files]:
         raise VolumeError(f"{labels}: is the input itself; name another folder with -o")
-    volume = load_volume(case, None if case.modalities else modalities)
-    prediction = predictor.predict(volume)
+    return load_volume(case, None if case.modalities else modalities)
+
+
+def _write(
+    case: Case,
+    predictor: VolumePredictor,
+    out: Path,
+    weights: str,
+    preview: bool,
+    volume: Volume,
+    prediction: Prediction,
+    seconds: float,
+) -> dict:
+    """Writes labels, picture and report; returns the report."""
+    labels, picture, report = (out / f"{case.name}{end}" for end in (".nii.gz", ".png", ".json"))
     # the report marks a case as finished, so an old one goes first and the new one comes last
     for path in (report, picture):
         path.unlink(missing_ok=True)
-    save_volume(prediction.labels, labels, like=volume)
-    seconds = time.perf_counter() - began
+    _, writing = _timed(save_volume, prediction.labels, labels, volume)
     if preview:
         write_preview(volume, prediction, picture)
     content = case_report(
-        volume, prediction, seconds,
-        weights=weights, device=str(predictor.device), threads=torch.get_num_threads(),
+        volume, prediction, seconds + writing,
+        weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
+        threads=torch.get_num_threads(),
     )
     write_json(content, report)
     return content

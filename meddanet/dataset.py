@@ -160,7 +160,7 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
         classes = to_classes(labels, detect_label_convention(volume, np.unique(labels)))
     else:
         classes = _by_value(labels, config.label_map, case)
-    images = to_slices(volume, config.window_hu)
+    images = to_slices(volume, window_hu=config.window_hu)
     if not np.isfinite(images).all():
         raise VolumeError(f"{case.name}: holds values that are not finite; expected numbers")
     if not images.any():

@@ -229,11 +229,15 @@ def image_gradients(input: Tensor) -> Tensor:
 
     Source: Med-DANet V2, section 3.4 ("gradient of spatial feature" of the input image).
     """
-    sobel = input.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
-    kernel = torch.stack([sobel, sobel.T])[:, None].repeat(input.shape[1], 1, 1, 1)
     padded = F.pad(input, (1, 1, 1, 1), mode="replicate")
-    response = F.conv2d(padded, kernel, groups=input.shape[1])
+    response = F.conv2d(padded, sobel_kernel(input.shape[1]).to(input), groups=input.shape[1])
     return response.abs().mean((2, 3))
+
+
+def sobel_kernel(channels: int) -> Tensor:
+    """Returns the x and y kernels of every channel, [2 * C, 1, 3, 3], for C groups."""
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    return torch.stack([sobel, sobel.T])[:, None].repeat(channels, 1, 1, 1)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedInput]:

@@ -32,6 +32,7 @@ class Monitor:
         num_classes: Classes, background included.
         canvas: Height and width that slices are padded to.
         tensorboard: Write `<out>/tensorboard` too.
+        log: Name of the log.
 
     Raises:
         ImportError: If TensorBoard is asked for and not installed.
@@ -47,7 +48,9 @@ class Monitor:
         num_classes: int = 4,
         canvas: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
+        log: str = "log.jsonl",
     ) -> None:
+        self.log_name = log
         self.out, self.every, self.num_classes = out, every if held_out else 0, num_classes
         self.canvas = canvas
         all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
@@ -57,21 +60,21 @@ class Monitor:
 
     def rewind(self, phase: str, step: int) -> None:
         """Drops what was logged of a phase after `step`, which will be logged again."""
-        for path in (self.out / "log.jsonl", self.out / "validation.jsonl"):
+        for path in (self.out / self.log_name, self.out / "validation.jsonl"):
             if rank() == 0 and path.exists():
                 # a killed process leaves half a line
                 rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
                 kept = [
                     line for line in rows
-                    if (row := json.loads(line))["phase"] != phase or row["step"] <= step
+                    if (row := json.loads(line)).get("phase") != phase or row["step"] <= step
                 ]
                 write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def log(self, phase: str, step: int, file: str = "log.jsonl", **values: Any) -> None:
+    def log(self, phase: str, step: int, file: str | None = None, **values: Any) -> None:
         """Appends one line of JSON, and TensorBoard's scalars of its numbers."""
         if rank() > 0:
             return
-        with (self.out / file).open("a") as stream:
+        with (self.out / (file or self.log_name)).open("a") as stream:
             stream.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
         if self.writer is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, float)}

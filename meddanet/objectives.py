@@ -14,8 +14,9 @@ from .batches import Batches
 from .cost import CostTable, cost_table
 from .distributed import global_mean, global_sum
 from .losses import LOSSES
-from .med_danet_v2 import TrainingOutput, channels_last
+from .med_danet_v2 import TrainingOutput
 from .recipe import PhaseConfig
+from .routing import channels_last
 
 # (model, batches, step, phase) -> loss of the whole batch
 Objective = Callable[[Any, Batches, int, PhaseConfig], Tensor]
@@ -39,10 +40,13 @@ def lesion_box(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(first, 1), torch.stack(last, 1), lesion.flatten(1).any(1)
 
 
-def oracle_route(labels: Tensor, crop_sizes: tuple[int, ...]) -> Tensor:
-    """Returns the cheapest route [N] that sees every labelled pixel: skip, first fit, or whole."""
+def oracle_route(labels: Tensor, crop_sizes: tuple[int, ...], margin: int = 0) -> Tensor:
+    """Returns the cheapest route [N] that sees every labelled pixel: skip, first fit, or whole.
+
+    A crop fits with `margin` pixels to spare on each side.
+    """
     first, last, present = lesion_box(labels)
-    extent = (last - first + 1).amax(1)
+    extent = (last - first + 1).amax(1) + 2 * margin
     misfits = sum((extent > size).long() for size in sorted(crop_sizes))
     return torch.where(present, 1 + misfits, 0)
 
@@ -88,24 +92,23 @@ def branch_loss(
 def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Cross-entropy of the policy with the oracle's route, and the crop's distance in crop sizes.
 
-    A slice weighs more the more lesion it holds, which is what a wrong skip loses. Three of four
-    batches are whole slices, the fourth windows, so that both protocols are served.
+    A slice weighs up to four times as much as an empty one by the lesion it holds, which is what a
+    wrong skip loses.
     """
-    draw = batches.window_batch if step % 4 == 3 else batches.slice_batch
-    images, labels = draw(phase.batch)
-    return oracle_loss(model, channels_last(images), labels)
+    images, labels = batches.slice_batch(phase.batch)
+    return oracle_loss(model, channels_last(images), labels, batches.margin)
 
 
-def oracle_loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+def oracle_loss(model: Any, images: Tensor, labels: Tensor, margin: int = 0) -> Tensor:
     """The loss of `decision_loss` on given slices [N, C, H, W] and labels [N, H, W]."""
     # never in half precision: oneDNN's bfloat16 depthwise weight gradient is garbage on maps of
     # one column, and the networks are tiny
     with torch.autocast(images.device.type, enabled=False):
         route_logits, position = model.decide(images), model.locate(images)
-    route = oracle_route(labels, model.crop_sizes)
+    route = oracle_route(labels, model.crop_sizes, margin)
     area = (labels > 0).flatten(1).sum(1).to(images.dtype)
     mean_area = global_sum(area.sum()) / global_sum((area > 0).to(area).sum()).clamp_min(1)
-    weight = 1 + (area / mean_area.clamp_min(1)).clamp(max=2)
+    weight = 1 + 2 * (area / mean_area.clamp_min(1)).clamp(max=1.5)
     loss = F.cross_entropy(route_logits, route, reduction="none") * weight
     loss = global_sum(loss.sum()) / global_sum(weight.sum())
     for index, crop in enumerate(model.crop_sizes):

@@ -74,9 +74,10 @@ def run_phase(
     objective: Objective,
     phase: PhaseConfig,
     batches: Batches,
-    checkpoint: Path,
+    checkpoint: Path | None,
     monitor: Monitor,
     *,
+    name: str = "",
     predict: Predict | None = None,
     minutes: float = 5.0,
     every: int = 0,
@@ -88,9 +89,10 @@ def run_phase(
         objective: Loss of one step.
         phase: Settings, its lengths in steps.
         batches: What is trained on.
-        checkpoint: File; its stem names the phase in the log. When all steps are done it holds the
-            result, which another call loads.
+        checkpoint: File. When all steps are done it holds the result, which another call loads.
+            None keeps nothing.
         monitor: Takes the log.
+        name: What the log calls the phase; default the checkpoint's stem.
         predict: Labels of slices, for the monitor's looks; None = no looks.
         minutes: Time between checkpoints.
         every: Steps between checkpoints; 0 = by time alone.
@@ -99,7 +101,8 @@ def run_phase(
         FloatingPointError: If loss or gradient stop being finite; the step and the batch are named.
         ValueError: If the checkpoint has more steps than the phase.
     """
-    name, device = checkpoint.stem, next(model.parameters()).device
+    device = next(model.parameters()).device
+    name = name or (checkpoint.stem if checkpoint else phase.objective)
     train_parts(model, phase.parts)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(
@@ -141,7 +144,7 @@ def run_phase(
             train_parts(model, phase.parts)
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes
-            if rank() == 0:
+            if checkpoint and rank() == 0:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_checkpoint(checkpoint, model, progress, **states)
     barrier()
@@ -149,10 +152,10 @@ def run_phase(
 
 def _resume(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    phase: PhaseConfig, checkpoint: Path,
+    phase: PhaseConfig, checkpoint: Path | None,
 ) -> Progress:
     """Loads the checkpoint, if any; a phase of other length than then gets its ramp."""
-    if not checkpoint.exists():
+    if checkpoint is None or not checkpoint.exists():
         return Progress(steps=int(phase.steps))
     progress, states = load_checkpoint(checkpoint, model)
     if progress.step > phase.steps:

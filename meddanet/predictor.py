@@ -15,6 +15,7 @@ from torch import Tensor
 from .cost import CONVENTIONS, CostTable, cost_table
 from .data import (
     LABELS,
+    MODALITIES,
     Volume,
     VolumeError,
     from_classes,
@@ -23,9 +24,8 @@ from .data import (
     window_origins,
 )
 from .devices import resolve_device
-from .med_danet_v2 import MedDANetV2, Segmentation, channels_last
-
-CHUNK = 16
+from .engine import CHUNK, compile_engine
+from .routing import RoutedSegmenter, Segmentation, channels_last
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Prediction:
             0 where none was made.
         num_bits: [D, S] or [D, M, S] int64 widths per encoder stage, 0 where it did not run.
         cost: "mac" and "paper": multiply-adds of the case, deciding networks included;
-            "static_mac" and "static_paper": of the same network on every whole slice (or window);
+            "static_mac" and "static_paper": of the same network, of a bank its dearest member, on
+            every whole slice (or window);
             "scaled_paper": "paper" with encoder stages scaled by b / 32.
         timings: Seconds: "normalise", "network" (normalised slices to label slices), "total".
         label_values: Class -> value in `labels`; None = the convention's.
@@ -68,35 +69,39 @@ class VolumePredictor:
     """Segments volumes with one model.
 
     Args:
-        model: From `load_model` or `build_med_danet_v2`.
+        model: From `load_model`, `build_med_danet` or `build_med_danet_v2`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         window: None decides per slice; a number decides per overlapping window of that side and
             averages, the papers' protocol (128).
         labels: Label convention of the result. None = the input's where its naming tells one, else
             the one the model was trained on.
+        executor: What runs the networks, as in `compile_engine`; windows are always run eagerly.
 
     Raises:
-        ValueError: If the device is not there, the window does not fit the model or the convention
-            is unknown.
+        ValueError: If the device is not there, the window does not fit the model, the convention is
+            unknown or the executor cannot run the model.
     """
 
     def __init__(
         self,
-        model: MedDANetV2,
+        model: RoutedSegmenter,
         device: str | torch.device = "auto",
         window: int | None = None,
         labels: str | None = None,
+        executor: str = "auto",
     ) -> None:
         if labels is not None and labels not in LABELS:
             raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
-        smallest = max(model.crop_sizes, default=model.stride)
-        if window is not None and (window % model.stride or window < smallest):
+        if window is not None and (window % model.stride or window < model.smallest_side):
             raise ValueError(
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
-                f"{smallest}"
+                f"{model.smallest_side}"
             )
+        if window is not None and executor not in ("auto", "eager"):
+            raise ValueError(f"executor {executor} runs no windows; use auto or eager with a window")
         self.device = resolve_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.engine = compile_engine(model, self.device, "eager" if window else executor)
         self.window = window
         self.labels = labels
         self._tables: dict[tuple, CostTable] = {}
@@ -124,10 +129,13 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         self._warn_of_spacing(volume)
-        slices = torch.from_numpy(to_slices(self._ordered(volume), self.window_hu))
+        threads = torch.get_num_threads()
+        slices = torch.from_numpy(to_slices(self.ordered(volume), threads, self.window_hu))
+        height, width = slices.shape[2:]
+        fitting = self.pad(slices)
         normalised = time.perf_counter()
-        parts = [self._segment(chunk) for chunk in slices.split(CHUNK)]
-        result = Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+        result = self._segment(fitting)
+        result = result._replace(labels=result.labels[:, :height, :width])
         labelled = time.perf_counter()
         convention, values = self._label_values(volume)
         labels = from_classes(from_slices(result.labels.numpy(), volume), values)
@@ -153,26 +161,36 @@ class VolumePredictor:
         """Returns the convention of the result and its class -> value."""
         if self.label_values:
             return self.trained_labels, self.label_values
-        own = volume.convention if volume.convention in LABELS else self.trained_labels
+        own = volume.convention if self._has_brain_labels(volume) else self.trained_labels
         convention = self.labels or own
         return convention, LABELS[convention]
 
+    def _has_brain_labels(self, volume: Volume) -> bool:
+        """Tells whether the naming says what labels mean; the Decathlon names ten tasks alike."""
+        return volume.convention in LABELS and set(volume.modalities) <= set(MODALITIES)
+
     def _segment(self, slices: Tensor) -> Segmentation:
-        """Pads to what the network takes, segments, cuts the padding off; result on the CPU."""
+        """Segments slices of a size that the network takes; the result is on the CPU."""
+        if self.window is None:
+            return self.engine.segment(slices)
+        parts = []
+        for chunk in slices.split(CHUNK):
+            part = self.model.segment_windows(channels_last(chunk.to(self.device)), self.window)
+            parts.append([tensor.cpu() for tensor in part])
+        return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+
+    def pad(self, slices: Tensor) -> Tensor:
+        """Pads slices [N, C, H, W] at their ends where the network takes larger ones only."""
         height, width = slices.shape[2:]
         rows, columns = self._padded(height, width)
-        slices = F.pad(slices.to(self.device), (0, columns - width, 0, rows - height))
-        if self.window is None:
-            result = self.model.segment(channels_last(slices))
-        else:
-            result = self.model.segment_windows(channels_last(slices), self.window)
-        result = result._replace(labels=result.labels[:, :height, :width])
-        return Segmentation(*(part.cpu() for part in result))
+        if (rows, columns) == (height, width):
+            return slices
+        return F.pad(slices, (0, columns - width, 0, rows - height))
 
     def _padded(self, *sides: int) -> list[int]:
         """Returns the sides rounded up to what the network takes."""
         stride = self.model.stride
-        smallest = max(self.window or 0, *self.model.crop_sizes, stride)
+        smallest = max(self.window or 0, self.model.smallest_side)
         return [-(-max(side, smallest) // stride) * stride for side in sides]
 
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -181,8 +199,12 @@ class VolumePredictor:
         rows, columns = (window_origins(side, self.window) for side in self._padded(height, width))
         return tuple((y, x) for y in rows for x in columns)
 
-    def _ordered(self, volume: Volume) -> Volume:
-        """Puts the modalities into the model's order."""
+    def ordered(self, volume: Volume) -> Volume:
+        """Puts the modalities of a volume into the model's order.
+
+        Raises:
+            VolumeError: If one is missing.
+        """
         if not self.modalities and len(volume.modalities) == self.model.in_channels:
             return volume
         missing = [name for name in self.modalities if name not in volume.modalities]
@@ -219,16 +241,15 @@ class VolumePredictor:
             table = self._table((1, slices.shape[1], *sides), convention)
             macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
-            deciding = table.macs("skip") + table.parts["whole"].get("selectors", 0)
-            cost[f"static_{convention}"] = float((table.macs("whole") - deciding) * len(route))
+            cost[f"static_{convention}"] = float(table.static_macs() * len(route))
         cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
         return cost
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
-        signal = (slices != 0).any(1)
         if self.window is None:
-            return signal.flatten(1).any(1)
+            return torch.tensor([image.any() for image in slices.numpy()])
+        signal = (slices != 0).any(1)
         views = [
             signal[:, y : y + self.window, x : x + self.window].flatten(1).any(1)
             for y, x in self._windows(*slices.shape[2:])

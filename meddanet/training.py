@@ -129,8 +129,8 @@ class _Run:
         set_quantization(model, quantize=quantize, update_range=update_range)
         batches = Batches(
             self.data.training, self.data.phantoms, (self.config.seed, number),
-            self.config.bit_weight, self.config.intensity, self.config.window, self.canvas,
-            self.device,
+            self.config.bit_weight, self.config.intensity, self.config.margin, self.config.window,
+            self.canvas, self.device,
         )
         run_phase(
             model, OBJECTIVES[phase.objective], phase, batches, file, self.monitor,

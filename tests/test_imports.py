@@ -1,23 +1,25 @@
 """Imports point one way: six floors, no circle, and kernels that know only torch and triton."""
 
 import ast
+import re
 import sys
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FLOORS = (
     {
         "kernels", "data", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
-        "recipe", "version",
+        "recipe", "activation", "version",
     },
-    {"layers", "engine", "losses"},
-    {"networks", "med_danet", "med_danet_v2", "quantization", "predictor"},
+    {"layers", "losses", "choice"},
+    {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
     {"build", "report"},
     {
-        "training", "phase", "objectives", "batches", "checkpoint", "monitor", "dataset",
-        "weights", "cohort", "evaluation",
+        "bench", "training", "training_v1", "phase", "objectives", "batches", "checkpoint",
+        "monitor", "dataset", "weights", "cohort", "evaluation",
     },
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
@@ -98,3 +100,13 @@ def test_kernels_import_only_torch_triton_and_numpy():
 def test_nothing_imports_kernels_by_its_folder_name():
     offenders = {name for name in FILES if "kernels" in {n.split(".")[0] for n in imported(name)}}
     assert not offenders
+
+
+def test_d11_every_foreign_import_is_declared():
+    """No module that a user lacks: all is Python's own or named in pyproject.toml."""
+    declared = re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?(?:>=|;)', PROJECT)
+    declared = {name.replace("-", "_") for name in declared}
+    distribution = {"cc3d": "connected_components_3d", "PIL": "pillow"}
+    roots = {n.split(".")[0] for name in FILES for n in imported(name)}
+    foreign = {distribution.get(n, n) for n in roots - sys.stdlib_module_names} - {"meddanet"}
+    assert {"torch", "numpy", "nibabel"} <= foreign <= declared

@@ -89,7 +89,7 @@ def labels_of(volume: Volume) -> np.ndarray:
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("form", [nib.Nifti1Image, nib.Nifti2Image])
-def test_labels_carry_the_inputs_geometry(tmp_path: Path, suffix: str, form: type) -> None:
+def test_d10_labels_carry_the_inputs_geometry(tmp_path: Path, suffix: str, form: type) -> None:
     header = form.header_class(endianness=">")
     header.set_data_dtype(">i2")
     header.set_xyzt_units("mm", "sec")

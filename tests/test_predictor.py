@@ -15,8 +15,9 @@ from meddanet.build import build_med_danet_v2
 from meddanet.data import Volume, VolumeError
 from meddanet.data.phantom import make_phantom
 from meddanet.layers import quantized_layers, set_quantization
-from meddanet.med_danet_v2 import MedDANetV2, Segmentation
+from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
+from meddanet.routing import Segmentation
 
 MRI = ("flair", "t1ce", "t1", "t2")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -53,7 +54,10 @@ def model(built) -> Iterator[MedDANetV2]:
 
 
 class Predictor(VolumePredictor):
-    """A predictor that does not count, for tests of everything else."""
+    """A predictor that does not count, on the model's own layers, for tests of everything else."""
+
+    def __init__(self, model, device, **options) -> None:
+        super().__init__(model, device, executor="eager", **options)
 
     def _cost(self, slices, result):
         return {}
@@ -226,7 +230,7 @@ def price(model) -> dict[str, int]:
 def test_the_cost_of_a_case_counts_every_network_that_ran(model, price):
     data = noise(30, 40, 9)
     data[:, :, :, [0, 8]] = 0  # two slices that not even the policy sees
-    predictor = VolumePredictor(model, "cpu")
+    predictor = VolumePredictor(model, "cpu", executor="eager")
     real = model.policy
     model.policy = Decide([0, 1, 2, 1, 1, 0, 2])
     decide, model.policy = model.policy, real
@@ -287,9 +291,22 @@ def test_a_spacing_the_model_was_not_trained_on_is_a_warning(model):
         predictor.predict(volume(data, LPS * [1, 1, 5, 1]))
 
 
+def test_the_engine_is_what_predicts(model, tolerances):
+    """The default executor on a phantom, with a size that has to be padded, against eager."""
+    phantom = volume(make_phantom(1, (42, 44, 20)).data)
+    found = VolumePredictor(model, "cpu").predict(phantom)
+    expected = VolumePredictor(model, "cpu", executor="eager").predict(phantom)
+    assert np.array_equal(found.decisions, expected.decisions)
+    assert np.array_equal(found.num_bits, expected.num_bits)
+    assert found.cost == expected.cost
+    tolerances.labels(found.labels, expected.labels, share=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"executor": "torch", "window": 24}, "executor torch runs no windows; use auto or eager"),
+        ({"executor": "fast"}, "executor is 'fast', expected one of auto, openvino, torch, eager"),
         ({"device": "gpu"}, "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:77"}, "this machine has .* CUDA GPUs; use cpu"),
         ({"window": 20}, "window is 20, expected a multiple of 8 that is at least 16"),

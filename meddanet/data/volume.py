@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 
 # the sign of each world axis (+x right, +y anterior, +z superior) along the voxel axes of "LPS"
 _LPS = np.array([-1, -1, 1])
+
+
+Box = tuple[slice, ...]
 
 
 class VolumeError(ValueError):
@@ -86,31 +90,24 @@ def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(axes)))
 
 
-def normalize(data: np.ndarray) -> np.ndarray:
+def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
     """Normalises every modality to zero mean and unit variance inside one joint mask.
 
     The mask is where the sum over modalities is positive; the standard deviation is the
     population's; outside the mask the result is exactly 0 (the published Med-DANet preprocessing).
-    A modality that is constant inside the mask becomes 0.
+    A modality that is constant inside the mask becomes 0. Sums and arithmetic are float64.
 
     Args:
         data: Raw intensities [C, H, W, D].
+        threads: How many threads share the work.
 
     Returns:
         float32 [C, H, W, D], in the memory order of `data`.
     """
-    # walking along memory is several times faster than along the axes' order
-    order = (0, *sorted((1, 2, 3), key=lambda axis: -abs(data.strides[axis])))
-    view = data.transpose(order)
-    mask = view.sum(axis=0) > 0
-    result = np.zeros(view.shape, np.float32)
-    for channel, out in zip(view, result, strict=True):
-        inside = channel[mask].astype(np.float64)
-        if inside.size and np.ptp(inside) > 0:
-            inside -= inside.mean()
-            inside /= math.sqrt(np.dot(inside, inside) / inside.size)
-            out[mask] = inside
-    return result.transpose(np.argsort(order))
+    order = _memory_order(data)
+    result = np.zeros([data.shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
+    _normalize_into(result, data, threads)
+    return result
 
 
 def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -125,16 +122,74 @@ def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarr
     return ((data.astype(np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
 
 
-def to_slices(volume: Volume, window_hu: tuple[float, float] | None = None) -> np.ndarray:
+def to_slices(
+    volume: Volume, threads: int = 1, window_hu: tuple[float, float] | None = None
+) -> np.ndarray:
     """Returns the normalised axial slices [D, C, H, W], float32, of a volume in LPS order.
 
     Args:
         volume: Raw intensities.
+        threads: How many work on it.
         window_hu: Hounsfield values that become 0 and 1; None normalises by `normalize`.
     """
     data = canonical(volume.data, volume.affine)
-    data = normalize(data) if window_hu is None else hounsfield_window(data, window_hu)
-    return np.ascontiguousarray(np.moveaxis(data, -1, 0))
+    if window_hu is not None:
+        return np.ascontiguousarray(np.moveaxis(hounsfield_window(data, window_hu), -1, 0))
+    slices = np.zeros((data.shape[3], *data.shape[:3]), np.float32)
+    _normalize_into(np.moveaxis(slices, 0, -1), data, threads)
+    return slices
+
+
+def _memory_order(data: np.ndarray) -> tuple[int, ...]:
+    """Returns the axes of [C, H, W, D] as they lie in memory, channels first."""
+    return (0, *sorted((1, 2, 3), key=lambda axis: -abs(data.strides[axis])))
+
+
+def _normalize_into(target: np.ndarray, data: np.ndarray, threads: int) -> None:
+    """Fills zeros [C, H, W, D] of any memory layout with the normalised `data`, slab by slab."""
+    order = _memory_order(data)
+    sources, targets = (np.moveaxis(a.transpose(order), 1, 0) for a in (data, target))
+    with ThreadPoolExecutor(threads) as pool:
+        masks = list(pool.map(_masked_box, sources))
+        seen = [(index, *found) for index, found in enumerate(masks) if found is not None]
+        if not seen:
+            return
+        first, box, mask = seen[0]
+        # sums about a value of the modality itself lose nothing to a large offset
+        origin = sources[first][box][:, mask][:, :1].astype(np.float64)[..., None]
+
+        def measure(found: tuple[int, Box, np.ndarray]) -> np.ndarray:
+            index, box, mask = found
+            values = np.subtract(sources[index][box], origin, dtype=np.float64)
+            values *= mask
+            return np.array([values.sum((1, 2)), np.einsum("cab,cab->c", values, values)])
+
+        count = sum(np.count_nonzero(mask) for _, _, mask in seen)
+        mean, square = np.sum(list(pool.map(measure, seen)), axis=0) / count
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        gain = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)[:, None, None]
+        mean = mean[:, None, None] + origin
+
+        def write(found: tuple[int, Box, np.ndarray]) -> None:
+            index, box, mask = found
+            values = np.subtract(sources[index][box], mean, dtype=np.float64)
+            values *= gain
+            values *= mask
+            targets[index][box] = values
+
+        list(pool.map(write, seen))
+
+
+def _masked_box(slab: np.ndarray) -> tuple[Box, np.ndarray] | None:
+    """Returns (box, mask inside it) of a slab [C, A, B]; None where no sum is positive."""
+    mask = slab.sum(0) > 0
+    box = [slice(None)]
+    for axis in (1, 0):
+        inside = np.flatnonzero(mask.any(axis))
+        if not len(inside):
+            return None
+        box.append(slice(inside[0], inside[-1] + 1))
+    return tuple(box), mask[tuple(box[1:])]
 
 
 def from_slices(labels: np.ndarray, volume: Volume) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import QuantConv2d, QuantLinear
-from .unet import ChooseBits, UNet
+from .unet import UNet
 
 
 def _conv_twice(cin: int, cout: int) -> nn.Sequential:
@@ -158,7 +158,6 @@ class TransBTS(UNet):
             self.stage_channels[-1], embedding, layers, heads, hidden, position_size, dropout
         )
 
-    def features(self, input: Tensor, choose_bits: ChooseBits | None = None) -> Tensor:
-        """Runs everything before the last decoder stage; arguments as `UNet.features`."""
-        x, skips = self.encode(input, choose_bits)
-        return self.decode(self.transformer(x), skips)
+    def decode(self, input: Tensor, skips: list[Tensor]) -> Tensor:
+        """Runs the transformer, then maps as `UNet.decode` does."""
+        return super().decode(self.transformer(input), skips)

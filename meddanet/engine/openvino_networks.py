@@ -1,0 +1,230 @@
+"""The networks as compiled OpenVINO graphs: one per part, image size and bit width.
+
+Each graph takes one slice and runs on one thread; as many streams as threads run side by side.
+Between graphs lie float32 maps [1, H, W, C], channels last as OpenVINO's convolutions keep them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..layers import sobel_kernel
+from ..med_danet_v2 import MedDANetV2
+from .opset import Node, channels_last, constant, integers, ops, ov, translate
+
+Array = np.ndarray
+Part = tuple[Any, ...]  # name, and where there are several: index, bit width
+
+
+class _Stage(nn.Module):
+    """An encoder stage at one width."""
+
+    def __init__(self, stage: nn.Module, num_bits: int) -> None:
+        super().__init__()
+        self.stage: Any = stage
+        self.num_bits = num_bits
+
+    def forward(self, input):
+        return self.stage(input, self.num_bits)
+
+
+class _Decoder(nn.Module):
+    """The decoder and what follows it."""
+
+    def __init__(self, segmenter: nn.Module, follower: nn.Module) -> None:
+        super().__init__()
+        self.segmenter: Any = segmenter
+        self.follower = follower
+
+    def forward(self, input, first, second, third):
+        return self.follower(self.segmenter.decode(input, [first, second, third]))
+
+
+class OpenVINONetworks:
+    """Implements `routing.Networks`.
+
+    Args:
+        model: In `eval()`, every quantised layer with a range.
+        threads: How many calls may run at a time.
+
+    Raises:
+        ValueError: If a part of the model has no translation.
+    """
+
+    def __init__(self, model: MedDANetV2, threads: int) -> None:
+        # its parts are found by name, of which type checkers know nothing
+        self._model: Any = model
+        self._threads = threads
+        self._core = ov.Core()
+        if not is_exact(self._core):
+            raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
+        self._lock = threading.Lock()
+        self._graphs: dict[tuple, ov.CompiledModel] = {}
+        self._local = threading.local()
+        self._check()
+
+    def _check(self) -> None:
+        """Builds every graph for small images, so that what cannot be translated says so now."""
+        model, stride = self._model, self._model.stride
+        image = (1, model.in_channels, 4 * stride, 4 * stride)
+        maps = [
+            (1, image[2] >> level, image[3] >> level, channels)
+            for level, channels in enumerate(model.segmenter.stage_channels)
+        ]
+        for part in ("decide",), ("locate",), ("begin",):
+            self.graph(part, image)
+        for index, shape in enumerate(maps):
+            self.graph(("stage", index, 8), shape)
+        self.graph(("finish",), maps[-1], *maps[:-1])
+        for index in range(len(model.crop_sizes)):
+            self.graph(("last", index), maps[0])
+
+    # the interface of routing.Networks ---------------------------------------------------------
+
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R]."""
+        return self._run(("decide",), images)[0]
+
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places."""
+        return self._run(("locate",), images)[0]
+
+    def begin(self, image: Array) -> tuple[Array, Array, Array]:
+        """Returns (input of stage 0, its spread, image gradients)."""
+        feature, spread, gradients = self._run(("begin",), image)
+        return feature, spread[0], gradients[0]
+
+    def stage(self, index: int, num_bits: int, input: Array) -> tuple[Array, Array, Array | None]:
+        """Returns (skip, input of the next stage, its spread)."""
+        skip, *rest = self._run(("stage", index, num_bits), input)
+        return (skip, rest[0], rest[1][0]) if rest else (skip, skip, None)
+
+    def decode(self, input: Array, skips: list[Array]) -> Array:
+        """Returns the features [H, W, b]."""
+        return self._run(("decode",), input, *skips[:-1])[0][0]
+
+    def finish(self, input: Array, skips: list[Array]) -> Array:
+        """Returns the labels [H, W] of a whole slice."""
+        return self._run(("finish",), input, *skips[:-1])[0][0]
+
+    def last(self, index: int, features: Array) -> Array:
+        """Returns labels [H, W]."""
+        return self._run(("last", index), features[None])[0][0]
+
+    # graphs ------------------------------------------------------------------------------------
+
+    def _run(self, part: Part, *inputs: Array) -> list[Array]:
+        inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
+        key = (part, *(x.shape for x in inputs))
+        requests: dict[Any, Any] = self._local.__dict__
+        if key not in requests:
+            request = self.compiled(*key).create_infer_request()
+            requests[key] = request, [tensor.data for tensor in request.output_tensors]
+        request, outputs = requests[key]
+        for index, value in enumerate(inputs):
+            request.set_input_tensor(index, ov.Tensor(value, shared_memory=True))
+        request.infer()
+        return outputs
+
+    def compiled(self, part: Part, *shapes: tuple[int, ...]) -> ov.CompiledModel:
+        """Returns the compiled graph of a part, made at the first demand."""
+        with self._lock:
+            if (part, shapes) not in self._graphs:
+                self._graphs[part, shapes] = self._core.compile_model(
+                    self.graph(part, *shapes), "CPU", _configuration(self._threads)
+                )
+            return self._graphs[part, shapes]
+
+    def graph(self, part: Part, *shapes: tuple[int, ...]) -> ov.Model:
+        """Builds a part's graph for inputs of these shapes."""
+        inputs = [ops.parameter(list(shape), np.float32) for shape in shapes]
+        return ov.Model(self._outputs(part, inputs), inputs, "-".join(map(str, part)))
+
+    def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
+        model, (name, *rest) = self._model, part
+        segmenter = model.segmenter
+        if name == "decide":
+            return translate(model.policy, inputs)
+        if name == "locate":
+            return translate(model.position, inputs)
+        if name == "begin":
+            (feature,) = translate(nn.Sequential(segmenter.init, segmenter.dropout), inputs)
+            gradients = _gradients(inputs[0], model.in_channels)
+            return [channels_last(feature), _spread(feature), gradients]
+        if name == "stage":
+            index, num_bits = rest
+            stage = segmenter.encoder[index]
+            skip, feature = translate(_Stage(stage, num_bits), inputs, channels_last=True)
+            if num_bits > 8:
+                skip = _copy(skip)
+            if stage.down is None:
+                return [channels_last(skip)]
+            return [channels_last(skip), channels_last(feature), _spread(feature)]
+        if name == "last":
+            (logits,) = translate(model.crop_last_stages[rest[0]], inputs, channels_last=True)
+            return [_labels(logits)]
+        follower = nn.Identity() if name == "decode" else segmenter.last_stage
+        (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
+        return [channels_last(result) if name == "decode" else _labels(result)]
+
+
+def is_exact(core: ov.Core) -> bool:
+    """Tells, by trying codes of +-127, whether int8 sums come out exact on this machine."""
+    image = ops.parameter([1, 32, 6, 6], np.float32)
+    ends = constant(-128), constant(127)
+    kernel = np.where(np.arange(32 * 8 * 9) % 3 == 1, -127, 127).reshape(8, 32, 3, 3)
+    weight = ops.convert(ops.constant(kernel.astype(np.int8)), "f32")
+    pads = [0, 0]
+    sums = ops.convolution(
+        ops.fake_quantize(image, *ends, *ends, 256), ops.multiply(weight, constant(1)),
+        [1, 1], pads, pads, [1, 1],
+    )
+    compiled = core.compile_model(ov.Model([sums], [image]), "CPU", _configuration(1))
+    exact = 127 * kernel.sum((1, 2, 3))[:, None, None]
+    return all(
+        np.array_equal(compiled([np.full((1, 32, 6, 6), value, np.float32)])[0][0] / sign,
+                       np.broadcast_to(exact, (8, 4, 4)))
+        for sign, value in ((1, 127), (-1, -127))
+    )
+
+
+def _configuration(threads: int) -> dict[str, Any]:
+    return {
+        "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
+        # the residual stream stays float32; a pinned thread waits while others use its core
+        "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _copy(input: Node) -> Node:
+    """A clamp that changes nothing: a float convolution's sum is slow to transpose by itself."""
+    largest = float(np.finfo(np.float32).max)
+    return ops.clamp(input, -largest, largest)
+
+
+def _spread(input: Node) -> Node:
+    """The population's standard deviation of every channel, [1, C]."""
+    deviation = ops.subtract(input, ops.reduce_mean(input, integers(2, 3), True))
+    return ops.sqrt(ops.reduce_mean(ops.multiply(deviation, deviation), integers(2, 3), False))
+
+
+def _gradients(input: Node, channels: int) -> Node:
+    """`layers.image_gradients`, [1, 2 * C], as a dense convolution: grouped ones are slower."""
+    kernel = np.zeros((2 * channels, channels, 3, 3), np.float32)
+    rows = np.arange(2 * channels)
+    kernel[rows, rows // 2] = sobel_kernel(channels)[:, 0]
+    edge = integers(0, 0, 1, 1)
+    padded = ops.pad(input, edge, edge, "edge")
+    response = ops.convolution(padded, constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
+    return ops.reduce_mean(ops.abs(response), integers(2, 3), False)
+
+
+def _labels(logits: Node) -> Node:
+    """The first of the largest logits, uint8 [1, H, W]."""
+    k = ops.constant(np.int64(1))
+    best = ops.topk(logits, k, 1, "max", "value", "i32", stable=True).output(1)
+    return ops.convert(ops.squeeze(best, integers(1)), "u8")

@@ -1,0 +1,334 @@
+"""From a module of this package to an OpenVINO graph on the same integers.
+
+`torch.fx` records the module's forward pass; each quantised layer becomes codes times step on both
+sides, with the layer's own range, which is the form OpenVINO runs as int8:
+
+    weights      int8 codes -> float -> * step (* gain of the norm that follows)
+    activations  clamp to the range -> FakeQuantize with the grid's step
+
+A width beyond 8 runs in float32 on the values of the same grid. No converter is involved:
+OpenVINO's own one reports usage.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..kernels.conv_train import weight_amax
+from ..kernels.grid import qmax, quantize_codes, step_size
+from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
+
+try:
+    import openvino as ov  # type: ignore[import-untyped]
+    from openvino import opset1
+    from openvino import opset13 as ops
+except ImportError:  # the extra `cpu` is not installed, and nothing below is called
+    ov = opset1 = ops = None
+
+Node = Any
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantizedInput) or super().is_leaf_module(module, name)
+
+
+def translate(
+    module: nn.Module, inputs: Sequence[Node], channels_last: bool = False
+) -> list[Node]:
+    """Adds a module's forward pass to an OpenVINO graph.
+
+    Args:
+        module: In `eval()`; its forward takes as many tensors as there are inputs.
+        inputs: Nodes of static shape, [N, C, H, W] each.
+        channels_last: The inputs are [N, H, W, C] instead; outputs are [N, C, H, W] all the same.
+
+    Returns:
+        One node per returned tensor.
+
+    Raises:
+        ValueError: If the forward pass holds an operation without translation.
+    """
+    try:
+        graph = _Tracer().trace(module)
+    except fx.proxy.TraceError as error:
+        raise ValueError(f"{type(module).__name__} cannot be recorded ({error})") from error
+    return _Translation(module, graph, channels_last).run(inputs)
+
+
+class _Translation:
+    """One walk over a recorded forward pass.
+
+    What is done element by element to a channels-last input, up to the first convolution's codes,
+    is done in that layout: OpenVINO keeps it for convolutions, so that bytes need no transposition
+    where floats would.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, channels_last: bool) -> None:
+        self.graph, self.channels_last = graph, channels_last
+        self.modules = dict(module.named_modules())
+        self.values: dict[fx.Node, Node] = {}
+        self.last: dict[fx.Node, Node] = {}  # the values that also exist with channels last
+        self.non_negative: set[fx.Node] = set()
+
+    def run(self, inputs: Sequence[Node]) -> list[Node]:
+        waiting = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self._keep(node, next(waiting), self.channels_last)
+            elif node.op == "output":
+                result = self._arguments(node.args[0])
+                return list(result) if isinstance(result, (tuple, list)) else [result]
+            elif node not in self.values:
+                self._translate(node)
+        raise AssertionError("a recorded graph ends with its output")
+
+    def _keep(self, node: fx.Node, value: Node, channels_last: bool = False) -> None:
+        if channels_last:
+            self.last[node] = value
+            value = channels_first(value)
+        self.values[node] = value
+
+    def _translate(self, node: fx.Node) -> None:
+        module = self._module(node)
+        if isinstance(module, QuantizedInput):
+            return self._keep(node, self._quantized(node, module))
+        what = type(module) if module is not None else node.target
+        if what not in _OPERATIONS:
+            raise ValueError(f"{getattr(what, '__name__', what)} has no translation to OpenVINO")
+        if _keeps_sign(node, what, self.non_negative):
+            self.non_negative.add(node)
+        source: Any = node.args[0]
+        if what in _ELEMENTWISE and source in self.last:
+            return self._keep(node, _OPERATIONS[what](module, self.last[source], -1), True)
+        arguments = self._arguments(node.args)
+        if module is not None:
+            arguments = module, *arguments
+        self._keep(node, _OPERATIONS[what](*arguments, **self._arguments(node.kwargs)))
+
+    def _arguments(self, value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: self.values[node])
+
+    def _quantized(self, node: fx.Node, layer: Any) -> Node:
+        """A quantised layer; a norm that alone follows it becomes part of its scale and shift."""
+        source, *rest = node.args
+        widths: Any = [width for width in rest if width is not None]
+        num_bits, input_num_bits = widths or (layer.num_bits, layer.input_num_bits)
+        gain, shift = np.ones(1), np.zeros(1)
+        users = list(node.users)
+        norm = self._module(users[0]) if len(users) == 1 else None
+        if isinstance(norm, nn.BatchNorm2d):
+            gain, shift = _affine(norm)
+        codes = self._on_grid(source, layer, str(node.target), input_num_bits)
+        bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
+        result = _LAYERS[type(layer)](codes, layer, _weight(layer, num_bits, gain))
+        offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
+        if offset.any():
+            trailing = 0 if isinstance(layer, QuantLinear) else 2
+            result = ops.add(result, constant(offset.reshape(1, -1, *[1] * trailing)))
+        if isinstance(norm, nn.BatchNorm2d):
+            self.values[users[0]] = result
+        return result
+
+    def _on_grid(self, node: Any, layer: Any, name: str, num_bits: int) -> Node:
+        if not layer.quantize:
+            return self.values[node]
+        options = layer, name, num_bits, node in self.non_negative
+        if node in self.last:
+            return channels_first(on_grid(self.last[node], *options))
+        return on_grid(self.values[node], *options)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+
+def channels_first(input: Node) -> Node:
+    """[N, H, W, C] -> [N, C, H, W]."""
+    return ops.transpose(input, integers(0, 3, 1, 2))
+
+
+def channels_last(input: Node) -> Node:
+    """[N, C, H, W] -> [N, H, W, C]; costs nothing after a convolution."""
+    return ops.transpose(input, integers(0, 2, 3, 1))
+
+
+def integers(*values: int) -> Node:
+    """Returns an int64 constant, such as a list of axes."""
+    return ops.constant(np.array(values, np.int64))
+
+
+def constant(values: Any) -> Node:
+    """Returns a float32 constant."""
+    return ops.constant(np.asarray(values, np.float32))
+
+
+def on_grid(
+    input: Node, layer: QuantizedInput, name: str, num_bits: int, non_negative: bool = False
+) -> Node:
+    """Puts values on the grid of a layer's input, in the form that OpenVINO runs as codes.
+
+    Beyond 8 bit the values stay float32. Up to 8 bit the range is clamped first, so that 256 levels
+    of the right step serve for every width (255 levels of +-amax gave wrong sums, see
+    docs/engine.md); what cannot be negative becomes unsigned codes, which x86 multiplies without a
+    correction.
+    """
+    amax, step = input_step(layer, name, num_bits)
+    if num_bits > 8:
+        ends = constant(-amax), constant(amax)
+        return ops.fake_quantize(input, *ends, *ends, 2 * qmax(num_bits) + 1)
+    low = 0 if non_negative else -128
+    if non_negative and input.get_type_name() == "Relu":
+        input = input.input_value(0)
+    input = ops.clamp(input, 0.0 if non_negative else -amax, amax)
+    ends = constant(low * step), constant((low + 255) * step)
+    return ops.fake_quantize(input, *ends, *ends, 256)
+
+
+def input_step(layer: Any, name: str, num_bits: int) -> tuple[float, float]:
+    """Returns (range, step) of a layer's input.
+
+    Raises:
+        ValueError: If the layer has no range.
+    """
+    amax = float(layer.input_amax)
+    if not 0 < amax < float("inf"):
+        raise ValueError(
+            f"layer {name} has no input range; train or calibrate the model before it is compiled"
+        )
+    return amax, float(layer.input_amax.float() / qmax(num_bits))
+
+
+def _out_axis(layer: nn.Module) -> int:
+    return 1 if isinstance(layer, QuantConvTranspose2d) else 0
+
+
+def _weight(layer: Any, num_bits: int, gain: np.ndarray) -> Node:
+    """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised."""
+    axis, weight = _out_axis(layer), layer.weight.detach().float()
+    if isinstance(layer, QuantLinear):
+        weight = weight[:, :, None, None]
+    shape = [-1 if index == axis else 1 for index in range(weight.dim())]
+    scale = np.broadcast_to(gain, layer.weight.shape[axis]).reshape(shape)
+    if layer.quantize:
+        step, largest, _ = step_size(weight, num_bits, weight_amax(weight, layer.per_channel))
+        weight = quantize_codes(weight, step, largest)
+        scale = scale * step.double().numpy()
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:
+        full = (groups, weight.shape[0] // groups, *weight.shape[1:])
+        weight, scale = weight.reshape(full), scale.repeat(len(weight) // len(scale), 0)
+        scale = scale.reshape(*full[:2], *[1] * (len(full) - 2))
+    if not layer.quantize or num_bits > 8:
+        return constant(weight.double().numpy() * scale)
+    codes = ops.constant(weight.numpy().astype(np.int8))
+    return ops.multiply(ops.convert(codes, "f32"), constant(scale))
+
+
+def _convolution(input: Node, layer: QuantConv2d, weight: Node) -> Node:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(f"padding {layer.padding_mode} {layer.padding} has no translation")
+    make = ops.convolution if layer.groups == 1 else ops.group_convolution
+    padding = list(layer.padding)
+    return make(input, weight, list(layer.stride), padding, padding, list(layer.dilation))
+
+
+def _transposed(input: Node, layer: QuantConvTranspose2d, weight: Node) -> Node:
+    if layer.groups > 1 or any(layer.output_padding):
+        raise ValueError("groups and output_padding of a transposed convolution: no translation")
+    padding = list(layer.padding)
+    return ops.convolution_backprop_data(
+        input, weight, list(layer.stride), pads_begin=padding, pads_end=padding,
+        dilations=list(layer.dilation),
+    )
+
+
+def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
+    """[N, Cin] -> [N, Cout], as a convolution: OpenVINO's matrix product of one row is slow."""
+    image = ops.reshape(input, integers(0, 0, 1, 1), True)
+    sums = ops.convolution(image, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    return ops.reshape(sums, integers(0, 0), True)
+
+
+def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns gain and shift of a batch norm in `eval()`, float64."""
+    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.detach().double() - norm.running_mean.double() * gain
+    return gain.numpy(), shift.numpy()
+
+
+def _norm(module: nn.BatchNorm2d, input: Node, axis: int = 1) -> Node:
+    shape = (1, -1, 1, 1) if axis == 1 else (1, 1, 1, -1)
+    gain, shift = (constant(part.reshape(shape)) for part in _affine(module))
+    return ops.add(ops.multiply(input, gain), shift)
+
+
+def _relu(module: nn.ReLU, input: Node, axis: int = 1) -> Node:
+    return ops.relu(input)
+
+
+def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
+    kernel, stride, padding = (
+        [value, value] if isinstance(value, int) else list(value)
+        for value in (module.kernel_size, module.stride, module.padding)
+    )
+    return opset1.max_pool(input, stride, padding, padding, kernel)
+
+
+def _mean(input: Node, axes: Sequence[int], keepdim: bool = False) -> Node:
+    return ops.reduce_mean(input, integers(*axes), keepdim)
+
+
+def _channels(input: Node, index: Any) -> Node:
+    """input[:, start:stop:step]."""
+    everything = slice(None)
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != everything:
+        raise ValueError(f"index {index} has no translation")
+    channels = np.arange(input.get_output_partial_shape(0)[1].get_length(), dtype=np.int64)
+    axis = ops.constant(np.int64(1))
+    return ops.gather(input, ops.constant(channels[index[1]]), axis)
+
+
+def _hard_sigmoid(input: Node, inplace: bool = False) -> Node:
+    return ops.hard_sigmoid(input, constant(1 / 6), constant(0.5))
+
+
+def _same(module: nn.Module, input: Node) -> Node:
+    return input
+
+
+_LAYERS: dict[type, Callable[..., Node]] = {
+    QuantConv2d: _convolution, QuantConvTranspose2d: _transposed, QuantLinear: _linear,
+}
+_OPERATIONS: dict[Any, Callable[..., Node]] = {
+    nn.BatchNorm2d: _norm,
+    nn.MaxPool2d: _max_pool,
+    nn.ReLU: _relu,
+    nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
+    nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
+    operator.add: lambda a, b: ops.add(a, b),
+    operator.mul: lambda a, b: ops.multiply(a, b),
+    operator.getitem: _channels,
+    torch.cat: lambda inputs, axis: ops.concat(list(inputs), axis),
+    F.hardsigmoid: _hard_sigmoid,
+    "relu": lambda input: ops.relu(input),
+    "mean": _mean,
+}
+_ELEMENTWISE = (nn.BatchNorm2d, nn.ReLU)
+_NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, "relu", F.hardsigmoid)
+_KEEP_SIGN = (
+    nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, "mean", operator.getitem, torch.cat
+)
+
+
+def _keeps_sign(node: fx.Node, what: Any, non_negative: set[fx.Node]) -> bool:
+    """Tells whether a node's values cannot be negative."""
+    if what in _NEVER_NEGATIVE:
+        return True
+    return what in _KEEP_SIGN and all(source in non_negative for source in node.all_input_nodes)

@@ -1,0 +1,266 @@
+"""One slice's way through the networks, whatever executes them, and many slices at a time.
+
+    seen? -> decide -> locate + crop -> begin, stages, decode -> paste -> last stage -> labels
+
+The small decision networks see slices by eights, always eight, blank ones making up the number.
+After that every thread takes one slice at a time through the whole way: no barriers, activations
+stay in the core's cache. No result depends on a slice's neighbours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..med_danet_v2 import MedDANetV2
+from ..routing import Segmentation
+
+Array = np.ndarray
+
+
+DECISIONS = 8  # slices that are decided on at a time
+
+
+class Networks(Protocol):
+    """The networks of one model as an executor runs them.
+
+    Images are float32 [C, H, W], maps between the parts are the executor's own; what it returns may
+    be overwritten by the same thread's next call.
+    """
+
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R] of images [8, C, h, w] at the decision scale."""
+
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places, images as for `decide`."""
+
+    def begin(self, image: Array) -> tuple[Any, Array, Array]:
+        """Returns (input of stage 0, its spread [b], image gradients [2 * C])."""
+
+    def stage(self, index: int, num_bits: int, input: Any) -> tuple[Any, Any, Array | None]:
+        """Returns (skip, input of the next stage, its spread; None after the last stage)."""
+
+    def decode(self, input: Any, skips: list[Any]) -> Array:
+        """Returns the features before the last stage, float32 [H, W, b]."""
+
+    def finish(self, input: Any, skips: list[Any]) -> Array:
+        """Returns labels uint8 [H, W]: `decode` and the segmenter's own last stage."""
+
+    def last(self, index: int, features: Array) -> Array:
+        """Returns labels uint8 [H, W] of features [H, W, b] by a crop's last stage."""
+
+
+class Tile(NamedTuple):
+    """The part of a canvas that a pasted patch can change, along one axis, in pixels.
+
+    The last stage sees `start:stop`; of its answer `first:last` is right. Beyond, the canvas is
+    zero as far as the last stage looks, so the answer is that of an all-zero canvas. Two halos
+    around the patch are enough: one is what the patch influences, the other what the tile's own
+    zero padding spoils, except at the image's border, where that padding is the canvas's own.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @classmethod
+    def around(cls, offset: int, size: int, length: int, halo: int) -> Tile:
+        """Returns the tile of a patch `offset:offset + size` on a canvas of `length` pixels."""
+        side = min(size + 4 * halo, length)
+        start = min(max(offset - 2 * halo, 0), length - side)
+        stop = start + side
+        first = start + halo if start > 0 else 0
+        return cls(start, stop, first, stop - halo if stop < length else length)
+
+
+class SliceEngine:
+    """Segments slices as `MedDANetV2.segment` does; see `compile_engine`.
+
+    Attributes:
+        executor: What runs the networks.
+        threads: How many slices are worked on at a time.
+    """
+
+    def __init__(
+        self, model: MedDANetV2, networks: Networks, executor: str, threads: int
+    ) -> None:
+        self.executor, self.threads = executor, threads
+        self._model: Any = model
+        self._networks = networks
+        self._selectors = [_selector(selector) for selector in self._model.bit_selectors]
+        self._halos = [_halo(stage) for stage in model.crop_last_stages]
+        self._pool = _single_threaded_workers(threads)
+        self._background = cache(self._label_background)
+
+    def segment(self, slices: Tensor) -> Segmentation:
+        """Routes every slice and labels it.
+
+        Args:
+            slices: [N, C, H, W] float32 on the CPU, H and W multiples of the stride, at least the
+                largest crop.
+
+        Returns:
+            A `Segmentation`.
+
+        Raises:
+            ValueError: If the shape does not fit.
+        """
+        self._model.check(slices)
+        count, _, height, width = slices.shape
+        result = Segmentation(
+            torch.zeros(count, height, width, dtype=torch.uint8),
+            torch.zeros(count, dtype=torch.long),
+            torch.zeros(count, 2),
+            torch.zeros(count, len(self._selectors), dtype=torch.long),
+        )
+        images = slices.numpy()
+        seen = np.flatnonzero(list(self._pool.map(np.any, images)))
+        if not len(seen):
+            return result
+        routes = self._in_batches(self._networks.decide, images, seen).argmax(1)
+        result.decisions[seen] = torch.from_numpy(routes)
+        cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
+        if cropped.any():
+            places = self._in_batches(self._networks.locate, images, seen[cropped])
+            sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
+            offsets = _offsets(places, sizes, (height, width))
+            result.offsets[seen[cropped]] = torch.from_numpy(offsets)
+        labels, decisions, offsets, num_bits = (part.numpy() for part in result)
+
+        def run(index: int) -> None:
+            route, (y, x) = decisions[index], offsets[index].astype(int)
+            self._segment(images[index], labels[index], route, (y, x), num_bits[index])
+
+        list(self._pool.map(run, seen[routes > 0]))
+        return result
+
+    def _in_batches(
+        self, network: Callable[[Array], Array], images: Array, indices: Array
+    ) -> Array:
+        """Returns a decision network's logits [N, K] of the images at N indices."""
+        scale = self._model.decision_scale
+        channels, height, width = images.shape[1:]
+        shape = DECISIONS, channels, height // scale, width // scale
+
+        def run(start: int) -> Array:
+            some = indices[start : start + DECISIONS]
+            views = np.zeros(shape, np.float32)
+            for view, index in zip(views, some, strict=False):
+                view[...] = shrink(images[index], scale)
+            return network(views)[: len(some)].copy()
+
+        return np.concatenate(list(self._pool.map(run, range(0, len(indices), DECISIONS))))
+
+    def _segment(
+        self,
+        image: Array,
+        labels: Array,
+        route: int,
+        offset: tuple[int, int],
+        num_bits: Array,
+    ) -> None:
+        """Fills in labels and widths of one slice that is not skipped."""
+        if route == len(self._model.routes) - 1:
+            labels[...] = self._networks.finish(*self._encode(image, num_bits))
+            return
+        (y, x), size = offset, self._model.crop_sizes[route - 1]
+        crop = np.ascontiguousarray(image[:, y : y + size, x : x + size])
+        features = self._networks.decode(*self._encode(crop, num_bits))
+        self._paste(labels, features, (y, x), route - 1)
+
+    def _encode(self, image: Array, num_bits: Array) -> tuple[Any, list[Any]]:
+        """Returns (the coarsest feature, the skips) and fills in the chosen widths."""
+        spread: Array | None
+        x, spread, gradients = self._networks.begin(image)
+        skips = []
+        for index, (weight, bias, widths) in enumerate(self._selectors):
+            assert spread is not None, "every stage but the last leaves the next one's input"
+            logits = weight @ np.concatenate([gradients, spread]) + bias
+            num_bits[index] = widths[logits.argmax()]
+            skip, x, spread = self._networks.stage(index, int(num_bits[index]), x)
+            skips.append(skip)
+        return x, skips
+
+    def _paste(
+        self, labels: Array, features: Array, offset: tuple[int, int], index: int
+    ) -> None:
+        """Labels a slice whose features are zero but for a patch; the tile is all it computes."""
+        halo, size = self._halos[index], len(features)
+        tiles = [
+            Tile.around(start, size, length, halo)
+            for start, length in zip(offset, labels.shape, strict=True)
+        ]
+        (y, x), (rows, columns) = offset, tiles
+        shape = rows.stop - rows.start, columns.stop - columns.start, features.shape[2]
+        canvas = np.zeros(shape, np.float32)
+        top, left = y - rows.start, x - columns.start
+        canvas[top : top + size, left : left + size] = features
+        found = self._networks.last(index, canvas)
+        labels[...] = self._background(index, *labels.shape)
+        labels[rows.first : rows.last, columns.first : columns.last] = found[
+            rows.first - rows.start : rows.last - rows.start,
+            columns.first - columns.start : columns.last - columns.start,
+        ]
+
+    def _label_background(self, index: int, height: int, width: int) -> Array:
+        """Labels of an all-zero canvas, borders included."""
+        channels = self._model.segmenter.stage_channels[0]
+        zeros = np.zeros((height, width, channels), np.float32)
+        return self._networks.last(index, zeros).copy()
+
+
+def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
+    """Starts threads inside of which PyTorch uses one core; outside nothing changes."""
+    usual = torch.get_num_threads()
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="meddanet", initializer=start)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    started.wait()
+    # the worker's call reached threads that are started later as well
+    torch.set_num_threads(usual)
+    return pool
+
+
+def shrink(image: Array, scale: int) -> Array:
+    """Averages [C, H, W] over squares of `scale` pixels."""
+    if scale == 1:
+        return image
+    channels, height, width = image.shape
+    rows = image.reshape(channels, height // scale, scale, width)
+    summed = sum(rows[:, :, index] for index in range(1, scale)) + rows[:, :, 0]
+    columns = [summed[..., index::scale] for index in range(scale)]
+    return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
+
+
+def _offsets(places: Array, sizes: Array, image: tuple[int, int]) -> Array:
+    """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset` and round."""
+    play = np.array(image, np.float32) - sizes[:, None]
+    return np.rint(1 / (1 + np.exp(-places)) * play).astype(np.float32)
+
+
+def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
+    """Returns (weight, bias, widths) of a `BitSelector`; softmax keeps the order of logits."""
+    linear = selector.linear
+    widths = [int(width) for width in selector.widths.tolist()]
+    return linear.weight.detach().numpy(), linear.bias.detach().numpy(), widths
+
+
+def _halo(stage: nn.Module) -> int:
+    """Returns how many pixels away the last stage looks: the sum of what its convolutions pad."""
+    paddings = [layer.padding for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
+    return sum(max(padding) for padding in paddings if not isinstance(padding, str))

@@ -1,0 +1,163 @@
+"""The networks in PyTorch, for where OpenVINO is not installed or knows no translation.
+
+Weights are put on the grid once per width. Dense convolutions of up to 8 bit run on integer codes
+by oneDNN where a probe says that it is exact; everything else in float32 on the grid's values.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import fake_quantize
+from ..kernels.conv_train import weight_amax
+from ..kernels.grid import qmax, quantize_codes, step_size
+from ..layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    image_gradients,
+    quantized_layers,
+)
+from ..med_danet_v2 import MedDANetV2
+from ..routing import channels_last
+from . import onednn
+
+Array = np.ndarray
+
+
+class TorchNetworks:
+    """Implements `routing.Networks` for any model.
+
+    Args:
+        model: In `eval()`, on the CPU, every quantised layer with a range.
+    """
+
+    def __init__(self, model: MedDANetV2) -> None:
+        self._model: Any = deepcopy(model).eval().to(memory_format=torch.channels_last)
+        integer = onednn.is_exact()
+        for name, layer in quantized_layers(self._model).items():
+            if layer.quantize:
+                parent, _, own = name.rpartition(".")
+                setattr(self._model.get_submodule(parent), own, _Frozen(layer, integer))
+
+    @torch.inference_mode()
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, R]."""
+        return self._model.policy(channels_last(torch.from_numpy(images))).numpy()
+
+    @torch.inference_mode()
+    def locate(self, images: Array) -> Array:
+        """Returns the logits [8, 2] of the crops' places."""
+        return self._model.position(channels_last(torch.from_numpy(images))).numpy()
+
+    @torch.inference_mode()
+    def begin(self, image: Array) -> tuple[Tensor, Array, Array]:
+        """Returns (input of stage 0, its spread, image gradients)."""
+        batch = _batch(image)
+        feature = self._model.segmenter.init(batch)
+        return feature, _spread(feature), image_gradients(batch)[0].numpy()
+
+    @torch.inference_mode()
+    def stage(
+        self, index: int, num_bits: int, input: Tensor
+    ) -> tuple[Tensor, Tensor, Array | None]:
+        """Returns (skip, input of the next stage, its spread)."""
+        stage = self._model.segmenter.encoder[index]
+        skip, feature = stage(input, num_bits)
+        return skip, feature, None if stage.down is None else _spread(feature)
+
+    @torch.inference_mode()
+    def decode(self, input: Tensor, skips: list[Tensor]) -> Array:
+        """Returns the features [H, W, b]."""
+        features = self._model.segmenter.decode(input, skips)
+        return features[0].permute(1, 2, 0).numpy()
+
+    @torch.inference_mode()
+    def finish(self, input: Tensor, skips: list[Tensor]) -> Array:
+        """Returns the labels [H, W] of a whole slice."""
+        segmenter = self._model.segmenter
+        return _labels(segmenter.last_stage(segmenter.decode(input, skips)))
+
+    @torch.inference_mode()
+    def last(self, index: int, features: Array) -> Array:
+        """Returns labels [H, W]."""
+        batch = torch.from_numpy(features).permute(2, 0, 1)[None]
+        return _labels(self._model.crop_last_stages[index](batch))
+
+
+class _Frozen(nn.Module):
+    """A quantised layer with its weights and its input range fixed.
+
+    Args:
+        layer: What it stands for.
+        integer: Whether oneDNN's int8 convolution may be used.
+    """
+
+    def __init__(self, layer: Any, integer: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        dense = isinstance(layer, QuantConv2d) and layer.groups == 1 and layer.kernel_size != (1, 1)
+        self.integer = integer and dense and layer.padding_mode == "zeros"
+        self.codes, self.weight = cache(self._codes), cache(self._weight)
+        self.packed = cache(self._pack)
+
+    def forward(
+        self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None
+    ) -> Tensor:
+        """Runs the layer at one width; None means its own."""
+        layer = self.layer
+        num_bits = layer.num_bits if num_bits is None else num_bits
+        width = layer.input_num_bits if input_num_bits is None else input_num_bits
+        largest = int(qmax(width))
+        step = float(layer.input_amax / largest)
+        codes = (input / step).round_().clamp_(-largest, largest)
+        if self.integer and max(num_bits, width) <= 8:
+            _, scale = self.codes(num_bits)
+            packed = self.packed(num_bits, step, codes.shape)
+            return onednn.convolve(codes, step, packed, scale, layer)
+        values, weight = codes.mul_(step), self.weight(num_bits)
+        if isinstance(layer, QuantLinear):
+            return F.linear(values, weight, layer.bias)
+        if isinstance(layer, QuantConvTranspose2d):
+            return F.conv_transpose2d(
+                values, weight, layer.bias, layer.stride, layer.padding, layer.output_padding,
+                layer.groups, layer.dilation,
+            )
+        return layer._conv_forward(values, weight, layer.bias)
+
+    def _codes(self, num_bits: int) -> tuple[Tensor, Tensor]:
+        """Returns the weights' codes as float32 and the step of every output channel."""
+        weight = self.layer.weight.detach()
+        amax = weight_amax(weight, getattr(self.layer, "per_channel", False))
+        step, largest, _ = step_size(weight, num_bits, amax)
+        return quantize_codes(weight, step, largest), step.flatten().expand(len(weight))
+
+    def _weight(self, num_bits: int) -> Tensor:
+        weight = self.layer.weight.detach()
+        amax = weight_amax(weight, getattr(self.layer, "per_channel", False))
+        weight = fake_quantize(weight, num_bits, amax)
+        return channels_last(weight) if weight.dim() == 4 else weight
+
+    def _pack(self, num_bits: int, step: float, shape: torch.Size) -> Tensor:
+        codes, scale = self.codes(num_bits)
+        return onednn.pack(codes, scale, step, self.layer, shape)
+
+
+def _batch(image: Array) -> Tensor:
+    """[C, H, W] -> [1, C, H, W], channels last."""
+    return channels_last(torch.from_numpy(image)[None])
+
+
+def _spread(feature: Tensor) -> Array:
+    return feature[0].flatten(1).std(1, correction=0).numpy()
+
+
+def _labels(logits: Tensor) -> Array:
+    return logits[0].argmax(0).to(torch.uint8).numpy()

@@ -1,0 +1,46 @@
+"""Timing in turns, with a clock that tells what the test wants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meddanet import bench
+from meddanet.bench import ratios, static_network, time_interleaved
+from meddanet.build import build_med_danet_v2
+from meddanet.layers import quantized_layers
+
+
+def test_contestants_take_turns_and_medians_are_theirs(monkeypatch):
+    now = 0.0
+    calls = []
+    durations = {"slow": iter([9, 4, 8, 6]), "quick": iter([9, 1, 2, 30])}
+
+    def contestant(name):
+        def run():
+            nonlocal now
+            calls.append(name)
+            now += next(durations[name])
+        return run
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(bench.time, "process_time", lambda: 2 * now)
+    times = time_interleaved({name: contestant(name) for name in durations}, rounds=3)
+    assert calls == ["slow", "quick"] * 4
+    assert times["slow"] == {"seconds": 6, "fastest": 4, "slowest": 8, "cpu_seconds": 12}
+    assert times["quick"] == {"seconds": 2, "fastest": 1, "slowest": 30, "cpu_seconds": 4}
+    assert ratios(times, "quick") == {"slow": {"seconds": 3, "cpu_seconds": 3}}
+    with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):
+        time_interleaved({}, 0)
+
+
+def test_the_static_network_is_a_copy_in_full_precision():
+    model = build_med_danet_v2("unet-12", crop_sizes=(16,)).eval()
+    static = static_network(model)
+    assert not any(layer.quantize for layer in quantized_layers(static).values())
+    assert all(layer.quantize for layer in quantized_layers(model).values())
+    slices = torch.randn(3, 4, 32, 32)
+    with torch.no_grad():
+        expected = static(slices).argmax(1).to(torch.uint8)
+    for way in (bench.slice_by_slice, bench.batched, bench.batched_channels_last):
+        assert torch.equal(way(static, slices), expected)

@@ -1,0 +1,139 @@
+"""A folder run reads ahead and writes behind, in bounded memory, and no case stops another."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from meddanet import cohort
+from meddanet.cohort import segment_cases
+from meddanet.data import Case, Volume, VolumeError
+from meddanet.predictor import Prediction
+
+MRI = ("flair", "t1ce", "t1", "t2")
+
+
+class Engine:
+    executor = "none"
+
+
+class Predictor:
+    """Labels nothing; refuses the cases it is told to."""
+
+    device, engine = "cpu", Engine()
+
+    def __init__(self, bad: tuple[str, ...] = (), error: Exception | None = None) -> None:
+        self.bad, self.error = bad, error
+        self.at_work = threading.Event()
+
+    def predict(self, volume: Volume) -> Prediction:
+        self.at_work.set()
+        if volume.name in self.bad:
+            raise self.error or VolumeError(f"{volume.name}: refused")
+        depth = volume.data.shape[3]
+        zeros = np.zeros(volume.data.shape[1:], np.uint8)
+        macs = {key: 1.0 for key in ("mac", "paper", "static_mac", "static_paper", "scaled_paper")}
+        return Prediction(
+            zeros, "brats2021", ("skip", "whole"), (), np.zeros(depth, int), np.zeros((depth, 2)),
+            np.zeros((depth, 4), int), macs, {"normalise": 0.0, "network": 0.0, "total": 0.0},
+        )
+
+
+def case(name: str) -> Case:
+    files = {modality: Path(f"/nowhere/{name}_{modality}.nii.gz") for modality in MRI}
+    return Case(name, files, "brats2021", MRI)
+
+
+@pytest.fixture
+def volumes(monkeypatch) -> list[weakref.ref]:
+    """Makes reading return a small volume, or raise for names that hold "unreadable"."""
+    alive: list[weakref.ref] = []
+
+    def load(source: Case, modalities) -> Volume:
+        if "unreadable" in source.name:
+            raise VolumeError(f"{source.name}: cannot be read")
+        volume = Volume(np.ones((4, 8, 8, 3), np.float32), np.eye(4), None, MRI, "brats2021",
+                        source.name)
+        alive.append(weakref.ref(volume.data))
+        return volume
+
+    monkeypatch.setattr(cohort, "load_volume", load)
+    return alive
+
+
+def run(names: list[str], predictor: Predictor, out: Path) -> list:
+    outcomes = segment_cases([case(name) for name in names], predictor, out, weights="none")
+    return [(done.name, outcome) for done, outcome in outcomes]
+
+
+def test_cases_come_back_in_order_with_their_errors(volumes, tmp_path):
+    names = ["a", "unreadable", "b", "refused", "c"]
+    outcomes = run(names, Predictor(("refused",)), tmp_path)
+    assert [name for name, _ in outcomes] == names
+    assert [isinstance(outcome, Exception) for _, outcome in outcomes] == [0, 1, 0, 1, 0]
+    assert str(outcomes[1][1]) == "unreadable: cannot be read"
+    assert str(outcomes[3][1]) == "refused: refused"
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == [f"{name}.{ending}" for name in "abc" for ending in ("json", "nii.gz")]
+
+
+def test_a_label_file_that_cannot_be_written_is_that_cases_error(volumes, tmp_path):
+    (tmp_path / "b.nii.gz").mkdir()
+    outcomes = dict(run(["a", "b", "c"], Predictor(), tmp_path))
+    assert isinstance(outcomes["b"], (VolumeError, OSError))
+    assert not (tmp_path / "b.json").exists() and (tmp_path / "c.json").exists()
+
+
+def test_an_error_of_the_program_itself_ends_the_run(volumes, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(["a", "b"], Predictor(("a",), ZeroDivisionError()), tmp_path)
+
+
+def test_no_more_than_three_volumes_are_alive(volumes, tmp_path):
+    most = 0
+
+    class Watching(Predictor):
+        def predict(self, volume):
+            nonlocal most
+            most = max(most, sum(reference() is not None for reference in volumes))
+            return super().predict(volume)
+
+    names = [f"case{index}" for index in range(8)]
+    assert len(run(names, Watching(), tmp_path)) == len(volumes) == 8
+    assert most <= 3
+    assert sum(reference() is not None for reference in volumes) <= 1
+
+
+def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatch):
+    """Deadlocks, and so fails by its time limit, unless all three go on at once."""
+    limit, meet = 20, threading.Barrier(3)
+    load, save = cohort.load_volume, cohort.save_volume
+
+    def reading(source, modalities):
+        if source.name == "third":
+            meet.wait(limit)
+        return load(source, modalities)
+
+    def writing(labels, path, like):
+        if path.name.startswith("first"):
+            meet.wait(limit)
+        save(labels, path, like)
+
+    class Meeting(Predictor):
+        def predict(self, volume):
+            if volume.name == "second":
+                meet.wait(limit)
+            return super().predict(volume)
+
+    monkeypatch.setattr(cohort, "load_volume", reading)
+    monkeypatch.setattr(cohort, "save_volume", writing)
+    outcomes = run(["first", "second", "third"], Meeting(), tmp_path)
+    assert not any(isinstance(outcome, Exception) for _, outcome in outcomes)
+
+
+def test_no_cases_are_no_work(tmp_path):
+    assert run([], Predictor(), tmp_path) == []

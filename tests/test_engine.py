@@ -1,0 +1,434 @@
+"""The engine answers as the model does, on every executor, and computes no more than it has to."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meddanet.build import build_med_danet_v2
+from meddanet.engine import SliceEngine, compile_engine
+from meddanet.engine.routing import Tile, shrink
+from meddanet.kernels import affine_paste
+from meddanet.layers import QuantLinear, quantized_layers, set_quantization
+from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.routing import channels_last
+
+needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
+EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch"]
+
+
+class MeanPolicy(torch.nn.Module):
+    """Takes the route that the mean of a slice's first channel names."""
+
+    def __init__(self, channels: int, routes: int) -> None:
+        super().__init__()
+        self.linear = QuantLinear(channels, routes)
+        self.linear.quantize = False
+        number = torch.arange(routes, dtype=torch.float32)
+        with torch.no_grad():
+            self.linear.weight.zero_()[:, 0] = 2 * number
+            self.linear.bias.copy_(-(number**2))
+
+    def forward(self, slices):
+        return self.linear(slices.mean((2, 3)))
+
+
+def build(**changes) -> MedDANetV2:
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "in_channels": 2, "crop_sizes": (16, 24), **changes}
+    model = build_med_danet_v2("unet-12", **options)
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.policy = MeanPolicy(2, len(model.routes))
+    for selector in model.bit_selectors:
+        torch.nn.init.zeros_(selector.linear.weight)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small maps: more threads only wait for each other."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.fixture(scope="module")
+def model() -> MedDANetV2:
+    return build()
+
+
+def choose(model: MedDANetV2, widths: tuple[int, ...]) -> None:
+    """Makes the selectors choose these widths."""
+    for selector, width in zip(model.bit_selectors, widths, strict=True):
+        with torch.no_grad():
+            selector.linear.bias.copy_((selector.widths == width).float())
+
+
+def slices_for(decisions: list[int], side: tuple[int, int] = (40, 48)) -> torch.Tensor:
+    slices = torch.randn(len(decisions), 2, *side, generator=torch.Generator().manual_seed(1))
+    means = slices[:, 0].mean((1, 2)) - torch.tensor(decisions)
+    slices[:, 0] -= means[:, None, None]
+    return slices
+
+
+@torch.no_grad()
+def exact_labels(model: MedDANetV2, slices: torch.Tensor) -> torch.Tensor:
+    """The float64 answer of every slice, routed as its first channel's mean says."""
+    double = deepcopy(model).double()
+    for selector in double.bit_selectors:
+        selector.widths = selector.widths.double()
+    labels = torch.zeros(len(slices), *slices.shape[2:], dtype=torch.uint8)
+    for index, image in enumerate(slices[:, None]):
+        route = int(image[0, 0].mean().round())
+        if route == len(model.routes) - 1:
+            logits, _ = double.whole_branch(image.double())
+        elif route > 0:
+            size = model.crop_sizes[route - 1]
+            offset = model.offset(model.locate(image), size, *slices.shape[2:]).round()
+            logits, _ = double.crop_branch(image.double(), offset.double(), route - 1)
+        if route > 0:
+            labels[index] = logits[0].argmax(0)
+    return labels
+
+
+def assert_as_exact_as_the_model(labels, model, slices, tolerances) -> None:
+    """Against float64: at most twice the share of voxels that the model itself gets wrong.
+
+    An untrained network is all near-ties: one code decided by a tie goes on to turn others over.
+    """
+    exact = exact_labels(model, slices).numpy()
+    own = float(np.mean(model.segment(slices).labels.numpy() != exact))
+    print(f"the model's own arithmetic differs in {own:.2e}")
+    tolerances.labels(labels.numpy(), exact, share=2 * own)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (16, 16, 16, 16), (16, 8, 8, 8), (8, 16, 8, 16)])
+def test_every_mix_of_decisions(model, executor, widths, tolerances):
+    choose(model, widths)
+    decisions = [0, 1, 2, 3, 3, 2, 0, 1]
+    slices = slices_for(decisions)
+    slices[6] = 0
+    expected, found = model.segment(slices), compile_engine(model, "cpu", executor).segment(slices)
+    assert found.decisions.tolist() == expected.decisions.tolist() == decisions
+    assert torch.equal(found.num_bits, expected.num_bits)
+    assert set(found.num_bits[1].tolist()) == set(widths) and not found.num_bits[0].any()
+    assert torch.equal(found.offsets, expected.offsets)
+    assert len(found.labels[3].unique()) > 1, "an answer of one class proves nothing"
+    assert_as_exact_as_the_model(found.labels, model, slices, tolerances)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_selectors_see_what_the_models_see(executor):
+    """Widths follow gradients and spreads: random selectors that split slices of any contrast."""
+    model = build()
+    slices = slices_for([3, 1, 2] * 8) * torch.linspace(0.2, 3, 24)[:, None, None, None]
+    slices -= slices.mean((2, 3), keepdim=True)
+    slices[:, 0] += torch.tensor([3, 1, 2] * 8)[:, None, None]
+    for selector in model.bit_selectors:
+        torch.nn.init.normal_(selector.linear.weight)
+        kept: list[torch.Tensor] = []
+        hook = selector.linear.register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
+        model.segment(slices)
+        hook.remove()
+        lead = torch.cat(kept).diff(dim=1).flatten().sort().values[4:20]
+        place = int(lead.diff().argmax())
+        with torch.no_grad():  # the middle of the widest gap between slices
+            selector.linear.bias[0] += lead[place : place + 2].mean()
+    expected, found = model.segment(slices), compile_engine(model, "cpu", executor).segment(slices)
+    assert all(0 < (expected.num_bits[:, stage] == 8).sum() < 24 for stage in range(4))
+    assert torch.equal(found.num_bits, expected.num_bits)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("network", ["shufflenetv2-m", "mobilenetv2", "ghostnet"])
+def test_decision_networks_at_half_size(executor, network, tolerances):
+    model = build(decision_network=network, decision_scale=2, crop_sizes=(16,))
+    model.policy = build_med_danet_v2("unet-12", 2, 3, (16,), decision_network=network).policy
+    for layer in quantized_layers(model.policy).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.eval()
+    engine = compile_engine(model, "cpu", executor)
+    assert engine.executor == executor
+    slices = slices_for([1, 2, 0])
+    view = F.avg_pool2d(slices, 2)
+    with torch.no_grad():
+        logits, place = model.policy(view), model.position(view)
+    batch = torch.cat([view, torch.zeros(5, *view.shape[1:])]).numpy()
+    for network, found, expected in (
+        (model.policy, engine._networks.decide(batch)[:3], logits.numpy()),
+        (model.position, engine._networks.locate(batch)[:3], place.numpy()),
+    ):
+        # one step of the classifier's input, where a code before it was decided by a tie
+        step = 4.0 / 127 * network.classifier.weight.abs().max().item()
+        assert np.abs(found - expected).max() <= step
+
+
+def test_shrinking_is_the_mean(tolerances):
+    image = torch.randn(3, 16, 24)
+    for scale in (1, 2, 4):
+        expected = F.avg_pool2d(image[None].double(), scale)[0].float()
+        tolerances.elementwise(torch.from_numpy(shrink(image.numpy(), scale)), expected)
+
+
+# the background ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("segmenter", ["unet-12", "transbts-light"])
+@pytest.mark.parametrize("side", [(40, 48), (24, 32)], ids=str)
+def test_the_tile_answers_as_the_whole_canvas(executor, segmenter, side, tolerances):
+    """Patches in every corner, on every border, inside; one beside which the tile fills an axis."""
+    torch.manual_seed(3)
+    model = build(crop_sizes=(16,))
+    if segmenter != "unet-12":
+        model.crop_last_stages[0] = build_med_danet_v2(
+            segmenter, 2, 3, (16,)
+        ).crop_last_stages[0]
+        channels = model.crop_last_stages[0].end.in_channels
+        model.segmenter.stage_channels = (channels, *model.segmenter.stage_channels[1:])
+        for layer in quantized_layers(model.crop_last_stages).values():
+            layer.input_amax.fill_(4.0)
+        set_quantization(model, quantize=True, update_range=False)
+    for norm in model.crop_last_stages.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):  # a background that is not one class
+            torch.nn.init.normal_(norm.bias)
+            torch.nn.init.normal_(norm.weight)
+    model.eval()
+    channels = model.segmenter.stage_channels[0]
+    networks = _last_stage_only(model, executor)
+    engine = SliceEngine(model, networks, executor, 1)
+    ends = [(0, 1, 3, 4, 5, length - 16 - 5, length - 16 - 1, length - 16) for length in side]
+    for y, x in itertools.product(*ends):
+        patch = torch.randn(1, channels, 16, 16)
+        canvas = affine_paste(patch, torch.tensor([[float(y), float(x)]]), side)
+        with torch.no_grad():
+            expected = model.crop_last_stages[0](canvas).argmax(1)[0].numpy()
+        labels = np.full(side, 9, np.uint8)
+        features = patch[0].permute(1, 2, 0).numpy()
+        engine._paste(labels, features, (y, x), 0)
+        tolerances.labels(labels, expected)
+
+
+def _last_stage_only(model: MedDANetV2, executor: str):
+    if executor == "torch":
+        from meddanet.engine.torch_networks import TorchNetworks
+
+        return TorchNetworks(model)
+    from meddanet.engine.openvino_networks import OpenVINONetworks
+
+    class Unchecked(OpenVINONetworks):
+        def _check(self):
+            """The other parts of the model do not belong to this last stage."""
+
+    return Unchecked(model, 1)
+
+
+def test_the_tile_is_no_larger_than_two_halos():
+    assert Tile.around(100, 96, 240, 2) == (96, 200, 98, 198)
+    assert Tile.around(0, 96, 240, 2) == (0, 104, 0, 102)
+    assert Tile.around(144, 96, 240, 2) == (136, 240, 138, 240)
+    assert Tile.around(3, 96, 100, 2) == (0, 100, 0, 100)
+
+
+# what is computed ----------------------------------------------------------------------------
+
+
+class Counting:
+    """Counts the calls of each network."""
+
+    def __init__(self, networks) -> None:
+        self.networks, self.calls = networks, Counter()
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls[name] += 1
+            return getattr(self.networks, name)(*arguments)
+
+        return call
+
+
+def test_work_follows_the_decisions(model):
+    engine = compile_engine(model, "cpu", "torch")
+    engine._networks = counting = Counting(engine._networks)
+    slices = slices_for([0, 1, 3, 0, 1])
+    slices[3] = 0
+    engine.segment(slices)
+    # `last` once more: the labels of the empty canvas, which are kept
+    assert counting.calls == {
+        "decide": 1, "locate": 1, "begin": 3, "stage": 12, "decode": 2, "finish": 1, "last": 3,
+    }
+    counting.calls.clear()
+    engine.segment(slices_for([0] * 9))
+    assert counting.calls == {"decide": 2}
+    engine.segment(slices_for([1]))
+    assert counting.calls["last"] == 1
+    counting.calls.clear()
+    assert not engine.segment(torch.zeros(4, 2, 40, 48)).labels.any() and not counting.calls
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_neighbours_and_threads_change_nothing(model, executor):
+    slices = slices_for([1, 3, 2, 0, 1, 3])
+    single = compile_engine(model, "cpu", executor)
+    assert single.threads == 1
+    try:
+        torch.set_num_threads(2)
+        together = compile_engine(model, "cpu", executor)
+        assert together.threads == 2 == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(1)
+    result = together.segment(slices)
+    for index in range(len(slices)):
+        alone = single.segment(slices[index : index + 1])
+        for one, many in zip(alone, result, strict=True):
+            assert torch.equal(one[0], many[index])
+
+
+# integers --------------------------------------------------------------------------------------
+
+
+@needs_openvino
+def test_openvino_runs_the_widths_for_real(model):
+    """Convolutions up to 8 bit multiply bytes, beyond 8 bit floats; weights are codes."""
+    from meddanet.engine.openvino_networks import OpenVINONetworks
+
+    networks = OpenVINONetworks(model, 1)
+
+    def multiplied(*key) -> set[str]:
+        operations = networks.compiled(*key).get_runtime_model().get_ops()
+        facts = [operation.get_rt_info() for operation in operations]
+        return {
+            fact["runtimePrecision"].astype(str) for fact in facts
+            if fact["layerType"].astype(str) in ("Convolution", "Deconvolution")
+        }
+
+    assert multiplied(("stage", 0, 8), (1, 40, 48, 12)) <= {"u8", "i8"}
+    assert multiplied(("stage", 0, 16), (1, 40, 48, 12)) == {"f32"}
+    assert multiplied(("last", 0), (1, 24, 24, 12)) <= {"u8", "i8"}
+    assert multiplied(("locate",), (1, 2, 40, 48)) <= {"u8", "i8"}
+    maps = (1, 5, 6, 96), (1, 40, 48, 12), (1, 20, 24, 24), (1, 10, 12, 48)
+    assert multiplied(("decode",), *maps) <= {"u8", "i8"}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("num_bits", [4, 8, 16])
+def test_a_stage_is_exact(executor, num_bits):
+    """Against float64 on the same grid; the share of codes that a tie decides is printed."""
+    model = build()
+    networks = compile_engine(model, "cpu", executor)._networks
+    stage = model.segmenter.encoder[0]
+    input = channels_last(torch.randn(1, 12, 40, 48))
+    if executor == "openvino":
+        skip, feature, spread = networks.stage(0, num_bits, input[0].permute(1, 2, 0).numpy())
+        skip, feature = (part[0].transpose(2, 0, 1) for part in (skip, feature))
+    else:
+        skip, feature, spread = networks.stage(0, num_bits, input)
+        skip, feature = (part[0].numpy() for part in (skip, feature))
+    exact = [part.detach()[0].numpy() for part in stage.double()(input.double(), num_bits)]
+    for name, found, expected in zip(("skip", "feature"), (skip, feature), exact, strict=True):
+        differing = np.abs(found - expected) > 1e-4 * np.abs(expected).max()
+        print(f"{name}: values moved by a tie {differing.mean():.2e}")
+        assert differing.mean() <= 1e-3
+    deviation = exact[1].reshape(24, -1).std(1)
+    np.testing.assert_allclose(spread, deviation, rtol=1e-3)
+
+
+@needs_openvino
+def test_no_socket_is_opened(tmp_path):
+    """From the import of OpenVINO to labels: Python's audit hook sees every socket call."""
+    program = """
+import sys
+calls = []
+def hook(name, _):
+    if name.startswith(("socket.", "subprocess.")):
+        calls.append(name)
+sys.addaudithook(hook)
+import torch
+from meddanet.engine import compile_engine
+from meddanet.weights import load_model
+engine = compile_engine(load_model(), "cpu", "openvino")
+engine.segment(torch.ones(2, 4, 96, 96))
+assert engine.executor == "openvino"
+print("calls", calls)
+import socket
+socket.socket().close()
+assert calls, "the hook does not work"
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "calls []\n", run.stdout + run.stderr
+
+
+# choosing --------------------------------------------------------------------------------------
+
+
+def test_a_layer_without_a_range_is_named():
+    model = build()
+    model.segmenter.up2.fuse.input_amax.zero_()
+    for executor in ("auto", "torch"):
+        with pytest.raises(ValueError, match="layer segmenter.up2.fuse has no input range"):
+            compile_engine(model, "cpu", executor)
+
+
+@needs_openvino
+def test_what_openvino_cannot_run_goes_to_pytorch(tolerances):
+    torch.manual_seed(0)
+    model = build_med_danet_v2("transbts-light", 2, 3, (16,))
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.policy = MeanPolicy(2, 3)
+    with pytest.raises(ValueError, match="cannot be recorded|no translation"):
+        compile_engine(model.eval(), "cpu", "openvino")
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "torch"
+    slices = slices_for([1, 2], (32, 32))
+    assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
+
+
+def test_without_openvino(model, monkeypatch):
+    monkeypatch.setattr("meddanet.engine.find_spec", lambda name: None)
+    assert compile_engine(model, "cpu").executor == "torch"
+    with pytest.raises(ValueError, match=r'not installed; pip install "meddanet\[cpu\]"'):
+        compile_engine(model, "cpu", "openvino")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_model_in_full_precision(executor, tolerances):
+    model = build()
+    set_quantization(model, quantize=False, update_range=False)
+    slices = slices_for([1, 3])
+    found = compile_engine(model, "cpu", executor).segment(slices)
+    expected = exact_labels(model, slices)
+    tolerances.labels(found.labels.numpy(), expected.numpy(), share=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "executor", "message"),
+    [("cpu", "tensorrt", "'tensorrt', expected one of auto, openvino, torch, eager"),
+     ("gpu", "auto", "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
+     ("cuda:77", "auto", "this machine has .* CUDA GPUs; use cpu")],
+)
+def test_arguments_that_cannot_be(model, device, executor, message):
+    with pytest.raises(ValueError, match=message):
+        compile_engine(model, device, executor)
+
+
+def test_bad_shapes_name_the_cure(model):
+    engine = compile_engine(model, "cpu", "torch")
+    with pytest.raises(ValueError, match="pad to 48x48"):
+        engine.segment(torch.ones(1, 2, 41, 48))
