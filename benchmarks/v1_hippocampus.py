@@ -46,7 +46,7 @@ BANK = ("unet-4", "unet-12")
 BANK_CONFIG = BankConfig(steps=3000, batch=16, learning_rate=2e-3, stay=(0.75, 1.0),
                          windows=False, bfloat16=True)
 DECISION_CONFIG = DecisionConfig(steps=1200, batch=16, learning_rate=5e-3)
-ALPHAS = (0.001, 0.01)
+ALPHAS = (0.001,)
 SEED = 0
 TRAINED_SIZE = (48, 64)  # every hippocampus slice fits, a multiple of the stride
 REGIONS = {"anterior": (1,), "posterior": (2,)}

@@ -67,8 +67,9 @@ def test_the_file_says_what_it_is(model, path):
     assert facts["trained_on"] == ["p1", "p2"] and facts["spacing_mm"] == [1.0, 1.0, 1.0]
     assert facts["architecture"] == {
         "segmenter": "unet-12", "in_channels": 2, "num_classes": 3, "crop_sizes": [16, 24],
-        "num_bits": [4, 8], "decision_network": "shufflenetv2-m",
+        "num_bits": [4, 8], "decision_network": "shufflenetv2-m", "decision_scale": 1,
     }
+    assert facts["model"] == "MedDANetV2"
     assert load_model(path).metadata == facts
 
 
@@ -132,7 +133,7 @@ def test_a_file_that_says_nothing_of_its_architecture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"segmenter": "unet-99"}, {"heads": 8}, {"crop_sizes": [20]}], ids=str
+    "change", [{"segmenter": "vgg-16"}, {"heads": 8}, {"crop_sizes": [20]}], ids=str
 )
 def test_an_architecture_of_another_time(path, change):
     rewrite(path, change)
