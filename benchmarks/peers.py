@@ -1,136 +1,111 @@
-"""Other runtimes for the static U-Net of the same weights: what a user of a CPU would reach for.
-
-Each function returns a run over all slices, or raises `Unavailable` saying why it cannot.
-"""
+"""What a user would run instead: the peers of the kernels, as good as plain PyTorch makes them."""
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-
-from meddanet.bench import static_network
-from meddanet.layers import set_quantization
-from meddanet.med_danet_v2 import MedDANetV2
-
-Labels = np.ndarray
-Run = Callable[[], Labels]
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-class Unavailable(Exception):
-    """A peer that this machine or installation does not have."""
+def eager_fake_quantize(x: Tensor, amax: Tensor, num_bits: int = 8) -> Tensor:
+    """PyTorch's own operator, of eight bits and one range."""
+    largest = 2 ** (num_bits - 1) - 1
+    scale, zero = (amax / largest).reshape(1).float(), torch.zeros(1, dtype=torch.int32)
+    return torch.fake_quantize_per_tensor_affine(
+        x, scale, zero.to(x.device), -largest, largest
+    )  # fmt: skip
 
 
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Unavailable(f"{name} is not installed") from error
+def formula_fake_quantize(x: Tensor, amax: Tensor, num_bits: int = 8) -> Tensor:
+    """The same written out, which torch.compile can fuse."""
+    largest = 2 ** (num_bits - 1) - 1
+    step = amax / largest
+    inside = x.clamp(-amax, amax)
+    return inside + ((inside / step).round() * step - inside).detach()
 
 
-class _Recordable(nn.Module):
-    """The forward pass of a `UNet` without the check of its input, which asks for sizes."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, slices):
-        x, skips = self.network.init(slices), []
-        for stage in self.network.encoder:
-            skip, x = stage(x)
-            skips.append(skip)
-        return self.network.last_stage(self.network.decode(x, skips))
+def conv_norm_relu(
+    x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, stride: int, padding: int
+) -> Tensor:
+    """A convolution, its norm and a ReLU as separate operators: the model as it is written."""
+    return norm(F.conv2d(x, weight, None, stride, padding)).relu()
 
 
-def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run:
-    """OpenVINO, one slice per stream, all streams busy; 8 bit by this package's codes and ranges.
-
-    Args:
-        model: Whose segmenter it is.
-        slices: [N, C, H, W].
-        num_bits: 8, or 32 for float32.
-    """
-    ov = _require("openvino")
-    from openvino import opset13 as ops
-
-    from meddanet.engine.opset import translate
-
-    network = static_network(model)
-    if num_bits == 8:
-        set_quantization(network, quantize=True, update_range=False)
-    image = ops.parameter([1, *slices.shape[1:]], np.float32)
-    (logits,) = translate(_Recordable(network), [image])
-    axis = ops.constant(np.array([1], np.int64))
-    best = ops.topk(logits, ops.constant(np.int64(1)), 1, "max", "none", "i32").output(1)
-    labels = ops.convert(ops.squeeze(best, axis), "u8")
-    threads = torch.get_num_threads()
-    compiled = ov.Core().compile_model(
-        ov.Model([labels], [image]), "CPU",
-        {"NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
-         "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False},
-    )
-    queue = ov.AsyncInferQueue(compiled, threads)
-    result = np.empty((len(slices), *slices.shape[2:]), np.uint8)
-
-    def keep(request: Any, index: int) -> None:
-        result[index] = request.get_output_tensor(0).data[0]
-
-    queue.set_callback(keep)
-
-    def run() -> Labels:
-        for index in range(len(slices)):
-            queue.start_async([ov.Tensor(slices[index : index + 1], shared_memory=True)], index)
-        queue.wait_all()
-        return result
-
-    return run
+def fake_quant_block(
+    x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, amax: Tensor, stride: int, padding: int
+) -> Tensor:
+    """The same on the grid: what simulates an integer network in PyTorch."""
+    quantised = formula_fake_quantize(weight, weight.detach().abs().amax())
+    return conv_norm_relu(formula_fake_quantize(x, amax), quantised, norm, stride, padding)
 
 
-def onnxruntime_static(
-    model: MedDANetV2, slices: np.ndarray, num_bits: int, folder: Path
-) -> Run:
-    """ONNX Runtime, slice by slice; 8 bit by its own static quantisation, every 12th slice seen."""
-    runtime = _require("onnxruntime")
-    _require("onnx"), _require("onnxscript")
-    path = folder / "static.onnx"
-    if not path.exists():
-        network = static_network(model).to(memory_format=torch.contiguous_format)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                network, (torch.from_numpy(slices[:1]),), path, dynamo=True, verbose=False,
-                input_names=["slices"], external_data=False,
-            )
-    if num_bits == 8:
-        path = _quantized(path, slices[::12], folder / "static-int8.onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run() -> Labels:
-        parts = [session.run(None, {"slices": part})[0] for part in np.split(slices, len(slices))]
-        return np.concatenate([part.argmax(1).astype(np.uint8) for part in parts])
-
-    return run
+def cudnn_fused(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> Callable[[], Tensor]:
+    """cuDNN's convolution + bias + ReLU in one kernel, norm folded into weight and bias."""
+    pair = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    return lambda: torch.cudnn_convolution_relu(x, weight, bias, *pair)
 
 
-def _quantized(path: Path, slices: np.ndarray, target: Path) -> Path:
-    quantization = _require("onnxruntime.quantization")
+def quantized_conv(
+    codes: Tensor, step: float, weight: Tensor, bias: Tensor, out_step: float, stride: int,
+    padding: int,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """PyTorch's `quantized::conv2d_relu`: per-tensor int8 in and out, bias in float."""
+    x = torch._make_per_tensor_quantized_tensor(codes, step, 0)
+    weight_step = float(weight.abs().amax()) / 127
+    packed = torch.ops.quantized.conv2d_prepack(
+        torch.quantize_per_tensor(weight.float(), weight_step, 0, torch.qint8), bias.float(),
+        [stride] * 2, [padding] * 2, [1, 1], 1,
+    )  # fmt: skip
+    return lambda: torch.ops.quantized.conv2d_relu(x, packed, out_step, 0)
 
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.waiting = iter(np.split(slices, len(slices)))
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            part = next(self.waiting, None)
-            return None if part is None else {"slices": part}
+def grid_crop(x: Tensor, offset: Tensor, size: int) -> Tensor:
+    """The papers' crop: affine_grid + grid_sample."""
+    height, width = x.shape[2:]
+    return _sample(x, offset, (size, size), (height, width), sign=1.0)
 
-    quantization.quantize_static(str(path), str(target), Reader(), per_channel=True)
-    return target
+
+def grid_paste(patch: Tensor, offset: Tensor, size: int) -> Tensor:
+    """The papers' paste: the inverse map."""
+    return _sample(patch, offset, (size, size), tuple(patch.shape[2:]), sign=-1.0)
+
+
+def _sample(
+    x: Tensor, offset: Tensor, size: tuple[int, int], source: tuple[int, int], sign: float
+) -> Tensor:
+    """Samples at (i, j) + sign * offset, zeros outside."""
+    (rows, columns), (height, width) = size, source
+    theta = x.new_zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = columns / width, rows / height
+    theta[:, 0, 2] = (2 * sign * offset[:, 1] + columns) / width - 1
+    theta[:, 1, 2] = (2 * sign * offset[:, 0] + rows) / height - 1
+    grid = F.affine_grid(theta, [*x.shape[:2], rows, columns], align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def roi_align_crop(x: Tensor, offset: Tensor, size: int) -> Tensor:
+    """torchvision's roi_align with one sample per pixel."""
+    from torchvision.ops import roi_align
+
+    index = torch.arange(len(x), device=x.device, dtype=x.dtype)[:, None]
+    boxes = torch.cat([index, offset.flip(1), offset.flip(1) + size], 1)
+    return roi_align(x, boxes, (size, size), sampling_ratio=1, aligned=True)
+
+
+def eager_head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The last 1x1 convolution, argmax and the cast to uint8 as separate operators."""
+    return F.conv2d(features, weight, bias).argmax(1).to(torch.uint8)
+
+
+def placed(labels: Tensor, corner: int, size: int) -> Tensor:
+    """Puts label regions [N, h, w] into square slices of background."""
+    height, width = labels.shape[1:]
+    if height == size:
+        return labels
+    slices = labels.new_zeros(len(labels), size, size)
+    slices[:, corner : corner + height, corner : corner + width] = labels
+    return slices

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import peers
 import pytest
+import runtimes
 import torch
-from timing import cases, lesion_dice, write_results
+from volumes import cases, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
 from meddanet.cohort import segment_cases
@@ -51,10 +51,10 @@ def static_peers(
     """Returns runs over all slices by name, and why others cannot run."""
     model, tensor = load_model(), torch.from_numpy(slices)
     makers = {
-        "OpenVINO int8": lambda: peers.openvino_static(model, slices, 8),
-        "OpenVINO fp32": lambda: peers.openvino_static(model, slices, 32),
-        "ONNX Runtime int8": lambda: peers.onnxruntime_static(model, slices, 8, folder),
-        "ONNX Runtime fp32": lambda: peers.onnxruntime_static(model, slices, 32, folder),
+        "OpenVINO int8": lambda: runtimes.openvino_static(model, slices, 8),
+        "OpenVINO fp32": lambda: runtimes.openvino_static(model, slices, 32),
+        "ONNX Runtime int8": lambda: runtimes.onnxruntime_static(model, slices, 8, folder),
+        "ONNX Runtime fp32": lambda: runtimes.onnxruntime_static(model, slices, 32, folder),
     }
     if everything:
         runs, missing = torch_peers(model, tensor)
@@ -65,7 +65,7 @@ def static_peers(
     for name, make in makers.items():
         try:
             runs[name] = make()
-        except peers.Unavailable as reason:
+        except runtimes.Unavailable as reason:
             missing[name] = str(reason)
     return runs, missing
 
@@ -162,11 +162,11 @@ def test_end_to_end(benchmark, held_out, tmp_path):
     try:
         volume = load_volume(case)
         slices = to_slices(volume)
-        static = peers.openvino_static(load_model(), slices, 8)
+        static = runtimes.openvino_static(load_model(), slices, 8)
         runs["nibabel + OpenVINO int8"] = lambda: by_nibabel(
             case, lambda _: static(), tmp_path / "openvino.nii.gz"
         )
-    except peers.Unavailable as reason:
+    except runtimes.Unavailable as reason:
         print(f"OpenVINO int8: not run, {reason}")
     times = time_interleaved(runs, ROUNDS)
     benchmark.pedantic(lambda: folder_run(copies[:1]), rounds=ROUNDS)

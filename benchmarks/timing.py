@@ -1,40 +1,235 @@
-"""What the benchmarks share: the case, agreement before timing, and where the numbers go."""
+"""Times providers of one operation in turn and keeps one JSON of results that grows case by case.
+
+Three numbers per provider, each as median, 20th and 80th percentile over the rounds; every round
+times every provider once, in turn, so that a clock that drifts meets all alike:
+
+    cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand
+    graph  GPU time per replay of a CUDA graph, caches warm; absent where capture fails
+    wall   time on the host from the call to the end of its work: what eager code feels
+
+On a CPU, in the dry run, there is `wall` alone.
+"""
 
 from __future__ import annotations
 
 import json
-import re
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from meddanet.bench import machine
-from meddanet.data import Case, find_cases
-from meddanet.data.phantom import write_phantom
-from meddanet.metrics import dice_score
+DRY_RUN = os.environ.get("MEDDANET_DRY_RUN") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
+ROUNDS = 3 if DRY_RUN else 30
+REPLAYS = 10
+# twice the largest L2 cache there is, and about the time 100 launches take to be queued
+FLUSH_BYTES, QUEUE_CYCLES = 256 << 20, 1_000_000
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021"
-RESULTS = Path(__file__).parent / "results"
-HELD_OUT = ("BraTS2021_00000", "BraTS2021_00024", "BraTS2021_01480")
-
-
-def cases(folder: Path) -> list[Case]:
-    """Returns the real cases that no shipped weight has seen, or a phantom written to `folder`."""
-    real = [DATA / name for name in HELD_OUT if (DATA / name).is_dir()]
-    return [find_cases(path)[0] for path in real or [write_phantom(folder)]]
+Provider = Callable[[], Any]
 
 
-def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the Dice score of two label maps' lesions, all classes together."""
-    return round(float(dice_score(np.asarray(first) > 0, np.asarray(second) > 0)), 4)
+def _commit() -> str:
+    root = Path(__file__).parent
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    return run.stdout.strip() or os.environ.get("MEDDANET_COMMIT", "unknown")
 
 
-def write_results(level: str, content: dict) -> Path:
-    """Puts one level's numbers into the JSON of this machine and returns its path."""
-    facts = machine()
-    processor = re.sub(r"\W+", "-", str(facts["processor"]).lower()).strip("-")
-    path = RESULTS / f"cpu_{processor}_{facts['threads']}threads.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[level] = {"machine": facts, **content}
-    path.write_text(json.dumps(known, indent=2) + "\n")
-    return path
+def environment() -> dict[str, Any]:
+    """Returns what a result depends on: device, versions, commit."""
+    facts: dict[str, Any] = {
+        "commit": _commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "dry_run": DRY_RUN, "rounds": ROUNDS, "python": platform.python_version(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "device": f"CPU, {platform.machine()}",
+    }  # fmt: skip
+    for name in ("triton", "torchvision"):
+        if find_spec(name):
+            facts[name] = __import__(name).__version__
+    if DEVICE.type == "cuda":
+        properties = torch.cuda.get_device_properties(DEVICE)
+        facts |= {
+            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(), "driver": _smi("driver_version"),
+            "copy_gb_per_s": round(copy_bandwidth(), 1),
+        }  # fmt: skip
+    return facts
+
+
+def _smi(what: str) -> str:
+    """Asks nvidia-smi about the first GPU."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return "unknown"
+
+
+def copy_bandwidth() -> float:
+    """Returns what a plain copy of 1 GiB reaches, in 10^9 bytes read and written per second."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = [_between_events(lambda: target.copy_(source)) for _ in range(10)]
+    return 2 * (1 << 30) / statistics.median(times) / 1e6
+
+
+def _between_events(function: Provider) -> float:
+    """Returns milliseconds of GPU time, launches queued before the first one starts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE_CYCLES)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _captured(function: Provider) -> Provider | None:
+    """Returns the replay of a graph of the function; None where it cannot be captured."""
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            function()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def finish() -> None:
+    """Waits for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """All times of one provider.
+
+    Args:
+        function: What is timed, without arguments.
+        capture: Whether to try a CUDA graph; a backward pass through autograd is left eager.
+    """
+
+    def __init__(self, function: Provider, capture: bool) -> None:
+        self.function = function
+        self.times: dict[str, list[float]] = {}
+        for _ in range(3):
+            function()
+        finish()
+        self.graph = _captured(function) if capture and DEVICE.type == "cuda" else None
+        self.peak_mb = self._peak()
+
+    def _peak(self) -> float | None:
+        """Returns the megabytes that one call takes at most, beyond what is there before."""
+        if DEVICE.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.function()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
+
+    def round(self, flush: Tensor | None) -> None:
+        """Adds one measurement of each kind, in milliseconds."""
+        if flush is not None:
+            flush.zero_()
+            self._add("cold", _between_events(self.function))
+            if self.graph is not None:
+                replay = self.graph
+                total = _between_events(lambda: [replay() for _ in range(REPLAYS)])
+                self._add("graph", total / REPLAYS)
+        finish()
+        began = time.perf_counter()
+        self.function()
+        finish()
+        self._add("wall", 1e3 * (time.perf_counter() - began))
+
+    def _add(self, kind: str, milliseconds: float) -> None:
+        self.times.setdefault(kind, []).append(milliseconds)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns median, 20th and 80th percentile of each kind, and the peak memory."""
+        rows: dict[str, Any] = {}
+        for kind, values in self.times.items():
+            low, _, _, high = statistics.quantiles(values, n=5, method="inclusive")
+            quantiles = (statistics.median(values), low, high)
+            rows[f"{kind}_ms"] = dict(
+                zip(("median", "p20", "p80"), (round(q, 5) for q in quantiles), strict=True)
+            )
+        return rows | ({} if self.peak_mb is None else {"peak_mb": self.peak_mb})
+
+
+class Results:
+    """One JSON file: the environment, then a row per case; whole after every case."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"environment": environment(), "cases": []}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row and writes the file anew."""
+        self.content["cases"].append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def compare(
+    ours: str, providers: dict[str, Provider], capture: bool = True, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """Times all providers in turn, in as many rounds.
+
+    A peer that cannot run here has its row too, with the reason instead of numbers.
+
+    Returns:
+        "providers": numbers by name; "ratios": by peer and kind, its median over ours (above 1:
+        ours is faster).
+
+    Raises:
+        Exception: Whatever `ours` raises.
+    """
+    watches: dict[str, Stopwatch] = {}
+    rows: dict[str, Any] = {}
+    for name, function in providers.items():
+        try:
+            watches[name] = Stopwatch(function, capture)
+        except Exception as error:
+            if name == ours:
+                raise
+            rows[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+    cuda = DEVICE.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE) if cuda else None
+    for number in range(rounds):
+        names = list(watches)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            watches[name].round(flush)
+    rows |= {name: watch.summary() for name, watch in watches.items()}
+    ratios = {
+        name: {
+            kind: round(row[kind]["median"] / rows[ours][kind]["median"], 3)
+            for kind in ("cold_ms", "graph_ms", "wall_ms")
+            if kind in row and kind in rows[ours]
+        }
+        for name, row in rows.items()
+        if name != ours and "failed" not in row
+    }
+    clocks = {"sm_clock_after": _smi("clocks.sm")} if cuda else {}
+    return {"ours": ours, "providers": rows, "ratios": ratios, **clocks}

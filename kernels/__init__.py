@@ -1,6 +1,8 @@
 """The custom operations of Med-DANet V2, each with a plain-PyTorch `<name>_reference` beside it."""
 
 from .backend import use_backend
+from .conv_int import ConvOutput, quant_conv2d, quant_conv2d_reference
+from .conv_pack import PackedConv, encode, join_codes, norm_affine, pack_conv, split_codes
 from .conv_train import fake_quant_conv2d, fake_quant_conv2d_reference
 from .crop_paste import (
     affine_paste,
@@ -8,16 +10,28 @@ from .crop_paste import (
     bilinear_crop,
     bilinear_crop_reference,
 )
+from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 
 __all__ = [
+    "ConvOutput",
+    "PackedConv",
     "affine_paste",
     "affine_paste_reference",
     "bilinear_crop",
     "bilinear_crop_reference",
+    "encode",
     "fake_quant_conv2d",
     "fake_quant_conv2d_reference",
     "fake_quantize",
     "fake_quantize_reference",
+    "join_codes",
+    "label_head",
+    "label_head_reference",
+    "norm_affine",
+    "pack_conv",
+    "quant_conv2d",
+    "quant_conv2d_reference",
+    "split_codes",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
 """Which executor runs an operation: the one place that asks.
 
-    auto        Triton on CUDA tensors, plain PyTorch (the references) elsewhere
+    auto        Triton on CUDA tensors; oneDNN's int8 convolutions on CPUs where a probe, run once
+                per process, finds them exact; plain PyTorch (the references) elsewhere
     triton      Triton; on CPU tensors only through its interpreter (TRITON_INTERPRET=1)
     onednn      oneDNN's int8 convolutions where an operation has them, the references elsewhere
     reference   plain PyTorch
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+
+from .precompiled import install
 
 BACKENDS = ("auto", "triton", "onednn", "reference")
 VARIABLE = "MEDDANET_BACKEND"
@@ -84,6 +87,24 @@ def triton_runs(input: Tensor) -> bool:
     return True
 
 
+def onednn_runs(input: Tensor) -> bool:
+    """Returns whether oneDNN's int8 convolutions compute on `input`.
+
+    Raises:
+        ValueError: If "onednn" was asked for and its sums are not exact on this CPU.
+    """
+    if _chosen not in ("auto", "onednn") or input.device.type != "cpu":
+        return False
+    from .onednn import is_exact
+
+    if _chosen == "onednn" and not is_exact():
+        raise ValueError(
+            "backend 'onednn' needs a CPU with exact int8 sums (VNNI); on this one they are not "
+            "exact: use 'reference'"
+        )
+    return is_exact()
+
+
 class _Absent:
     """Stands in for triton and its language: any attribute, any decorator, no launch."""
 
@@ -106,4 +127,5 @@ def __getattr__(name: str) -> Any:
         import triton.language as tl
     except ImportError:
         return _Absent()
+    install(triton)
     return {"triton": triton, "tl": tl}[name]

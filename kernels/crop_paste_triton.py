@@ -7,6 +7,8 @@ few partial sums are added by PyTorch. No atomics: results repeat bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def _tap(ptr, row, column, height, width, stride_h, stride_w, mask):
     return tl.load(ptr + row * stride_h + column * stride_w, mask=inside, other=0.0)
 
 
-@triton.jit
+# sizes of image and patch change nothing in the machine code but its number of variants
+@triton.jit(do_not_specialize=["height_in", "width_in", "height", "width", "blocks"])
 def shift_kernel(
     in_ptr, offset_ptr, out_ptr,
     channels, height_in, width_in, height, width, elements, blocks,
@@ -87,7 +90,7 @@ def shift_kernel(
     tl.store(out_ptr + n * elements + index, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height_image", "width_image", "height", "width", "blocks"])
 def offset_gradient_kernel(
     image_ptr, patch_ptr, offset_ptr, sum_ptr,
     channels, height_image, width_image, height, width, elements, blocks,
@@ -168,3 +171,24 @@ def offset_gradient(image: Tensor, patch: Tensor, offset: Tensor) -> Tensor:
                 **_constants(offset, image, patch),
             )  # fmt: skip
     return sums.sum(1)
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    Channels lie last; their number is a multiple of 16 (wide loads) or not, such as the image's 4.
+    """
+
+    def classes(channels: int, name: str) -> dict[str, Callable[[], object]]:
+        image, patch = (
+            torch.empty((2, channels, side, side), device="meta", memory_format=torch.channels_last)
+            for side in (240, 96)
+        )
+        offset = torch.empty(2, 2, device="meta")
+        return {
+            f"crop, {name}": lambda: shift(image, offset, patch, paste=False),
+            f"paste, {name}": lambda: shift(patch, offset, image, paste=True),
+            f"gradient by the offset, {name}": lambda: offset_gradient(image, patch, offset),
+        }
+
+    return classes(16, "channels a multiple of 16") | classes(4, "any channels")

@@ -8,6 +8,9 @@ rounding, so that every executor computes the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -69,7 +72,8 @@ def _range(amax_ptr, row, length, stride, offs, mask, EACH: tl.constexpr, COMPUT
         return tl.load(amax_ptr + row * stride).to(COMPUTE)
 
 
-@triton.jit
+# what is not listed here decides how wide loads and stores may be
+@triton.jit(do_not_specialize=["width", "blocks", "stride_amax", "row_bytes"])
 def quantize_kernel(
     x_ptr, bits_ptr, amax_ptr, out_ptr, packed_ptr, width, length, blocks, stride_amax, row_bytes,
     EACH: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
@@ -91,7 +95,7 @@ def quantize_kernel(
         tl.store(packed_ptr + row * row_bytes + offs, packed.to(tl.uint8), mask=offs < row_bytes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "row_bytes"])
 def masked_gradient_kernel(
     grad_ptr, packed_ptr, out_ptr, length, blocks, row_bytes,
     INDEX: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +111,7 @@ def masked_gradient_kernel(
     tl.store(out_ptr + row * length + offs, tl.where(inside != 0, grad, 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "stride_amax"])
 def width_gradient_kernel(
     grad_ptr, x_ptr, bits_ptr, amax_ptr, out_ptr, sum_ptr, length, blocks, stride_amax,
     EACH: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -190,3 +194,31 @@ def width_gradient(
                 length, blocks, stride, **range_constants, **constants,
             )  # fmt: skip
     return output, sums.sum(1)
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    One range for a whole tensor or for each sample, one width or one per sample, with a mask where
+    training saturates. A sample's elements are a multiple of 16 (wide loads and stores) or not.
+    """
+
+    def classes(length: int, name: str) -> dict[str, Callable[[], object]]:
+        x = torch.empty(2, length, device="meta")
+        amax, bits = torch.empty(1, device="meta"), torch.empty(2, device="meta")
+        masks = {
+            "": torch.empty(0, 0, dtype=torch.uint8, device="meta"),
+            ", mask": torch.empty(2, -(-length // 8), dtype=torch.uint8, device="meta"),
+        }
+        launches: dict[str, Callable[[], object]] = {
+            f"gradient by the input, {name}": lambda: masked_gradient(x, masks[", mask"]),
+            f"gradient by the width, {name}": lambda: width_gradient(x, x, bits, amax),
+        }
+        for kind, packed in masks.items():
+            launches |= {
+                f"one width, {name}{kind}": partial(quantize, x, None, 8, amax, packed, 2),
+                f"width per sample, {name}{kind}": partial(quantize, x, bits, 0, amax, packed, 2),
+            }
+        return launches
+
+    return classes(2304, "multiple of 16") | classes(54, "any length")

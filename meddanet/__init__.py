@@ -9,6 +9,7 @@ from .version import __version__
 
 # public name -> its module; loaded on first use, so that importing the package costs nothing
 _PUBLIC = {
+    "MedDANet": "med_danet",
     "MedDANetV2": "med_danet_v2",
     "Prediction": "predictor",
     "QuantConv2d": "layers",
@@ -17,6 +18,7 @@ _PUBLIC = {
     "Volume": "data",
     "VolumePredictor": "predictor",
     "build_decision_network": "build",
+    "build_med_danet": "build",
     "build_med_danet_v2": "build",
     "build_segmenter": "build",
     "compile_engine": "engine",

@@ -127,7 +127,18 @@ def _bench_parser() -> ArgumentParser:
 
 
 def _info_parser() -> ArgumentParser:
-    parser = _Parser(description="Shows versions, devices and weights, or what a model costs.")
-    parser.add_argument("--cost", metavar="NAME", help="a segmenter, or weights (name or file)")
+    parser = _Parser(
+        description="Shows versions, devices and weights, what a model costs, or which GPU kernels "
+        "are compiled ahead of time."
+    )
+    parser.add_argument(
+        "--cost", metavar="NAME",
+        help="a segmenter, med-danet, med-danet-v2, or weights (name or file)",
+    )
     parser.add_argument("--size", type=int, default=240, help="side of the slice in pixels")
+    parser.add_argument("--kernels", action="store_true", help="list precompiled GPU kernels")
+    parser.add_argument(
+        "--build", metavar="ARCHS",
+        help="with --kernels: first compile them for these CUDA architectures, such as 8.6,8.9",
+    )
     return parser

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .data import Volume, to_slices
 from .layers import set_quantization
-from .med_danet_v2 import MedDANetV2, channels_last
+from .med_danet_v2 import MedDANetV2
 from .metrics import dice_score
 from .predictor import VolumePredictor
+from .routing import channels_last
 from .version import __version__
 
 BATCH = 8

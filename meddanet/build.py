@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 
 from torch import nn
 
 from .layers import BitSelector, set_quantization
+from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .networks.decision import MobileNetV2, ShuffleNetV2
 from .networks.ghostnet import GhostNet
@@ -34,7 +36,7 @@ def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> UN
 
     Args:
         name: "unet-12", "unet-16", "transbts-light" or "transbts" (V1's M1 to M4; V2's baselines
-            are the second and the third).
+            are the second and the third), or a U-Net of any other base width, such as "unet-8".
         in_channels: Channels of the image.
         num_classes: Classes, background included.
 
@@ -44,9 +46,12 @@ def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> UN
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in SEGMENTERS:
+    build = SEGMENTERS.get(name)
+    if build is None and (width := re.fullmatch(r"unet-([1-9]\d{0,3})", name)):
+        build = partial(UNet, int(width[1]))
+    if build is None:
         raise ValueError(f"unknown segmenter {name!r}; known are {', '.join(SEGMENTERS)}")
-    model = SEGMENTERS[name](in_channels, num_classes)
+    model = build(in_channels, num_classes)
     set_quantization(model, quantize=False, update_range=True)
     return model
 
@@ -70,6 +75,40 @@ def build_decision_network(name: str, num_classes: int, in_channels: int = 4) ->
         raise ValueError(f"unknown decision network {name!r}; known are {known}")
     model = DECISION_NETWORKS[name](num_classes, in_channels)
     set_quantization(model, quantize=False, update_range=True)
+    return model
+
+
+def build_med_danet(
+    bank: Sequence[str] = ("unet-12", "unet-16", "transbts-light", "transbts"),
+    in_channels: int = 4,
+    num_classes: int = 4,
+    decision_network: str = "shufflenetv2-m",
+) -> MedDANet:
+    """Builds Med-DANet in full precision.
+
+    Args:
+        bank: Names for `build_segmenter`, cheapest first; the default is the paper's M1 to M4.
+        in_channels: Channels of the image.
+        num_classes: Classes, background included.
+        decision_network: Name for `build_decision_network`.
+
+    Raises:
+        ValueError: If a name is unknown or the bank is empty.
+
+    Source: Med-DANet, sections 3 and 4.1.
+    """
+    members = [build_segmenter(name, in_channels, num_classes) for name in bank]
+    model = MedDANet(
+        bank=nn.ModuleList(members),
+        decision=build_decision_network(decision_network, 1 + len(members), in_channels),
+        in_channels=in_channels,
+        num_classes=num_classes,
+        stride=UNet.stride,
+    )
+    model.config = {
+        "bank": list(bank), "in_channels": in_channels, "num_classes": num_classes,
+        "decision_network": decision_network,
+    }
     return model
 
 
@@ -129,3 +168,8 @@ def build_med_danet_v2(
     }
     set_quantization(model, quantize=True, update_range=True)
     return model
+
+
+MODELS: dict[str, Callable[..., MedDANet | MedDANetV2]] = {
+    "med-danet": build_med_danet, "med-danet-v2": build_med_danet_v2,
+}

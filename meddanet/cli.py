@@ -191,6 +191,8 @@ def _bench(options: Namespace) -> int:
 def _info(options: Namespace) -> int:
     if options.cost:
         return _info_cost(options.cost, options.size)
+    if options.kernels or options.build is not None:
+        return _info_kernels(options.build)
     import platform
 
     import torch
@@ -207,16 +209,44 @@ def _info(options: Namespace) -> int:
 
 
 def _info_cost(name: str, size: int) -> int:
-    from .build import build_segmenter
+    from .build import MODELS, build_segmenter
     from .cost import CONVENTIONS, cost_table
     from .weights import load_model, pretrained_names
 
     weights = name in pretrained_names() or name.endswith(".safetensors")
-    model: Any = load_model(name) if weights else build_segmenter(name)
+    model: Any
+    if name in MODELS:
+        model = MODELS[name]()
+    else:
+        model = load_model(name) if weights else build_segmenter(name)
     for convention in CONVENTIONS:
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
         table = cost_table(model, (1, model.in_channels, size, size), convention).render()
         _say(f"{name}, one slice of {size}x{size}, {counted}\n{table}\n")
+    return 0
+
+
+def _info_kernels(archs: str | None) -> int:
+    from tqdm import tqdm
+
+    from .kernels.aot import build, listing, parse_archs
+
+    if archs is not None:
+        wanted = parse_archs(archs)
+        with tqdm(desc="compile", unit="kernel", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            folder = build(wanted, progress=progress)
+        _say(f"compiled into {folder}", sys.stderr)
+    lines = listing()
+    for line in lines:
+        _say(line)
+    if not lines:
+        _say("none precompiled: kernels compile on first use")
+        _say("meddanet info --kernels --build 8.6,8.9 compiles them for these architectures")
     return 0
 
 

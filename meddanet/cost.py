@@ -16,6 +16,7 @@ from .macs import CONVENTIONS, FLOAT_BITS, Work, count_work
 __all__ = ["CONVENTIONS", "CaseCost", "CostTable", "case_cost", "cost_table", "count_macs"]
 
 BRATS_SLICE, BRATS_SLICES = (240, 240), 155
+DECIDING = {"decision", "policy", "position", "selectors"}
 
 
 def count_macs(
@@ -102,6 +103,13 @@ class CostTable:
         """Returns the MACs of a route, deciding networks included."""
         return sum(self.parts[route].values())
 
+    def static_macs(self) -> int:
+        """Returns the MACs of the dearest route without what decides and chooses widths."""
+        return max(
+            sum(macs for part, macs in row.items() if part not in DECIDING)
+            for row in self.parts.values()
+        )
+
     def slice_macs(self, route: Tensor) -> Tensor:
         """Returns the MACs [N] float64 of slices whose `route` [N] indexes `routes`."""
         return self._totals(self.parts, torch.float64, route.device)[route]
@@ -181,8 +189,9 @@ def cost_table(
     """Counts a segmenter or a dynamic model part by part and route by route.
 
     Args:
-        model: A segmenter, or a `MedDANetV2`, whose policy then counts on every route and whose
-            position network on every crop.
+        model: A segmenter; a `MedDANet`, whose decision network then counts on every route; or a
+            `MedDANetV2`, whose policy counts on every route and whose position network on every
+            crop.
         input_shape: (N, C, H, W) of slices or windows; the table is that of one of them.
         convention: "mac" or "paper".
 
@@ -191,16 +200,20 @@ def cost_table(
     """
     shape = (1, *input_shape[1:])
     segmenter: Any = getattr(model, "segmenter", model)
-    if not hasattr(segmenter, "encoder"):
+    stages: tuple[str, ...] = ()
+    if hasattr(model, "bank"):
+        work = _bank_work(model, shape, convention)
+    elif not hasattr(segmenter, "encoder"):
         raise ValueError(
             f"{type(model).__name__} has no encoder stages to list; count_macs counts any module"
         )
-    if segmenter is not model:
-        work = _dynamic_work(model, shape, convention)
     else:
-        run = {"whole": lambda m, x: m(x)}
-        work = count_work(model, run, shape, convention, _segmenter_parts(model))
-    stages = tuple(f"enc{i + 1}" for i in range(len(segmenter.encoder)))
+        stages = tuple(f"enc{i + 1}" for i in range(len(segmenter.encoder)))
+        if segmenter is not model:
+            work = _dynamic_work(model, shape, convention)
+        else:
+            run = {"whole": lambda m, x: m(x)}
+            work = count_work(model, run, shape, convention, _segmenter_parts(model))
 
     def column(value: Callable[[str, Work], int]) -> dict[str, dict[str, int]]:
         return {r: {part: value(part, w) for part, w in row.items()} for r, row in work.items()}
@@ -223,6 +236,26 @@ def _segmenter_parts(segmenter: Any, prefix: str = "") -> dict[str, str]:
         if name not in ("encoder", "dropout"):
             parts[f"{prefix}{name}"] = name
     return parts
+
+
+def _bank_work(
+    model: Any, shape: tuple[int, ...], convention: str
+) -> dict[str, dict[str, Work]]:
+    """Returns route -> part -> work of a `MedDANet`; a member of foreign make is one part."""
+    parts = {"decision": "decision"}
+    runs: dict[str, Callable[[Any, Tensor], object]] = {"skip": lambda m, x: m.decide(x)}
+    for number, (route, member) in enumerate(zip(model.routes[1:], model.bank, strict=True)):
+        if hasattr(member, "encoder"):
+            parts.update(_segmenter_parts(member, f"bank.{number}."))
+        else:
+            parts[f"bank.{number}"] = route
+        runs[route] = _member_run(number + 1)
+    work = count_work(model, runs, shape, convention, parts)
+    return {route: {**work["skip"], **row} for route, row in work.items()}
+
+
+def _member_run(route: int) -> Callable[[Any, Tensor], object]:
+    return lambda model, slices: model.run(route, slices)
 
 
 def _dynamic_work(

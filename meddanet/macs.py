@@ -75,6 +75,9 @@ class _Counter(TorchDispatchMode):
         return 0
 
 
+# in inference mode composite operations reach the dispatcher whole and would count as nothing
+@torch.inference_mode(False)
+@torch.no_grad()
 def count_work(
     model: nn.Module,
     runs: dict[str, Callable[[Any, Tensor], object]],
@@ -115,7 +118,7 @@ def count_work(
     counted = {}
     for name, run in runs.items():
         counter.work = defaultdict(Work)
-        with torch.no_grad(), counter:
+        with counter:
             run(copy, torch.zeros(input_shape, device="meta"))
         counted[name] = dict(counter.work)
     return counted

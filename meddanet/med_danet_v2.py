@@ -8,17 +8,15 @@ the same parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data.volume import window_origins
 from .kernels import affine_paste, bilinear_crop
 from .layers import image_gradients
-from .networks.unet import check_input
+from .routing import RoutedSegmenter, channels_last
 
 
 class TrainingOutput(NamedTuple):
@@ -41,23 +39,7 @@ class TrainingOutput(NamedTuple):
     num_bits: list[Tensor]
 
 
-class Segmentation(NamedTuple):
-    """What `MedDANetV2.segment` returns; with windows, a window axis M follows N but in `labels`.
-
-    Attributes:
-        labels: [N, H, W] uint8 classes.
-        decisions: [N] int64, index into `routes`.
-        offsets: [N, 2] float32, (y, x) of the crop in pixels, 0 where none was made.
-        num_bits: [N, S] int64 widths per encoder stage, 0 where it did not run.
-    """
-
-    labels: Tensor
-    decisions: Tensor
-    offsets: Tensor
-    num_bits: Tensor
-
-
-class MedDANetV2(nn.Module):
+class MedDANetV2(RoutedSegmenter):
     """A segmenter that looks at each slice only as closely as it needs.
 
     Args:
@@ -75,7 +57,7 @@ class MedDANetV2(nn.Module):
     def __init__(
         self,
         *,
-        segmenter: nn.Module,
+        segmenter: Any,
         policy: nn.Module,
         position: nn.Module,
         bit_selectors: nn.ModuleList,
@@ -94,6 +76,8 @@ class MedDANetV2(nn.Module):
         self.routes = ("skip", *(f"crop-{size}" for size in crop_sizes), "whole")
         self.in_channels, self.num_classes = segmenter.in_channels, segmenter.num_classes
         self.stride = segmenter.stride
+        self.smallest_side = max(crop_sizes, default=self.stride)
+        self.num_stages = len(bit_selectors)
 
     # parts ---------------------------------------------------------------------------------
 
@@ -183,103 +167,21 @@ class MedDANetV2(nn.Module):
 
     # inference -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def segment(self, slices: Tensor) -> Segmentation:
-        """Routes every slice, runs each group of equal decision as one batch.
-
-        Nothing is computed for a skipped slice but its decision, and not even that for a slice
-        without any signal. Crops are made at whole pixels, where they are exact copies.
-
-        Args:
-            slices: [N, C, H, W], H and W multiples of the stride, at least the largest crop.
-
-        Returns:
-            A `Segmentation`; skipped slices are background.
-
-        Raises:
-            ValueError: If the shape does not fit.
-        """
-        decisions, offsets, num_bits, groups = self._route(slices)
-        labels = torch.zeros(
-            slices.shape[0], *slices.shape[2:], dtype=torch.uint8, device=slices.device
-        )
-        for index, logits in groups:
-            labels[index] = logits.argmax(1).to(torch.uint8)
-        return Segmentation(labels, decisions, offsets, num_bits)
-
-    @torch.inference_mode()
-    def segment_windows(self, slices: Tensor, window: int = 128) -> Segmentation:
-        """Decides per overlapping window and averages probabilities: the papers' protocol.
-
-        Args:
-            slices: [N, C, H, W].
-            window: Side of a window in pixels; stride is a third of it.
-
-        Returns:
-            A `Segmentation` with M windows per slice, in row-major order of their origins.
-        """
-        origins = [
-            (y, x)
-            for y in window_origins(slices.shape[2], window)
-            for x in window_origins(slices.shape[3], window)
-        ]
-        batch, _, height, width = slices.shape
-        total = slices.new_zeros(batch, self.num_classes, height, width)
-        routed = []
-        for y, x in origins:
-            view = slices[:, :, y : y + window, x : x + window]
-            decisions, offsets, num_bits, groups = self._route(channels_last(view))
-            target = total[:, :, y : y + window, x : x + window]
-            target[:, 0] += (decisions == 0).to(total.dtype)[:, None, None]
-            for index, logits in groups:
-                target[index] += logits.softmax(1)
-            routed.append((decisions, offsets, num_bits))
-        decisions, offsets, num_bits = (torch.stack(part, 1) for part in zip(*routed, strict=True))
-        return Segmentation(total.argmax(1).to(torch.uint8), decisions, offsets, num_bits)
-
-    def _route(
-        self, slices: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
-        """Returns (decisions, offsets, num_bits, groups); the latter two are filled by `groups`."""
-        self.check(slices)
-        batch, _, height, width = slices.shape
-        decisions = torch.zeros(batch, dtype=torch.long, device=slices.device)
-        offsets = slices.new_zeros(batch, 2, dtype=torch.float32)
-        num_bits = torch.zeros(
-            batch, len(self.bit_selectors), dtype=torch.long, device=slices.device
-        )
-        seen = (slices != 0).flatten(1).any(1).nonzero().squeeze(1)
-        if len(seen):
-            decisions[seen] = self.decide(slices[seen]).argmax(1)
-
-        def groups() -> Iterator[tuple[Tensor, Tensor]]:
-            for route in range(1, len(self.routes)):
-                index = (decisions == route).nonzero().squeeze(1)
-                if len(index) == 0:
-                    continue
-                group = channels_last(slices[index])
-                if route == len(self.routes) - 1:
-                    logits, bits = self.whole_branch(group)
-                else:
-                    size = self.crop_sizes[route - 1]
-                    offset = self.offset(self.locate(group), size, height, width).round()
-                    logits, bits = self.crop_branch(group, offset, route - 1)
-                    offsets[index] = offset
-                num_bits[index] = bits.long()
-                yield index, logits
-
-        return decisions, offsets, num_bits, groups()
+    def run(self, route: int, slices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the crop or whole branch on slices; crops are placed at whole pixels."""
+        if route == len(self.routes) - 1:
+            logits, num_bits = self.whole_branch(slices)
+            return logits, num_bits.new_zeros(len(slices), 2), num_bits.long()
+        height, width = slices.shape[2:]
+        offset = self.offset(self.locate(slices), self.crop_sizes[route - 1], height, width).round()
+        logits, num_bits = self.crop_branch(slices, offset, route - 1)
+        return logits, offset, num_bits.long()
 
     def check(self, slices: Tensor) -> None:
-        """Raises ValueError, with the cure, unless the model takes `slices`."""
-        check_input(slices, self.in_channels, self.stride)
-        if min(slices.shape[2:]) < max(self.crop_sizes, default=0):
+        """Raises ValueError, with the cure, unless the model takes slices of this shape."""
+        super().check(slices)
+        if min(slices.shape[2:]) < self.smallest_side:
             raise ValueError(
                 f"slices of {slices.shape[2]}x{slices.shape[3]} are smaller than the crop of "
-                f"{max(self.crop_sizes)}; pad them, or build the model with smaller crop_sizes"
+                f"{self.smallest_side}; pad them, or build the model with smaller crop_sizes"
             )
-
-
-def channels_last(input: Tensor) -> Tensor:
-    """Lays [N, C, H, W] out as NHWC, which convolutions on CPU and GPU prefer."""
-    return input.contiguous(memory_format=torch.channels_last)

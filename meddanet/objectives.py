@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .cost import cost_table
 from .data.slices import CachedCase, SliceSampler, augment
 from .losses import dice_loss, segmentation_loss
-from .med_danet_v2 import MedDANetV2, TrainingOutput, channels_last
+from .med_danet_v2 import MedDANetV2, TrainingOutput
+from .routing import channels_last
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Batches:
         cost_weight: Weight of the chosen route's cost, as a share of the dearest (lambda).
         bit_weight: Weight of the mean width's share of the dearest, in the quantised phase.
         intensity: Largest relative change and shift of a modality's intensities.
+        margin: Pixels that a crop has to spare on each side of the lesion to be the policy's answer.
     """
 
     cases: list[CachedCase]
@@ -34,6 +36,7 @@ class Batches:
     cost_weight: float = 0.06
     bit_weight: float = 0.06
     intensity: float = 0.1
+    margin: int = 0
     generator: torch.Generator = field(init=False)
     windows: SliceSampler = field(init=False)
     slices: SliceSampler = field(init=False)
@@ -52,7 +55,7 @@ class Batches:
     def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Returns augmented whole slices in their natural mix."""
         images, labels = self.slices.batch(size)
-        return augment(images, labels, self.generator, shift=0.12, intensity=self.intensity)
+        return augment(images, labels, self.generator, shift=0.06, intensity=self.intensity)
 
 
 Objective = Callable[[nn.Module, Batches, int, int], Tensor]
@@ -75,10 +78,13 @@ def lesion_box(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(first, 1), torch.stack(last, 1), lesion.flatten(1).any(1)
 
 
-def oracle_route(labels: Tensor, crop_sizes: tuple[int, ...]) -> Tensor:
-    """Returns the cheapest route [N] that sees every labelled pixel: skip, first fit, or whole."""
+def oracle_route(labels: Tensor, crop_sizes: tuple[int, ...], margin: int = 0) -> Tensor:
+    """Returns the cheapest route [N] that sees every labelled pixel: skip, first fit, or whole.
+
+    A crop fits with `margin` pixels to spare on each side.
+    """
     first, last, present = lesion_box(labels)
-    extent = (last - first + 1).amax(1)
+    extent = (last - first + 1).amax(1) + 2 * margin
     misfits = sum((extent > size).long() for size in sorted(crop_sizes))
     return torch.where(present, 1 + misfits, 0)
 
@@ -123,14 +129,14 @@ def branch_loss(
 def decision_loss(model: nn.Module, batches: Batches, step: int, size: int) -> Tensor:
     """Cross-entropy of the policy with the oracle's route, and the crop's distance in crop sizes.
 
-    A slice weighs more the more lesion it holds, which is what a wrong skip loses. Three of four
-    batches are whole slices, the fourth windows, so that both protocols are served.
+    A slice weighs up to four times as much as an empty one by the lesion it holds, which is what a
+    wrong skip loses.
     """
-    draw = batches.window_batch if step % 4 == 3 else batches.slice_batch
-    images, labels = draw(size)
-    images, route = channels_last(images), oracle_route(labels, model.crop_sizes)
+    images, labels = batches.slice_batch(size)
+    images = channels_last(images)
+    route = oracle_route(labels, model.crop_sizes, batches.margin)
     area = (labels > 0).flatten(1).sum(1)
-    weight = 1 + (area / area[area > 0].float().mean()).nan_to_num(0).clamp(max=2)
+    weight = 1 + 2 * (area / area[area > 0].float().mean()).nan_to_num(0).clamp(max=1.5)
     loss = (F.cross_entropy(model.decide(images), route, reduction="none") * weight).sum()
     loss = loss / weight.sum()
     position = model.locate(images)

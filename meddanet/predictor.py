@@ -14,6 +14,7 @@ from torch import Tensor
 from .cost import CONVENTIONS, CostTable, cost_table
 from .data import (
     LABELS,
+    MODALITIES,
     Volume,
     VolumeError,
     from_classes,
@@ -22,7 +23,7 @@ from .data import (
     window_origins,
 )
 from .engine import CHUNK, compile_engine, resolve_device
-from .med_danet_v2 import MedDANetV2, Segmentation, channels_last
+from .routing import RoutedSegmenter, Segmentation, channels_last
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Prediction:
             0 where none was made.
         num_bits: [D, S] or [D, M, S] int64 widths per encoder stage, 0 where it did not run.
         cost: "mac" and "paper": multiply-adds of the case, deciding networks included;
-            "static_mac" and "static_paper": of the same network on every whole slice (or window);
+            "static_mac" and "static_paper": of the same network, of a bank its dearest member, on
+            every whole slice (or window);
             "scaled_paper": "paper" with encoder stages scaled by b / 32.
         timings: Seconds: "normalise", "network" (normalised slices to label slices), "total".
     """
@@ -63,7 +65,7 @@ class VolumePredictor:
     """Segments volumes with one model.
 
     Args:
-        model: From `load_model` or `build_med_danet_v2`.
+        model: From `load_model`, `build_med_danet` or `build_med_danet_v2`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         window: None decides per slice; a number decides per overlapping window of that side and
             averages, the papers' protocol (128).
@@ -78,7 +80,7 @@ class VolumePredictor:
 
     def __init__(
         self,
-        model: MedDANetV2,
+        model: RoutedSegmenter,
         device: str | torch.device = "auto",
         window: int | None = None,
         labels: str | None = None,
@@ -86,11 +88,10 @@ class VolumePredictor:
     ) -> None:
         if labels is not None and labels not in LABELS:
             raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
-        smallest = max(model.crop_sizes, default=model.stride)
-        if window is not None and (window % model.stride or window < smallest):
+        if window is not None and (window % model.stride or window < model.smallest_side):
             raise ValueError(
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
-                f"{smallest}"
+                f"{model.smallest_side}"
             )
         if window is not None and executor not in ("auto", "eager"):
             raise ValueError(f"executor {executor} runs no windows; use auto or eager with a window")
@@ -123,7 +124,7 @@ class VolumePredictor:
         result = self._segment(fitting)
         result = result._replace(labels=result.labels[:, :height, :width])
         labelled = time.perf_counter()
-        own = volume.convention if volume.convention in LABELS else self.trained_labels
+        own = volume.convention if self._has_brain_labels(volume) else self.trained_labels
         convention = self.labels or own
         labels = from_classes(from_slices(result.labels.numpy(), volume), convention)
         finished = time.perf_counter()
@@ -142,6 +143,10 @@ class VolumePredictor:
                 "total": finished - began,
             },
         )
+
+    def _has_brain_labels(self, volume: Volume) -> bool:
+        """Tells whether the naming says what labels mean; the Decathlon names ten tasks alike."""
+        return volume.convention in LABELS and set(volume.modalities) <= set(MODALITIES)
 
     def _segment(self, slices: Tensor) -> Segmentation:
         """Segments slices of a size that the network takes; the result is on the CPU."""
@@ -164,7 +169,7 @@ class VolumePredictor:
     def _padded(self, *sides: int) -> list[int]:
         """Returns the sides rounded up to what the network takes."""
         stride = self.model.stride
-        smallest = max(self.window or 0, *self.model.crop_sizes, stride)
+        smallest = max(self.window or 0, self.model.smallest_side)
         return [-(-max(side, smallest) // stride) * stride for side in sides]
 
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -215,8 +220,7 @@ class VolumePredictor:
             table = self._table((1, slices.shape[1], *sides), convention)
             macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
-            deciding = table.macs("skip") + table.parts["whole"].get("selectors", 0)
-            cost[f"static_{convention}"] = float((table.macs("whole") - deciding) * len(route))
+            cost[f"static_{convention}"] = float(table.static_macs() * len(route))
         cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
         return cost
 

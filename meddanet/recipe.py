@@ -44,6 +44,7 @@ class TrainConfig:
         decision_network: Name for `build_decision_network`.
         decision_scale: The decision networks see slices averaged over squares of so many pixels.
         crop_sizes: Sides of the crops in pixels.
+        margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         num_bits: Widths the selectors choose from.
         cost_weight: Lambda of the joint phase.
         bit_weight: Weight of the mean width in the quantised phase.
@@ -64,7 +65,8 @@ class TrainConfig:
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
     decision_scale: int = 2
-    crop_sizes: tuple[int, ...] = (96,)
+    crop_sizes: tuple[int, ...] = (96, 128)
+    margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
     cost_weight: float = 0.06
     bit_weight: float = 0.06

@@ -145,7 +145,7 @@ def train(config: TrainConfig) -> Path:
     for number, phase in enumerate(config.phases):
         batches = Batches(
             training, phantoms, config.seed + 10 * number,
-            config.cost_weight, config.bit_weight, config.intensity,
+            config.cost_weight, config.bit_weight, config.intensity, config.margin,
         )
         if phase.objective == "segmenter":
             start_crop_stages(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,14 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .build import build_med_danet_v2
+from .build import build_med_danet, build_med_danet_v2
 from .data.storage import write_bytes
-from .layers import quantized_layers, set_quantization
-from .med_danet_v2 import MedDANetV2
+from .layers import quantized_layers
+from .routing import RoutedSegmenter
 from .version import __version__
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 _ENDING = ".safetensors"
+_BUILDERS: dict[str, Callable[..., RoutedSegmenter]] = {
+    "MedDANet": build_med_danet, "MedDANetV2": build_med_danet_v2,
+}
 _RANGE = "quantization.{}.input_amax"
 
 
@@ -27,7 +31,7 @@ def pretrained_names() -> list[str]:
 
 
 def save_model(
-    model: MedDANetV2,
+    model: RoutedSegmenter,
     path: str | Path,
     *,
     modalities: tuple[str, ...] = ("flair", "t1ce", "t1", "t2"),
@@ -37,7 +41,7 @@ def save_model(
     """Writes weights, input ranges and what is needed to use them; complete or not at all.
 
     Args:
-        model: Built by `build_med_danet_v2`.
+        model: Built by `build_med_danet` or `build_med_danet_v2`.
         path: Ends in .safetensors.
         modalities: Order of the input channels.
         label_convention: What the classes mean.
@@ -55,6 +59,7 @@ def save_model(
             f"modalities are {', '.join(modalities)}, expected {model.in_channels} of them"
         )
     facts = {
+        "model": type(model).__name__,
         "architecture": model.config,
         "modalities": list(modalities),
         "label_convention": label_convention,
@@ -67,7 +72,7 @@ def save_model(
     write_bytes(path, save(tensors, {key: json.dumps(value) for key, value in facts.items()}))
 
 
-def load_model(path_or_name: str | Path = "brats2021") -> MedDANetV2:
+def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     """Loads a model, ready to segment.
 
     Args:
@@ -82,7 +87,9 @@ def load_model(path_or_name: str | Path = "brats2021") -> MedDANetV2:
     path = _locate(path_or_name)
     metadata, tensors = _read(path)
     try:
-        model = build_med_danet_v2(**metadata["architecture"])
+        # older files name no model; they are of V2
+        build = _BUILDERS[metadata.get("model", "MedDANetV2")]
+        model = build(**metadata["architecture"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "
@@ -102,11 +109,12 @@ def load_model(path_or_name: str | Path = "brats2021") -> MedDANetV2:
         for name, value in own.items():
             value.copy_(tensors[name])
     model.metadata = metadata
-    set_quantization(model, quantize=True, update_range=False)
+    for layer in quantized_layers(model).values():
+        layer.update_range = False
     return model.eval().to(memory_format=torch.channels_last)
 
 
-def _tensors(model: MedDANetV2) -> dict[str, Tensor]:
+def _tensors(model: RoutedSegmenter) -> dict[str, Tensor]:
     """Returns parameters, buffers and input ranges by their name in the file, sharing memory."""
     layers = quantized_layers(model)
     ranges = {_RANGE.format(name): layer.input_amax for name, layer in layers.items()}

@@ -454,11 +454,30 @@ def test_info(capsys):
     whole = re.findall(r"^whole +([\d,.]+)", capsys.readouterr().out, re.MULTILINE)
     # in millions: true, and as V1 Table 3, Setting 2 has it (3.75 G)
     assert [round(float(w.replace(",", "")), 1) for w in whole] == [3575.8, 3752.3]
-    assert main(["info", "--cost", "unet-99"]) == 1
-    assert "unknown segmenter 'unet-99'" in capsys.readouterr().err
+    assert main(["info", "--cost", "vgg-16"]) == 1
+    assert "unknown segmenter 'vgg-16'" in capsys.readouterr().err
     assert main(["info", "--cost", "unet-16", "--size", "100"]) == 1
     captured = capsys.readouterr()
     assert "multiples of 8" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "routes"),
+    [
+        ("med-danet", ["skip", "M1", "M2", "M3", "M4"]),
+        ("med-danet-v2", ["skip", "crop-96", "whole"]),
+    ],
+)
+def test_info_of_whole_models(capsys, name, routes):
+    assert main(["info", "--cost", name, "--size", "128"]) == 0
+    shown = capsys.readouterr().out.split("as the papers count\n")[1]
+    rows = dict(re.findall(r"^(\S+) +([\d,.]+)", shown, re.MULTILINE))
+    assert [row for row in rows if row in routes] == routes
+    # in millions: the network that decides has 4.90, the dearest routes are V1 Table 3's M4 and M2
+    deciding = float(rows["skip"])
+    assert deciding == pytest.approx(4.90, abs=0.005)
+    expected = {"M4": 4979, "whole": 1067 + 1.2}[routes[-1]]  # V2: and 1.2 of Sobel filters
+    assert float(rows[routes[-1]].replace(",", "")) - deciding == pytest.approx(expected, abs=0.5)
 
 
 def dice(ours: Path, truth: Path, members: tuple[int, ...]) -> float:
@@ -520,3 +539,51 @@ def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):
         assert dice(ours, truth, members) == pytest.approx(row[region], abs=0.01)
     share = json.loads((tmp_path / f"{case.name}.json").read_text())["share_of_static"]
     assert share["mac"] <= 0.25
+
+
+@pytest.fixture
+def one_kernel(tmp_path, monkeypatch):
+    """Shortens the list of kernels to one class, and moves the user's cache folder."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("interpreted kernels are not compiled")
+    from meddanet.kernels import aot, precompiled, variants
+
+    name, launch = next(iter(variants.shape_classes().items()))
+    monkeypatch.setattr(variants, "shape_classes", lambda: {name: launch})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(precompiled, "PACKAGED", tmp_path / "absent")
+    monkeypatch.setattr(aot, "PACKAGED", tmp_path / "unwritable" / "compiled")
+    return tmp_path / "meddanet" / "kernels"
+
+
+def test_info_kernels(one_kernel, capsys):
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out.startswith("none precompiled")
+    assert main(["info", "--kernels", "--build", "8.6,9.0"]) == 0
+    captured = capsys.readouterr()
+    assert f"compiled into {one_kernel}" in captured.err
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert [line.split(",")[0] for line in captured.out.splitlines()] == ["sm_86", "sm_90"]
+    assert captured.out.count(f"{one_kernel}: 1 of 1 kernels (") == 2
+    (folder,) = one_kernel.iterdir()
+    folder.rename(one_kernel / "0.0.1")
+    assert main(["info", "--kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("triton 0.0.1" in line and "1 kernels, unused: triton" in line for line in lines)
+
+
+@pytest.mark.parametrize("archs", ["8.5", "", "86"])
+def test_info_kernels_of_no_architecture(one_kernel, capsys, archs):
+    assert main(["info", "--kernels", "--build", archs]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("meddanet: error: ") and "known are 8.0, 8.6" in line
+
+
+def test_info_kernels_without_triton(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for options in ([], ["--build", "8.6"]):
+        assert main(["info", "--kernels", *options]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("meddanet: error: compiling kernels needs the package triton: pip")

@@ -89,6 +89,14 @@ def test_counting_leaves_the_model_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_counting_in_inference_mode_counts_the_same():
+    model, shape = build_segmenter("unet-4"), (1, 4, 16, 16)
+    outside = cost_table(model, shape).parts
+    with torch.inference_mode():
+        assert cost_table(model, shape).parts == outside
+        assert count_macs(nn.Linear(5, 7), (2, 5)) == 70
+
+
 def test_a_batch_costs_its_size():
     model = build_segmenter("unet-12")
     assert count_macs(model, (3, 4, 32, 40)) == 3 * count_macs(model, (1, 4, 32, 40))

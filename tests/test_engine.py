@@ -20,7 +20,8 @@ from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.routing import Tile, shrink
 from meddanet.kernels import affine_paste
 from meddanet.layers import QuantLinear, quantized_layers, set_quantization
-from meddanet.med_danet_v2 import MedDANetV2, channels_last
+from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.routing import channels_last
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch"]

@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FLOORS = (
-    {"kernels", "data", "macs", "cost", "metrics", "surfaces", "recipe", "version"},
-    {"layers", "losses"},
-    {"networks", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
+    {"kernels", "data", "macs", "cost", "metrics", "surfaces", "recipe", "activation", "version"},
+    {"layers", "losses", "choice"},
+    {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
     {"build", "report"},
-    {"bench", "training", "objectives", "weights", "cohort", "evaluation"},
+    {"bench", "training", "training_v1", "objectives", "weights", "cohort", "evaluation"},
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )

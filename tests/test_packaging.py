@@ -35,17 +35,45 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 """
 
 
-def python(code: str, *arguments: str | Path, cwd: Path) -> str:
-    """Runs code that sees neither the working directory nor a GPU; returns its last line."""
-    run = subprocess.run(
+# argv: folder to import from, an architecture; prints how many of the listed kernels lie compiled
+LOOK_UP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from meddanet.kernels import variants
+from triton import knobs
+from triton.runtime.cache import FileCacheManager
+listed = variants.variants(int(sys.argv[2]))
+cache = knobs.cache.manager_class or FileCacheManager
+print(sum(cache(v.key).get_group(f"{v.name}.json") is not None for v in listed), "of", len(listed))
+"""
+
+
+def run_python(
+    code: str, *arguments: str | Path, cwd: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs code that sees neither the working directory nor a GPU."""
+    return subprocess.run(
         [sys.executable, "-I", "-c", code, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "MEDDANET_CUDA_ARCHS": ""} | variables,
         capture_output=True,
         text=True,
     )
+
+
+def python(code: str, *arguments: str | Path, cwd: Path, **variables: str) -> str:
+    """Runs code that has to succeed; returns its last line."""
+    run = run_python(code, *arguments, cwd=cwd, **variables)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()[-1]
+
+
+def build_wheel(source: Path, folder: Path, **variables: str) -> Path:
+    """Builds a wheel in a folder of its own and unpacks it."""
+    archive = folder / python(BUILD, "build_wheel", folder, cwd=source, **variables)
+    assert archive.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(archive, folder / "unpacked", format="zip")
+    return folder / "unpacked"
 
 
 def project_modules() -> set[str]:
@@ -74,11 +102,7 @@ def sdist(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
     """The unpacked wheel, built from the sdist as pip does."""
-    folder = tmp_path_factory.mktemp("wheel")
-    archive = folder / python(BUILD, "build_wheel", folder, cwd=sdist)
-    assert archive.name.endswith("-py3-none-any.whl")
-    shutil.unpack_archive(archive, folder / "unpacked", format="zip")
-    return folder / "unpacked"
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
 def test_sdist_holds_the_kernels_once(sdist):
@@ -138,3 +162,44 @@ def test_command_line_does_not_import_torch(wheel, tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import meddanet.cli; print(*sys.modules)"
     modules = set(python(code, wheel, cwd=tmp_path).split())
     assert "meddanet.cli" in modules and "torch" not in modules
+
+
+def test_kernels_compiled_at_install_are_found_where_they_are_installed(sdist, tmp_path_factory):
+    pytest.importorskip("triton")
+    source = tmp_path_factory.mktemp("source") / "meddanet"
+    shutil.copytree(sdist, source)
+    # all convolutions would take minutes
+    launcher = source / "kernels" / "conv_int_triton.py"
+    launcher.write_text(launcher.read_text().replace("def shape_classes", "def _shape_classes"))
+    folder = tmp_path_factory.mktemp("compiled")
+    installed = build_wheel(source, folder, MEDDANET_CUDA_ARCHS="8.6")
+    assert not (source / "kernels" / "compiled").exists(), "the sources stay as they are"
+    cache = {"TRITON_CACHE_DIR": str(folder / "cache"), "XDG_CACHE_HOME": str(folder)}
+    found, _, listed = python(LOOK_UP, installed, 86, cwd=folder, **cache).split()
+    assert found == listed != "0" and not (folder / "cache").exists()
+    assert python(LOOK_UP, installed, 89, cwd=folder, **cache) == f"0 of {listed}"
+
+    again = build_wheel(source, tmp_path_factory.mktemp("again"))
+    assert not (again / "meddanet" / "kernels" / "compiled").exists(), "left by the build before"
+
+
+@pytest.mark.parametrize(
+    ("absent", "archs", "message"),
+    [
+        ("triton", "8.6", "needs the package triton"),
+        ("torch", "8.6", "import of torch halted"),
+        ("edt", "8.5", "unknown CUDA architecture '8.5'; known are 8.0, 8.6"),
+    ],
+)
+def test_an_install_that_cannot_compile_fails_and_names_both_commands(
+    sdist, tmp_path, absent, archs, message
+):
+    source = tmp_path / "source"
+    shutil.copytree(sdist, source)
+    code = f"import sys; sys.modules[{absent!r}] = None\n{BUILD}"
+    run = run_python(code, "build_wheel", tmp_path, cwd=source, MEDDANET_CUDA_ARCHS=archs)
+    assert run.returncode == 1 and not list(tmp_path.glob("*.whl"))
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "pip install --no-build-isolation ." in line
+    assert "meddanet info --kernels --build 8.6,8.9" in line

@@ -94,6 +94,19 @@ def test_slices_and_cases_of_v1_table_3(name, per_slice, per_case, setting_2, ca
     assert case_2 is None or f"{whole.case:,.2f}" == case_2
 
 
+@pytest.mark.parametrize(
+    ("per_inference", "side", "all_cases"),
+    [
+        (0.605, 128, 99_026.40), (1.067, 128, 174_646.57), (2.358, 128, 385_957.45),
+        (4.979, 128, 814_962.73), (2.126, 240, 21_748.98), (3.75, 240, 38_362.50),
+        (8.882, 240, 90_862.86), (19.878, 240, 203_351.94),
+    ],
+)
+def test_all_cases_of_v1_table_3_are_66(per_inference, side, all_cases):
+    """The paper's own last digit is off by one in three of them."""
+    assert 66 * case_cost(per_inference, (side, side)).case == pytest.approx(all_cases, abs=0.011)
+
+
 def test_sixteen_windows_cover_a_slice():
     assert len(window_origins(240, 128)) ** 2 == 16
     assert case_cost(1.0, (128, 128)) == (1, 128, 16, 16 * 155)

@@ -15,8 +15,9 @@ from meddanet.build import build_med_danet_v2
 from meddanet.data import Volume, VolumeError
 from meddanet.data.phantom import make_phantom
 from meddanet.layers import quantized_layers, set_quantization
-from meddanet.med_danet_v2 import MedDANetV2, Segmentation
+from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
+from meddanet.routing import Segmentation
 
 MRI = ("flair", "t1ce", "t1", "t2")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..layers import quantized_layers
-from ..med_danet_v2 import MedDANetV2, Segmentation, channels_last
+from ..med_danet_v2 import MedDANetV2
+from ..routing import RoutedSegmenter, Segmentation, channels_last
 from .routing import SliceEngine
 
 EXECUTORS = ("auto", "openvino", "torch", "eager")
@@ -26,26 +27,26 @@ class Engine(Protocol):
     executor: str
 
     def segment(self, slices: Tensor) -> Segmentation:
-        """Segments slices [N, C, H, W] float32 on the CPU; see `MedDANetV2.segment`."""
+        """Segments slices [N, C, H, W] float32 on the CPU; see `RoutedSegmenter.segment`."""
 
 
 class EagerEngine:
-    """`MedDANetV2.segment` on any device, a bounded number of slices at a time."""
+    """A model's own `segment` on any device, a bounded number of slices at a time."""
 
     executor = "eager"
 
-    def __init__(self, model: MedDANetV2, device: torch.device) -> None:
+    def __init__(self, model: RoutedSegmenter, device: torch.device) -> None:
         self._model, self._device = model, device
 
     def segment(self, slices: Tensor) -> Segmentation:
-        """Segments slices [N, C, H, W] on the CPU; see `MedDANetV2.segment`."""
+        """Segments slices [N, C, H, W] on the CPU; see `RoutedSegmenter.segment`."""
         chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
         parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
         return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def compile_engine(
-    model: MedDANetV2, device: str | torch.device = "auto", executor: str = "auto"
+    model: RoutedSegmenter, device: str | torch.device = "auto", executor: str = "auto"
 ) -> Engine:
     """Prepares a model for inference; later changes of its weights do not reach the engine.
 
@@ -54,10 +55,10 @@ def compile_engine(
         device: "auto", "cpu", "cuda" or "cuda:N".
         executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
             float32), "eager" (the model's own layers), or "auto": the first of these that this
-            machine, installation and model allow. On a GPU only "eager" so far.
+            machine, installation and model allow. On a GPU, and for V1's bank, only "eager" so far.
 
     Returns:
-        An engine whose `segment` answers as `MedDANetV2.segment` does, up to rounding at ties. On a
+        An engine whose `segment` answers as the model's own does, up to rounding at ties. On a
         CPU it works on as many slices at a time as `torch.get_num_threads()` says now.
 
     Raises:
@@ -69,7 +70,9 @@ def compile_engine(
     place = resolve_device(device)
     if place.type != "cpu" and executor not in ("auto", "eager"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
-    if place.type != "cpu" or executor == "eager":
+    if executor in ("openvino", "torch") and not isinstance(model, MedDANetV2):
+        raise ValueError(f"executor {executor} runs MedDANetV2 only; use auto or eager")
+    if place.type != "cpu" or executor == "eager" or not isinstance(model, MedDANetV2):
         return EagerEngine(model.eval().to(place), place)
     model = model.eval().cpu()
     _check_ranges(model)

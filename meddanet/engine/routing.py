@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..med_danet_v2 import MedDANetV2, Segmentation
+from ..med_danet_v2 import MedDANetV2
+from ..routing import Segmentation
 
 Array = np.ndarray
 

@@ -25,7 +25,8 @@ from ..layers import (
     image_gradients,
     quantized_layers,
 )
-from ..med_danet_v2 import MedDANetV2, channels_last
+from ..med_danet_v2 import MedDANetV2
+from ..routing import channels_last
 from . import onednn
 
 Array = np.ndarray

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -29,6 +30,31 @@ def backend() -> Iterator[str]:
     name = "triton" if INTERPRETING else "reference"
     with use_backend(name):
         yield name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fused() -> None:
+    """Makes the interpreter's fused multiply-add round once, as a GPU's and newer tritons' does."""
+    if not INTERPRETING:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    theirs = InterpreterBuilder.create_fma
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return theirs(self, x, y, z)
+        # float64 holds the product, and with z = -float32(product) the sum
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU if there is one, unless Triton interprets; else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-FILES = ("test_crop_paste.py", "test_quantize.py", "test_operators.py::test_opcheck")
+FILES = (
+    "test_conv_int.py",
+    "test_crop_paste.py",
+    "test_head.py",
+    "test_quantize.py",
+    "test_operators.py::test_opcheck",
+)
 CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 

@@ -6,7 +6,18 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import meddanet.kernels.flops  # noqa: F401, registers the formulas
-from meddanet.kernels import affine_paste, bilinear_crop, fake_quant_conv2d, fake_quantize
+from meddanet.kernels import (
+    affine_paste,
+    bilinear_crop,
+    encode,
+    fake_quant_conv2d,
+    fake_quantize,
+    label_head,
+    pack_conv,
+    quant_conv2d,
+)
+from meddanet.kernels.conv_call import checked_call
+from meddanet.kernels.conv_int import flat
 
 OPS = torch.ops.meddanet
 
@@ -28,7 +39,51 @@ def learnt():
     return torch.tensor([4.0, 16.0], requires_grad=True)
 
 
+ONE = torch.ones(1)
+OFFSET = torch.tensor([[1, 2], [0, 0]], dtype=torch.int32)
+
+
+def integer(input, stream=None, transposed=False, **epilogue):
+    """Arguments of the integer convolution's operator."""
+    shape = (3, 4, 2, 2) if transposed else (4, 3, 3, 3)
+    stride, padding = (2, 0) if transposed else (1, 1)
+    conv = pack_conv(torch.randn(shape), torch.randn(4), stride, padding, num_bits=(8, 16),
+                     transposed=transposed)  # fmt: skip
+    arguments = {"num_bits": 8, "residual": None, "affine": None, "relu": False, "slots": None,
+                 "output_amax": None, "output_num_bits": 8, "count": None, **epilogue}  # fmt: skip
+    return *flat(checked_call(input, conv, ONE, stream=stream, **arguments)), stream
+
+
+def codes_of(num_bits):
+    return encode(image(LAST).detach(), ONE, num_bits)
+
+
 SAMPLES = {
+    "integer convolution, stream": lambda: (
+        OPS.quant_conv2d, integer(codes_of(8), torch.float16)
+    ),
+    "integer convolution, codes": lambda: (
+        OPS.quant_conv2d, integer(codes_of(8), output_amax=ONE, relu=True)
+    ),
+    "integer convolution, everything": lambda: (
+        OPS.quant_conv2d,
+        integer(codes_of(WIDTHS), torch.float32, num_bits=WIDTHS, output_num_bits=WIDTHS,
+                residual=torch.randn(2, 4, 7, 8), output_amax=ONE, slots=torch.tensor([1, 0]),
+                affine=(torch.ones(4), torch.ones(4)), count=torch.tensor([1])),
+    ),
+    "integer convolution, transposed": lambda: (
+        OPS.quant_conv2d, integer(codes_of(8), torch.float32, True, output_amax=ONE)
+    ),
+    "head, codes": lambda: (
+        OPS.label_head,
+        (codes_of(8), torch.ones(4, 32, dtype=torch.int8), torch.ones(4, dtype=torch.float64),
+         torch.zeros(4, dtype=torch.float64), ONE, 8, OFFSET, None, None, 2, 9, 9),
+    ),
+    "head, floats": lambda: (
+        OPS.label_head,
+        (image(LAST).detach(), torch.randn(4, 3), None, torch.randn(4), None, 8, OFFSET,
+         torch.tensor([2, 0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), 3, 9, 9),
+    ),
     "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),
     "crop, channels last": lambda: (OPS.bilinear_shift, (image(LAST), leaf(2, 2), 4, 5, False)),
     "paste": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 9, 9, True)),
@@ -124,6 +179,77 @@ def test_exported(dynamic, tmp_path):
     more = tuple(torch.cat([t, t.flip(0), t]) if t.shape[0] == 2 else t for t in inputs)
     for values in (inputs, more) if dynamic else (inputs,):
         torch.testing.assert_close(loaded(*values), chain(*values))
+
+
+CONVS = {
+    "stem": pack_conv(torch.randn(8, 3, 3, 3), padding=1, num_bits=(8, 16)),
+    "up": pack_conv(torch.randn(8, 4, 2, 2), stride=2, transposed=True),
+    "head": pack_conv(torch.randn(5, 4, 1, 1), torch.randn(5)),
+}
+
+
+class Integers(torch.nn.Module):
+    """Codes in, labels out: the operators of inference, with a width per sample."""
+
+    def forward(self, codes, widths, offset):
+        stem = quant_conv2d(codes, CONVS["stem"], ONE, num_bits=widths, stream=torch.float32,
+                            relu=True, output_amax=ONE)  # fmt: skip
+        up = quant_conv2d(stem.codes, CONVS["up"], ONE, output_amax=ONE)
+        labels = label_head(up.codes, CONVS["head"], offset=offset, size=20, amax=ONE)
+        return stem.stream, up.codes, labels
+
+
+def integers():
+    return codes_of(WIDTHS), WIDTHS, OFFSET
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_inference_compiled_in_one_graph(compiler):
+    compiled = torch.compile(Integers(), fullgraph=True, backend=compiler)
+    values = integers()
+    for actual, wanted in zip(compiled(*values), Integers()(*values), strict=True):
+        assert torch.equal(actual, wanted) and actual.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inference_exported(dynamic, tmp_path):
+    batch = torch.export.Dim("batch") if dynamic else None
+    shapes = {"codes": {1: batch}, "widths": {0: batch}, "offset": {0: batch}}
+    codes, widths, offset = values = integers()
+    program = torch.export.export(
+        Integers(), values, dynamic_shapes=shapes if dynamic else None, strict=True
+    )
+    torch.export.save(program, tmp_path / "integers.pt2")
+    loaded = torch.export.load(tmp_path / "integers.pt2").module()
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"meddanet.quant_conv2d.default", "meddanet.label_head.default"} <= called
+    more = torch.cat([codes, codes], 1), torch.cat([widths, widths]), torch.cat([offset, offset])
+    for batch in (values, more) if dynamic else (values,):
+        for actual, wanted in zip(loaded(*batch), Integers()(*batch), strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_flops_of_inference_are_those_of_the_plain_convolution(transposed):
+    input = image().detach()
+    weight = torch.randn((3, 4, 2, 2) if transposed else (4, 3, 3, 3))
+    stride = 2 if transposed else 1
+    plain = F.conv_transpose2d if transposed else F.conv2d
+    conv = pack_conv(weight, stride=stride, transposed=transposed)
+    codes = encode(input, ONE)
+    counts = []
+    for convolve in (
+        lambda: plain(input, weight, stride=stride),
+        lambda: quant_conv2d(codes, conv, ONE, stream=torch.float16),
+        lambda: quant_conv2d(codes, conv, ONE, output_amax=ONE),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            convolve()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == counts[2] > 0
+    with FlopCounterMode(display=False) as counter:
+        label_head(input, torch.randn(5, 3), offset=OFFSET, size=9)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 7 * 8 * 5
 
 
 def test_flops_are_those_of_the_plain_convolution():

@@ -1,0 +1,113 @@
+"""What precompiled kernels save a fresh process.
+
+    python benchmarks/cold_start.py RESULT.json [--arch 89] [--rounds 5]
+
+Every round starts two processes with an empty Triton cache, one with entries that `aot.build` made
+for the architecture, one without. Without a GPU a process makes every listed kernel ready as the
+JIT does up to the driver: listing, then compiling or reading each (`triton.compile`). Not in that
+time: starting Python and importing torch and triton (told apart), loading code onto a device, and
+the C launcher that Triton builds once per machine. "kernels_ready_cpu" is the processor time of
+compiling or reading alone, which other work on the machine hardly moves. With a GPU it is the first
+call of `MedDANetV2.segment` with the shipped weights, and the second one is told beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+
+from meddanet.kernels import aot, precompiled
+
+READY = """
+import json, resource, sys, time
+began = time.perf_counter()
+import torch, triton
+imported = time.perf_counter()
+from meddanet.kernels import variants
+listed = variants.variants(int(sys.argv[1]))
+def cpu():
+    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+busy = cpu()
+for variant in listed:
+    variant.compile()
+print(json.dumps({"import": imported - began, "kernels_ready": time.perf_counter() - imported,
+                  "kernels_ready_cpu": cpu() - busy, "kernels": len(listed)}))
+"""
+SEGMENT = """
+import json, time
+began = time.perf_counter()
+import torch
+from meddanet.med_danet_v2 import channels_last
+from meddanet.weights import load_model
+model = load_model().to("cuda")
+slices = channels_last(torch.randn(16, 4, 240, 240, device="cuda"))
+torch.cuda.synchronize()
+times = {"import": time.perf_counter() - began}
+for name in ("first_segment", "second_segment"):
+    began = time.perf_counter()
+    model.segment(slices)
+    torch.cuda.synchronize()
+    times[name] = time.perf_counter() - began
+print(json.dumps(times))
+"""
+
+
+def fresh_process(code: str, arch: int, home: Path) -> dict[str, float]:
+    """Runs code with an empty Triton cache and a user's folder that may hold entries."""
+    with tempfile.TemporaryDirectory() as cache:
+        variables = {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": str(home)}
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(arch)],
+            env=os.environ | variables, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measures and writes the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--arch", type=int, default=89, help="without a GPU: which one")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if precompiled.PACKAGED.exists():
+        sys.exit(f"{precompiled.PACKAGED} has entries that both sides would find: remove it")
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    arch = 10 * gpu[0] + gpu[1] if gpu else options.arch
+    rows: dict[str, list[dict[str, float]]] = {"compiled on first use": [], "precompiled": []}
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
+        aot.build([arch], Path(home) / "meddanet" / "kernels")
+        homes = dict(zip(rows, (Path(empty), Path(home)), strict=True))
+        for _ in range(options.rounds):
+            for name, folder in homes.items():
+                rows[name].append(fresh_process(SEGMENT if gpu else READY, arch, folder))
+    medians = {
+        name: {key: round(statistics.median(r[key] for r in runs), 3) for key in runs[0]}
+        for name, runs in rows.items()
+    }
+    content = {
+        "command": " ".join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
+        "measured": "first and second segment" if gpu else "every listed kernel ready, no GPU",
+        "device": torch.cuda.get_device_name() if gpu else f"none, for sm_{arch}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "python": platform.python_version(), "torch": torch.__version__,
+        "triton": triton.__version__, "rounds": options.rounds,
+        "median_seconds": medians, "rows": rows,
+    }  # fmt: skip
+    options.result.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(medians, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# What only a machine with a CUDA GPU can show, in parts of at most nine minutes.
+#
+#   benchmarks/gpu.sh test       the operations on the GPU, and the precompiled kernels found there
+#   benchmarks/gpu.sh sanitize   compute-sanitizer's memcheck and racecheck over a small set
+#   benchmarks/gpu.sh kernels    every kernel against its peers, side by side
+#   benchmarks/gpu.sh network    the whole network, and the first call with and without precompiling
+#
+#   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
+#   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
+#
+# Results go to $OUT (default benchmarks/results) and are whole after every test. Nothing has to be
+# installed: the checkout is put on Python's path. On a machine without network, packages that are
+# missing can lie in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
+#   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: --no-deps \
+#     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+part=${1:-}
+case $part in
+test | sanitize | kernels | network) shift ;;
+*)
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh >&2
+  exit 2
+  ;;
+esac
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=1
+  shift
+elif [[ ${MEDDANET_DRY_RUN:-} == 1 ]]; then
+  dry_run=1
+fi
+
+python=${PYTHON:-python3}
+out=$(realpath -m "${OUT:-benchmarks/results}")
+mkdir -p "$out"
+# for the processes that tests start elsewhere, too
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+[[ -d .gpu-packages ]] && PYTHONPATH="$PYTHONPATH:$PWD/.gpu-packages"
+[[ -n $dry_run ]] && export MEDDANET_DRY_RUN=1 CUDA_VISIBLE_DEVICES=
+
+say() { echo "gpu.sh $part: $*" >&2; }
+
+# modules that must be there, all named at once
+need() {
+  "$python" - "$@" <<'END' || exit 1
+import importlib.util, os, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"gpu.sh: this Python lacks {', '.join(missing)}: see the head of benchmarks/gpu.sh")
+import torch
+if os.environ.get("MEDDANET_DRY_RUN") != "1" and not torch.cuda.is_available():
+    sys.exit("gpu.sh: PyTorch sees no CUDA GPU; --dry-run proves the script without one")
+END
+}
+
+seconds=${LIMIT:-530}
+began=$SECONDS
+# runs pytest within what is left of the part's time; -v writes a line per test as it goes
+tests() {
+  local left=$((seconds - (SECONDS - began)))
+  if ((left < 5)); then
+    say "out of time before: $*"
+    return 1
+  fi
+  timeout --signal=INT --kill-after=10 "$left" \
+    "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+    -v -p no:cacheprovider "$@" 2>&1 | tee -a "$log"
+  local code=${PIPESTATUS[0]}
+  ((code == 124)) && say "stopped after $left s; results up to here are kept"
+  return "$code"
+}
+
+log=$out/gpu-$part.log
+: >"$log"
+status=0
+
+case $part in
+test)
+  need pytest hypothesis numpy triton
+  tests tests/kernels/test_devices.py tests/kernels/test_aot.py "$@" || status=1
+  ;;
+
+sanitize)
+  need pytest hypothesis numpy triton
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
+  if [[ -z $sanitizer && -z $dry_run ]]; then
+    say "compute-sanitizer is not here: install the CUDA toolkit's, or put it on the PATH"
+    exit 1
+  fi
+  # the caching allocator would hide a write beside a tensor
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  chosen=(tests/kernels/test_devices.py -k "not second_gpu and not training")
+  tests "${chosen[@]}" "$@" || status=1
+  for tool in memcheck racecheck; do
+    [[ -n $dry_run ]] && continue
+    left=$((seconds - (SECONDS - began)))
+    say "$tool, at most $left s"
+    timeout --kill-after=10 "$((left > 5 ? left : 5))" "$sanitizer" --tool "$tool" \
+      --target-processes application-only --kernel-regex kns=_kernel --error-exitcode 9 \
+      "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+      -v -x -p no:cacheprovider "${chosen[@]}" "$@" 2>&1 | tee "$out/gpu-$tool.log"
+    code=${PIPESTATUS[0]}
+    say "$tool ended with $code (0: clean, 9: errors found, 124: out of time)"
+    ((code == 0)) || status=1
+  done
+  ;;
+
+kernels)
+  need pytest pytest_benchmark numpy triton
+  export MEDDANET_RESULTS=$out/${dry_run:+dry-}kernels.json
+  tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
+    || status=1
+  say "results: $MEDDANET_RESULTS"
+  ;;
+
+network)
+  need pytest pytest_benchmark numpy triton nibabel isal safetensors
+  export MEDDANET_RESULTS=$out/${dry_run:+dry-}network.json
+  tests benchmarks/test_network.py -s --benchmark-columns=median,rounds "$@" || status=1
+  cold=$out/${dry_run:+dry-}cold_start.json
+  timeout "$((seconds - (SECONDS - began)))" \
+    "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" \
+    2>&1 | tee -a "$log" || status=1
+  say "results: $MEDDANET_RESULTS $cold"
+  ;;
+esac
+
+((status == 0)) && say "done in $((SECONDS - began)) s" || say "FAILED, see $log"
+exit $status

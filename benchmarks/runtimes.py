@@ -1,0 +1,136 @@
+"""Other runtimes for the static U-Net of the same weights: what a user of a CPU would reach for.
+
+Each function returns a run over all slices, or raises `Unavailable` saying why it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from meddanet.bench import static_network
+from meddanet.layers import set_quantization
+from meddanet.med_danet_v2 import MedDANetV2
+
+Labels = np.ndarray
+Run = Callable[[], Labels]
+
+
+class Unavailable(Exception):
+    """A peer that this machine or installation does not have."""
+
+
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unavailable(f"{name} is not installed") from error
+
+
+class _Recordable(nn.Module):
+    """The forward pass of a `UNet` without the check of its input, which asks for sizes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, slices):
+        x, skips = self.network.init(slices), []
+        for stage in self.network.encoder:
+            skip, x = stage(x)
+            skips.append(skip)
+        return self.network.last_stage(self.network.decode(x, skips))
+
+
+def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run:
+    """OpenVINO, one slice per stream, all streams busy; 8 bit by this package's codes and ranges.
+
+    Args:
+        model: Whose segmenter it is.
+        slices: [N, C, H, W].
+        num_bits: 8, or 32 for float32.
+    """
+    ov = _require("openvino")
+    from openvino import opset13 as ops
+
+    from meddanet.engine.opset import translate
+
+    network = static_network(model)
+    if num_bits == 8:
+        set_quantization(network, quantize=True, update_range=False)
+    image = ops.parameter([1, *slices.shape[1:]], np.float32)
+    (logits,) = translate(_Recordable(network), [image])
+    axis = ops.constant(np.array([1], np.int64))
+    best = ops.topk(logits, ops.constant(np.int64(1)), 1, "max", "none", "i32").output(1)
+    labels = ops.convert(ops.squeeze(best, axis), "u8")
+    threads = torch.get_num_threads()
+    compiled = ov.Core().compile_model(
+        ov.Model([labels], [image]), "CPU",
+        {"NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
+         "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False},
+    )
+    queue = ov.AsyncInferQueue(compiled, threads)
+    result = np.empty((len(slices), *slices.shape[2:]), np.uint8)
+
+    def keep(request: Any, index: int) -> None:
+        result[index] = request.get_output_tensor(0).data[0]
+
+    queue.set_callback(keep)
+
+    def run() -> Labels:
+        for index in range(len(slices)):
+            queue.start_async([ov.Tensor(slices[index : index + 1], shared_memory=True)], index)
+        queue.wait_all()
+        return result
+
+    return run
+
+
+def onnxruntime_static(
+    model: MedDANetV2, slices: np.ndarray, num_bits: int, folder: Path
+) -> Run:
+    """ONNX Runtime, slice by slice; 8 bit by its own static quantisation, every 12th slice seen."""
+    runtime = _require("onnxruntime")
+    _require("onnx"), _require("onnxscript")
+    path = folder / "static.onnx"
+    if not path.exists():
+        network = static_network(model).to(memory_format=torch.contiguous_format)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network, (torch.from_numpy(slices[:1]),), path, dynamo=True, verbose=False,
+                input_names=["slices"], external_data=False,
+            )
+    if num_bits == 8:
+        path = _quantized(path, slices[::12], folder / "static-int8.onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run() -> Labels:
+        parts = [session.run(None, {"slices": part})[0] for part in np.split(slices, len(slices))]
+        return np.concatenate([part.argmax(1).astype(np.uint8) for part in parts])
+
+    return run
+
+
+def _quantized(path: Path, slices: np.ndarray, target: Path) -> Path:
+    quantization = _require("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.waiting = iter(np.split(slices, len(slices)))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            part = next(self.waiting, None)
+            return None if part is None else {"slices": part}
+
+    quantization.quantize_static(str(path), str(target), Reader(), per_channel=True)
+    return target

@@ -1,0 +1,40 @@
+"""What the benchmarks of whole volumes share: the cases, agreement before timing, and where the numbers go."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from meddanet.bench import machine
+from meddanet.data import Case, find_cases
+from meddanet.data.phantom import write_phantom
+from meddanet.metrics import dice_score
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021"
+RESULTS = Path(__file__).parent / "results"
+HELD_OUT = ("BraTS2021_00000", "BraTS2021_00024", "BraTS2021_01480")
+
+
+def cases(folder: Path) -> list[Case]:
+    """Returns the real cases that no shipped weight has seen, or a phantom written to `folder`."""
+    real = [DATA / name for name in HELD_OUT if (DATA / name).is_dir()]
+    return [find_cases(path)[0] for path in real or [write_phantom(folder)]]
+
+
+def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the Dice score of two label maps' lesions, all classes together."""
+    return round(float(dice_score(np.asarray(first) > 0, np.asarray(second) > 0)), 4)
+
+
+def write_results(level: str, content: dict) -> Path:
+    """Puts one level's numbers into the JSON of this machine and returns its path."""
+    facts = machine()
+    processor = re.sub(r"\W+", "-", str(facts["processor"]).lower()).strip("-")
+    path = RESULTS / f"cpu_{processor}_{facts['threads']}threads.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[level] = {"machine": facts, **content}
+    path.write_text(json.dumps(known, indent=2) + "\n")
+    return path

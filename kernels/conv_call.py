@@ -1,0 +1,209 @@
+"""One call of the integer convolution, as its executors take it: checked, shapes known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .conv_pack import PackedConv, channels_last_planes, split_codes
+from .grid import qmax
+from .quantize import check_num_bits
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """Everything `quant_conv2d` computes with, but the tensors it writes.
+
+    Sample-wise tensors of the input (`amax`, `num_bits`) go by the input's samples, those of the
+    output (`residual`, `output_amax`, `output_num_bits`) by slots.
+
+    Attributes:
+        input: int8 byte planes [P, N, C, H, W], channels last; see `conv_pack`.
+        conv: The packed weights.
+        amax: float32 [1] or [N], range of the input.
+        num_bits: Int, or int32 [N].
+        residual: [M, Cout, Hout, Wout] in float32, float16 or bfloat16, channels last, or None.
+        affine: (scale, shift), float64 [Cout], or None.
+        relu: Whether to cut off below zero.
+        output_amax: float32 [1] or [M], range of the output codes.
+        output_num_bits: Int, or int32 [M].
+        slots: int32 [M] with the sample that each slot reads, or None: slot m reads sample m.
+        count: int32 [1], how many slots are in use, or None: all.
+    """
+
+    input: Tensor
+    conv: PackedConv
+    amax: Tensor
+    num_bits: int | Tensor = 8
+    residual: Tensor | None = None
+    affine: tuple[Tensor, Tensor] | None = None
+    relu: bool = False
+    output_amax: Tensor | None = None
+    output_num_bits: int | Tensor = 8
+    slots: Tensor | None = None
+    count: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """M, the number of slots."""
+        return self.input.shape[1] if self.slots is None else self.slots.shape[0]
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the output."""
+        conv = self.conv
+        sizes = []
+        for axis in range(2):
+            size, padding = self.input.shape[3 + axis], conv.padding[axis]
+            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            if conv.transposed:
+                sizes.append((size - 1) * conv.stride[axis] - 2 * padding + reach + 1)
+            else:
+                sizes.append((size + 2 * padding - reach - 1) // conv.stride[axis] + 1)
+        return sizes[0], sizes[1]
+
+    @property
+    def output_planes(self) -> int:
+        """Byte planes of the output codes: 2 where a sample may have more than 8 bits."""
+        width = self.output_num_bits
+        return 2 if isinstance(width, Tensor) or width > 8 else 1
+
+    def new_stream(self, dtype: torch.dtype) -> Tensor:
+        """Allocates the sum's tensor [M, Cout, Hout, Wout], channels last; zeros if unused."""
+        return self._new(1, dtype)[0]
+
+    def new_codes(self) -> Tensor:
+        """Allocates the output's byte planes [P, M, Cout, Hout, Wout], channels last."""
+        return self._new(self.output_planes, torch.int8)
+
+    def _new(self, planes: int, dtype: torch.dtype) -> Tensor:
+        shape = (planes, self.samples, *self.output_size, self.conv.out_channels)
+        # a narrow sample's high plane and an unused slot are never written
+        make = torch.zeros if planes == 2 or self.count is not None else torch.empty
+        output = make(shape, dtype=dtype, device=self.input.device)
+        return output.permute(0, 1, 4, 2, 3)
+
+
+def largest_code(num_bits: int) -> Tensor:
+    """Returns qmax as float32, NaN for a width outside of 2..16."""
+    return torch.as_tensor(qmax(torch.tensor(num_bits))).float()
+
+
+def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:
+    """Returns the float32 step of one of the ranges [1] or [N]; an infinite one has none, NaN."""
+    amax = amax[index if len(amax) > 1 else 0]
+    return (amax + 0 * amax) / largest_code(num_bits).to(amax.device)
+
+
+def pixel_pitch(image: Tensor) -> int | None:
+    """Returns how many elements lie from pixel to pixel of [N, C, H, W], or None.
+
+    That is C for a dense channels-last tensor and more for some channels of one, such as the half
+    of a concatenation. None means that pixels do not follow one another at one distance.
+    """
+    n, channels, height, width = image.shape
+    if image.numel() == 0:
+        return channels
+    steps = ((width, image.stride(3), 1), (height, image.stride(2), width),
+             (n, image.stride(0), height * width))  # fmt: skip
+    # the innermost axis that has a second element tells
+    seen = [(stride, pixels) for size, stride, pixels in steps if size > 1]
+    pitch = seen[0][0] // seen[0][1] if seen else channels
+    even = all(stride == pitch * pixels for stride, pixels in seen)
+    side_by_side = channels == 1 or image.stride(1) == 1
+    return pitch if side_by_side and even and pitch >= channels else None
+
+
+def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
+    """Returns codes in any of the accepted forms as byte planes [P, N, C, H, W], checked."""
+    if input.dtype == torch.int16 and input.dim() == 4:
+        input = split_codes(input)
+    planes = input[None] if input.dim() == 4 else input
+    if planes.dtype != torch.int8 or planes.dim() != 5 or planes.shape[0] not in (1, 2):
+        raise ValueError(
+            "input must be codes: int8 or int16 [N, C, H, W], or int8 byte planes [2, N, C, H, W], "
+            f"got {input.dtype} {list(input.shape)}"
+        )
+    if planes.shape[2] != conv.in_channels:
+        raise ValueError(f"input has {planes.shape[2]} channels, weights take {conv.in_channels}")
+    check_num_bits("num_bits", num_bits, planes.shape[1])
+    for width in (num_bits,) if isinstance(num_bits, int) else (8, 16)[: planes.shape[0]]:
+        conv.variant(width)
+    if isinstance(num_bits, int) and num_bits > 8 and planes.shape[0] == 1:
+        raise ValueError(f"codes of {num_bits} bits need two byte planes: see split_codes")
+    if any(pixel_pitch(plane) is None for plane in planes.unbind()):
+        planes = channels_last_planes(planes)
+    return planes
+
+
+def _widths(num_bits: int | Tensor) -> int | Tensor:
+    return num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
+
+
+def _range(name: str, amax: Tensor, samples: int) -> Tensor:
+    if amax.numel() not in (1, samples):
+        raise ValueError(
+            f"{name} must hold one value or one per sample, {samples}, got shape {list(amax.shape)}"
+        )
+    return amax.detach().to(torch.float32).reshape(-1)
+
+
+def _check_output(call: ConvCall, stream: torch.dtype | None) -> None:
+    shape = (call.samples, call.conv.out_channels, *call.output_size)
+    if stream is None and call.output_amax is None:
+        raise ValueError("neither output is asked for: give stream=dtype, output_amax, or both")
+    if stream not in (None, *FLOATS):
+        raise ValueError(f"stream must be float32, float16 or bfloat16, got {stream}")
+    if min(shape[2:]) < 1:
+        raise ValueError(f"input of {list(call.input.shape[3:])} pixels is smaller than the kernel")
+    residual = call.residual
+    if residual is not None and (residual.shape != shape or residual.dtype not in FLOATS):
+        raise ValueError(
+            f"residual must be {list(shape)} in float32, float16 or bfloat16, "
+            f"got {residual.dtype} {list(residual.shape)}"
+        )
+    if call.affine is not None and any(t.shape != (shape[1],) for t in call.affine):
+        raise ValueError(f"affine must be (scale, shift) of shape [{shape[1]}] each")
+
+
+def _integers(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().to(torch.int32).reshape(-1)
+
+
+def checked_call(
+    input: Tensor,
+    conv: PackedConv,
+    amax: Tensor,
+    *,
+    num_bits: int | Tensor,
+    residual: Tensor | None,
+    stream: torch.dtype | None,
+    affine: tuple[Tensor, Tensor] | None,
+    relu: bool,
+    output_amax: Tensor | None,
+    output_num_bits: int | Tensor,
+    slots: Tensor | None,
+    count: Tensor | None,
+) -> ConvCall:
+    """Checks the arguments of `quant_conv2d`, without asking the device, and brings them in form.
+
+    Raises:
+        ValueError: If a shape, dtype or width does not fit, or no output is asked for.
+    """
+    planes = _planes(input, conv, num_bits)
+    samples = planes.shape[1] if slots is None else slots.shape[0]
+    check_num_bits("output_num_bits", output_num_bits, samples)
+    if residual is not None:
+        residual = residual.detach().contiguous(memory_format=torch.channels_last)
+    call = ConvCall(
+        planes, conv, _range("amax", amax, planes.shape[1]), _widths(num_bits), residual,
+        None if affine is None else (affine[0].detach().double(), affine[1].detach().double()),
+        relu, None if output_amax is None else _range("output_amax", output_amax, samples),
+        _widths(output_num_bits), _integers(slots), _integers(count),
+    )  # fmt: skip
+    _check_output(call, stream)
+    return call

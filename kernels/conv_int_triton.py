@@ -1,0 +1,174 @@
+"""Launches of the integer convolution's Triton kernel, `conv_kernel_triton.py`.
+
+Everything that shapes the machine code is decided here, by a static rule per class of shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton
+from .conv_call import ConvCall, pixel_pitch
+from .conv_kernel_triton import conv_kernel
+from .conv_pack import K_MULTIPLE, PackedConv
+
+
+def supports(conv: PackedConv) -> bool:
+    """Returns whether the kernel computes this convolution: 1x1, 3x3, or a transposed 2x2."""
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if conv.transposed:
+        return (kernel, stride, padding) == ((2, 2), (2, 2), (0, 0))
+    square = all(pair[0] == pair[1] for pair in (kernel, stride, padding))
+    plain = conv.groups == 1 and conv.dilation == (1, 1)
+    return square and plain and kernel[0] in (1, 3) and stride[0] in (1, 2)
+
+
+def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
+    """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
+
+    Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
+    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on
+    registers leave what the compiler would spill otherwise, and let three or four programs run.
+    """
+    rows, depth = conv.codes.shape[2:]
+    widest = 32 if wide else 64
+    columns = min(widest, max(16, triton.next_power_of_2(rows)))
+    return {
+        "BLOCK_M": 128 if pixels >= 2048 and columns < widest else 64,
+        "BLOCK_N": columns,
+        "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
+        "STAGES": 1 if depth <= 320 else 3,
+        "num_warps": 4,
+        "maxnreg": 128 if columns == 16 else 168,
+    }
+
+
+def _widths(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
+    return (None, num_bits) if isinstance(num_bits, int) else (num_bits, 0)
+
+
+def _stride(amax: Tensor | None) -> int:
+    return 0 if amax is None or len(amax) == 1 else 1
+
+
+def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
+    """Launches the convolution into given outputs, once, without a word from the device.
+
+    Args:
+        call: As `conv_call.checked_call` makes it.
+        stream: [M, Cout, Hout, Wout] in any of the stream's dtypes, dense, channels last; may be
+            the call's residual. None: not stored.
+        codes: int8 byte planes [P, M, Cout, Hout, Wout], channels last, or some channels of wider
+            ones, such as the half of a concatenation. None: not stored.
+    """
+    conv = call.conv
+    bits_tensor, bits = _widths(call.num_bits)
+    mixed = bits_tensor is not None and len(call.input) == 2
+    wide = mixed or bits > 8
+    out_bits_tensor, out_bits = _widths(call.output_num_bits)
+    out_low, out_high = (None, None) if codes is None else (codes[0], codes[1:])
+    out_high = out_high[0] if out_high is not None and len(out_high) else None
+    several = bits_tensor is not None and len(conv.num_bits) > 1
+    height, width = call.input.shape[3:]
+    out_height, out_width = call.output_size
+    pixels = height * width if conv.transposed else out_height * out_width
+    sizes = blocks(conv, pixels, wide)
+    pitch, out_pitch = (
+        conv.out_channels if image is None else pixel_pitch(image)
+        for image in (call.input[0], out_low)
+    )
+    reach = max(height * width * pitch, out_height * out_width * max(out_pitch, conv.out_channels))
+    tiles = triton.cdiv(pixels, sizes["BLOCK_M"])
+    columns = triton.cdiv(conv.codes.shape[2], sizes["BLOCK_N"])
+    gain, shift = call.affine or (None, None)
+    with torch.cuda.device_of(call.input):
+        conv_kernel[(call.samples * tiles * columns,)](
+            call.input[0], call.input[1] if wide else None, bits_tensor, call.amax, conv.codes,
+            conv.scale, conv.bias, call.residual, gain, shift, out_bits_tensor, call.output_amax,
+            call.slots, call.count, stream, out_low, out_high,
+            bits, 0 if several or bits_tensor is not None else conv.variant(bits),
+            _stride(call.amax), out_bits, _stride(call.output_amax),
+            height, width, out_height, out_width, tiles, conv.codes.shape[3],
+            C_IN=conv.in_channels, C_OUT=conv.out_channels, KERNEL=conv.kernel_size[0],
+            STRIDE=1 if conv.transposed else conv.stride[0], PADDING=conv.padding[0],
+            TRANSPOSED=conv.transposed, K=conv.codes.shape[3], PLANES=conv.codes.shape[1],
+            PITCH=pitch, OUT_PITCH=out_pitch,
+            WIDTHS=sum(1 << width for width in conv.num_bits) if several else 0,
+            NARROW=mixed or not wide, WIDE=wide, RELU=call.relu,
+            INDEX=tl.int64 if reach >= 2**31 else tl.int32,
+            enable_fp_fusion=False, **sizes,
+        )  # fmt: skip
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    U-Net-16: the encoder's stages take 8 or 16 bits per sample, all else has 8. A last convolution
+    of a stage stores the stream and codes for what reads it; routed batches count their slots.
+    """
+    found: dict[str, Callable[[], object]] = {}
+    # the block's size hangs on the number of pixels
+    for side in (240, 96):
+        _add_unet(found, side)
+    return found
+
+
+def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
+    """Adds the convolutions of U-Net-16 on slices of one side."""
+
+    def add(name: str, c_in: int, c_out: int, kernel: int, side: int, **epilogue) -> None:
+        for routed in (False, True):
+            label = f"{name}, {c_in} to {c_out} channels, {side}{', routed' if routed else ''}"
+            found[label] = partial(_launch_meta, c_in, c_out, kernel, side, routed, **epilogue)
+
+    add("first convolution", 4, 16, 3, full, stream=True, mixed_out=True, affine=True)
+    for level, blocks_of_stage in enumerate((1, 2, 2, 4)):
+        c, side = 16 << level, full >> level
+        mixed = {"mixed": True, "mixed_out": True}
+        second = {"residual": True, "stream": True}
+        add("encoder block, first", c, c, 3, side, **mixed)
+        add("encoder block, last of its stage", c, c, 3, side, affine=False, **second, **mixed)
+        if blocks_of_stage > 1:
+            add("encoder block, second", c, c, 3, side, affine=True, **second, **mixed)
+        if level == 3:
+            break
+        add("down", c, 2 * c, 3, side, stride=2, stream=True, affine=True, **mixed)
+        add("up, reduce", 2 * c, c, 1, side // 2, relu=False)
+        add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, relu=False)
+        add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True)
+        add("decoder block, first", c, c, 3, side)
+        add("decoder block, second", c, c, 3, side, relu=False, **second)
+
+
+def _launch_meta(
+    c_in: int, c_out: int, kernel: int, side: int, routed: bool, *, stride: int = 1,
+    transposed: bool = False, mixed: bool = False, mixed_out: bool = False,
+    residual: bool = False, stream: bool = False, affine: bool = False, relu: bool = True,
+) -> None:  # fmt: skip
+    """Launches a convolution whose tensors have no memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    planes, taps = 1 + mixed, kernel**2
+    rows, depth = (taps * c_out, c_in) if transposed else (c_out, taps * c_in)
+    conv = PackedConv(
+        empty(planes, planes, rows, triton.cdiv(depth, K_MULTIPLE) * K_MULTIPLE, dtype=torch.int8),
+        empty(planes, c_out, dtype=torch.float64), empty(c_out, dtype=torch.float64),
+        (8, 16)[:planes], c_in, (kernel, kernel), (stride, stride),
+        (0, 0) if transposed else (kernel // 2, kernel // 2), (1, 1), 1, transposed,
+    )  # fmt: skip
+    widths, one = empty(2, dtype=torch.int32), empty(1)
+    constants = empty(c_out, dtype=torch.float64)
+    call = ConvCall(
+        empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
+        widths if mixed else 8, None, (constants, constants) if affine else None, relu, one,
+        widths if mixed_out else 8, widths if routed else None, one.int() if routed else None,
+    )  # fmt: skip
+    total = call.new_stream(torch.float16) if stream else None
+    run(replace(call, residual=total if residual else None), total, call.new_codes())

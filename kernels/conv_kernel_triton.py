@@ -1,0 +1,187 @@
+"""The Triton kernel of the integer convolution; `conv_int.py` has the equations.
+
+An implicit matrix product on int8 tensor cores: pixels of one sample by output channels, K running
+over (tap, channel) flattened, so that 4 or 16 channels fill the 32 of one instruction. A transposed
+2x2 convolution of stride 2 is a 1x1 with 4 * Cout rows whose results scatter. A program serves one
+sample and takes that sample's width on the device; 16-bit codes are four products of bytes,
+(256 a + b)(256 c + d), in three exact int32 sums.
+"""
+
+from __future__ import annotations
+
+from .backend import tl, triton
+from .conv_epilogue_triton import codes_of, float_of, plus, step_of, times_plus
+
+
+@triton.jit
+def _add_products(
+    start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width,
+    C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of BLOCK_K values of K, from `start` on, to the sums of bytes."""
+    k = start + tl.arange(0, BLOCK_K)
+    if C_IN % BLOCK_K == 0:
+        # one tap for the whole block
+        tap, channel = start // C_IN, start % C_IN + tl.arange(0, BLOCK_K)
+    else:
+        tap, channel = (k // C_IN)[None, :], k % C_IN
+    row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
+    # taps beyond the last are the padding of K
+    mask = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tap < KERNEL * KERNEL)
+    offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
+    offs_w = rows[None, :] * K + k[:, None]
+    mask_w = rows[None, :] < ROWS
+
+    low = tl.load(low_ptr + offs, mask=mask, other=0)
+    weight_low = tl.load(weight_ptr + offs_w, mask=mask_w, other=0)
+    low_low = tl.dot(low, weight_low, low_low, out_dtype=tl.int32)
+    if WIDE:
+        high = tl.load(high_ptr + offs, mask=mask, other=0)
+        weight_high = tl.load(weight_ptr + ROWS * K + offs_w, mask=mask_w, other=0)
+        mixed = tl.dot(high, weight_low, mixed, out_dtype=tl.int32)
+        mixed = tl.dot(low, weight_high, mixed, out_dtype=tl.int32)
+        high_high = tl.dot(high, weight_high, high_high, out_dtype=tl.int32)
+    return low_low, mixed, high_high
+
+
+@triton.jit
+def _integer_sum(
+    low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, depth,
+    C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums over taps and channels; y and x are the input pixel under the first tap."""
+    low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    if K <= 160 and not WIDE:
+        # up to 3x3 on 16 channels: all addresses are known in advance
+        for start in tl.static_range(0, K, BLOCK_K):
+            low_low, mixed, high_high = _add_products(
+                start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,
+                height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_K,
+            )  # fmt: skip
+    else:
+        # `depth` is K, but unknown to the compiler, which would unroll the loop and spill
+        for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+            low_low, mixed, high_high = _add_products(
+                start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,
+                height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_K,
+            )  # fmt: skip
+
+    if WIDE:
+        total = (high_high.to(tl.int64) << 16) + (mixed.to(tl.int64) << 8) + low_low
+        return float_of(total, PRECISE)
+    else:
+        return float_of(low_low, PRECISE)
+
+
+@triton.jit
+def _variant(bits, index, WIDTHS: tl.constexpr):
+    """Returns which packed weights a sample of `bits` takes; bit b of WIDTHS: b is packed."""
+    if WIDTHS == 0:
+        return index
+    else:
+        index = bits * 0
+        narrow, packed = 0, 0
+        for b in tl.static_range(2, 17):
+            if (WIDTHS >> b) % 2 == 1:
+                index += (bits > b).to(tl.int32)
+                packed += 1
+                if b <= 8:
+                    narrow += 1
+        # a width above all of as many bytes takes the widest of them
+        return tl.minimum(index, tl.where(bits > 8, packed, narrow) - 1)
+
+
+# sizes of images change nothing in the machine code
+@triton.jit(
+    do_not_specialize=[
+        "bits", "variant", "amax_stride", "out_bits", "out_amax_stride", "height", "width",
+        "out_height", "out_width", "tiles", "depth",
+    ]
+)  # fmt: skip
+def conv_kernel(
+    low_ptr, high_ptr, bits_ptr, amax_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
+    shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, out_low_ptr,
+    out_high_ptr,
+    bits, variant, amax_stride, out_bits, out_amax_stride, height, width, out_height, out_width,
+    tiles, depth,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PLANES: tl.constexpr,
+    PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDTHS: tl.constexpr, NARROW: tl.constexpr,
+    WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels."""
+    ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
+    PRECISE: tl.constexpr = out_high_ptr is not None
+    columns: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    slot = (tl.program_id(0) // (tiles * columns)).to(tl.int64)
+    if count_ptr is not None and slot >= tl.load(count_ptr):
+        return
+    sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
+    pixel = (tl.program_id(0) // columns % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (tl.program_id(0) % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # a transposed convolution walks its input's pixels, the others their output's
+    line = width if TRANSPOSED else out_width
+    valid = pixel < line * (height if TRANSPOSED else out_height)
+    y, x = pixel // line, pixel % line
+
+    bits = bits if bits_ptr is None else tl.load(bits_ptr + sample)
+    variant = _variant(bits, variant, WIDTHS)
+    step, _ = step_of(amax_ptr + sample * amax_stride, bits)
+    first = sample * height * width * PITCH
+    weights = weight_ptr + variant * (PLANES * ROWS * K)
+    # a row far above the image is masked at every tap
+    top, left = tl.where(valid, y * STRIDE - PADDING, -65536), x * STRIDE - PADDING
+    if WIDE and (not NARROW or bits > 8):
+        head, tail = _integer_sum(
+            low_ptr + first, high_ptr + first, weights, top, left, rows, height, width,
+            depth, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, True, PRECISE, INDEX,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        head, tail = _integer_sum(
+            low_ptr + first, low_ptr, weights, top, left, rows, height, width,
+            depth, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, False, PRECISE, INDEX,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+
+    channel = rows % C_OUT
+    scale = tl.load(scale_ptr + variant * C_OUT + channel) * step.to(tl.float64)
+    head, tail = times_plus(head, tail, scale, tl.load(bias_ptr + channel), PRECISE)
+    mask = valid[:, None] & (rows < ROWS)[None, :]
+    if TRANSPOSED:
+        tap = (rows // C_OUT)[None, :]
+        pixel = (2 * y[:, None] + tap // 2) * out_width + 2 * x[:, None] + tap % 2
+    else:
+        pixel = pixel[:, None]
+    first = slot * out_height * out_width
+    offs = pixel.to(INDEX) * C_OUT + channel[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + first * C_OUT + offs, mask=mask, other=0.0)
+        head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
+    if stream_ptr is not None:
+        total = head + tail if PRECISE else head
+        stream_ptr += first * C_OUT
+        tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
+    if out_low_ptr is not None:
+        if gain_ptr is not None:
+            gain, shift = tl.load(gain_ptr + channel), tl.load(shift_ptr + channel)
+            head, tail = times_plus(head, tail, gain, shift, PRECISE)
+        value = head + tail if PRECISE else head
+        if RELU:
+            # a comparison keeps a NaN
+            value = tl.where(value < 0, 0.0, value)
+        out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
+        step, largest = step_of(out_amax_ptr + slot * out_amax_stride, out_bits)
+        codes = codes_of(value, step, largest)
+        offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
+        # the cast keeps the lowest byte
+        tl.store(out_low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
+        if out_high_ptr is not None and out_bits > 8:
+            high = ((codes + 128) >> 8).to(tl.int8)
+            tl.store(out_high_ptr + first * OUT_PITCH + offs, high, mask=mask)

@@ -1,0 +1,121 @@
+"""The Triton kernel of the label head; `head.py` has the equation.
+
+A handful of classes would leave a tensor core almost empty, and the pass is bound by memory: each
+thread holds a pixel's channels and sums them class by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton
+from .conv_call import pixel_pitch
+from .conv_epilogue_triton import step_of
+
+# elements per program; not yet measured on a GPU
+BLOCK = 4096
+
+
+@triton.jit(
+    do_not_specialize=["bits", "amax_stride", "height", "width", "rows", "columns", "tiles"]
+)
+def head_kernel(
+    in_ptr, weight_ptr, scale_ptr, bias_ptr, amax_ptr, offset_ptr, slots_ptr, count_ptr, labels_ptr,
+    bits, amax_stride, height, width, rows, columns, tiles,
+    CHANNELS: tl.constexpr, CLASSES: tl.constexpr, PITCH: tl.constexpr, PITCH_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Labels BLOCK_M neighbouring pixels of one slot's region, in a slice of rows x columns."""
+    slot = (tl.program_id(0) // tiles).to(tl.int64)
+    if count_ptr is not None and slot >= tl.load(count_ptr):
+        return
+    target = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = pixel // width + tl.load(offset_ptr + 2 * slot)
+    column = pixel % width + tl.load(offset_ptr + 2 * slot + 1)
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    inside &= pixel < height * width
+
+    channel = tl.arange(0, BLOCK_C)
+    offs = (slot * height * width + pixel)[:, None] * PITCH + channel[None, :]
+    x = tl.load(in_ptr + offs, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0)
+    if scale_ptr is not None:
+        step, _ = step_of(amax_ptr + slot * amax_stride, bits)
+
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    label = tl.zeros([BLOCK_M], tl.int32)
+    for k in tl.range(0, CLASSES):
+        w = tl.load(weight_ptr + k * PITCH_W + channel, mask=channel < CHANNELS, other=0)
+        if scale_ptr is not None:
+            total = tl.sum(x.to(tl.int32) * w.to(tl.int32)[None, :], 1).to(tl.float32)
+            scale = tl.load(scale_ptr + k) * step.to(tl.float64)
+            score = total * scale.to(tl.float32) + tl.load(bias_ptr + k).to(tl.float32)
+        else:
+            score = tl.sum(x.to(tl.float32) * w[None, :], 1) + tl.load(bias_ptr + k)
+        # a NaN beats any number, and the first one stays
+        larger = (score > best) | ((score != score) & (best == best))
+        best = tl.where(larger, score, best)
+        label = tl.where(larger, k, label)
+
+    labels_ptr += target * rows * columns
+    tl.store(labels_ptr + row * columns + column, label.to(tl.uint8), mask=inside)
+
+
+def run(
+    labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
+    amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches the head into given labels, once; pixels outside of the regions stay as they are.
+
+    Args:
+        labels: uint8 [slices, H, W], dense.
+        input: [M, C, h, w], floats or int8 codes, channels last, also some channels of wider ones.
+        weight: [K, C] float32; or int8 codes [K, >= C] with `scale`, float64 [K].
+        scale: None for floats.
+        bias: [K], float32 for floats, float64 for codes.
+        amax: float32 [1] or [M] for codes.
+        num_bits: Width of the codes.
+        offset: int32 [M, 2].
+        slots: int32 [M] or None.
+        count: int32 [1] or None.
+    """
+    samples, channels, height, width = input.shape
+    columns = triton.next_power_of_2(channels)
+    block = max(32, BLOCK // columns)
+    tiles = triton.cdiv(height * width, block)
+    with torch.cuda.device_of(input):
+        head_kernel[(samples * tiles,)](
+            input, weight, scale, bias, amax, offset.contiguous(), slots, count, labels,
+            num_bits, 0 if amax is None or len(amax) == 1 else 1, height, width, *labels.shape[1:],
+            tiles, CHANNELS=channels, CLASSES=len(weight), PITCH=pixel_pitch(input),
+            PITCH_W=weight.stride(0), BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    Sixteen channels, four classes; routed batches name their slices and count their slots.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    labels, offset = empty(2, 240, 240, dtype=torch.uint8), empty(2, 2, dtype=torch.int32)
+    slots, count = empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)
+    found: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.int8, torch.float16, torch.float32):
+        feature = empty(2, 240, 240, 16, dtype=dtype).permute(0, 3, 1, 2)
+        codes = dtype == torch.int8
+        weight = empty(4, 32 if codes else 16, dtype=dtype if codes else torch.float32)
+        constants = empty(4, dtype=torch.float64 if codes else torch.float32)
+        scale, amax = (constants, empty(1)) if codes else (None, None)
+        for name, routing in (("", (None, None)), (", routed", (slots, count))):
+            found[f"head, {str(dtype).removeprefix('torch.')}{name}"] = partial(
+                run, labels, feature, weight, scale, constants, amax, 8, offset, *routing
+            )
+    return found

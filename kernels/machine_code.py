@@ -1,0 +1,118 @@
+"""What the compiled kernels are made of: registers, shared memory, instructions per architecture.
+
+    python -m meddanet.kernels.machine_code benchmarks/results/kernels_compiled.json
+
+compiles every variant for five architectures and writes the table. The numbers are read from the
+machine code by the disassembler that comes with triton; no GPU takes part, and nothing here says
+how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .aot import compile_all
+from .variants import Variant, variants
+
+ARCHS = (80, 86, 89, 90, 120)
+# the least that any supported GPU gives one program (sm_86, sm_89 and sm_120)
+SHARED_LIMIT = 99 * 1024
+# integer tensor cores; global, shared and local memory; asynchronous copies
+COUNTED = ("IMMA", "IGMMA", "LDG", "STG", "LDS", "STS", "LDSM", "LDL", "STL", "LDGSTS")
+
+_OPCODE = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE
+)
+_RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
+
+
+def _cuobjdump(option: str, cubin: str) -> str:
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, option, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(cubin: str) -> Counter[str]:
+    """Counts the machine instructions in a file, by name without modifiers."""
+    return Counter(_OPCODE.findall(_cuobjdump("-sass", cubin)))
+
+
+def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
+    """Returns one row of the table.
+
+    "registers" are per thread; "stack_bytes" and "local_bytes" per thread are 0 where nothing is
+    spilled, and so are the counts of LDL and STL; "shared_bytes" per program.
+    """
+    cubin = compiled.metadata_group[f"{variant.name}.cubin"]
+    resources = {
+        name: int(value) for name, value in _RESOURCE.findall(_cuobjdump("-res-usage", cubin))
+    }
+    counts = opcodes(cubin)
+    return {
+        "kernel": variant.name,
+        "shape_class": variant.shape_class,
+        "arch": f"sm_{variant.arch}",
+        "num_warps": compiled.metadata.num_warps,
+        "num_stages": compiled.metadata.num_stages,
+        "constants": {name: str(value) for name, value in variant.constants.items()},
+        "registers": resources["REG"],
+        "stack_bytes": resources["STACK"],
+        "local_bytes": resources["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": counts.total(),
+        "of_these": {name: counts[name] for name in COUNTED if counts[name]},
+    }
+
+
+def spills(row: dict[str, Any]) -> bool:
+    """Tells whether a row's kernel keeps anything in local memory."""
+    return bool(row["local_bytes"] or {"LDL", "STL"} & row["of_these"].keys())
+
+
+def rows(arch: int) -> list[dict[str, Any]]:
+    """Compiles everything for an architecture and describes it."""
+    found: list[dict[str, Any]] = []
+    compile_all(variants(arch), lambda variant, compiled: found.append(describe(variant, compiled)))
+    return found
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """Writes the table, a line per kernel."""
+    from triton import __version__, knobs
+
+    head = {
+        "command": "python -m meddanet.kernels.machine_code",
+        "triton": __version__,
+        "ptxas": knobs.nvidia.ptxas.version,
+        "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,
+    }
+    lines = ",\n  ".join(json.dumps(row) for row in found)
+    start = json.dumps(head, indent=1).removesuffix("\n}")
+    path.write_text(f'{start},\n "variants": [\n  {lines}\n ]\n}}\n')
+
+
+def main(path: str) -> int:
+    """Writes the table arch by arch; returns 1 if a kernel spills or takes too much memory."""
+    found: list[dict[str, Any]] = []
+    for arch in ARCHS:
+        found += rows(arch)
+        write(Path(path), found)
+        print(f"sm_{arch}: {len(found)} compiled so far", flush=True)
+    bad = [row for row in found if spills(row) or row["shared_bytes"] > SHARED_LIMIT]
+    for row in bad:
+        print(f"{row['arch']} {row['kernel']} ({row['shape_class']}): spills or shared memory")
+    print(f"{len(found)} compiled, {len(bad)} bad: {path}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m meddanet.kernels.machine_code FILE.json")
+    sys.exit(main(sys.argv[1]))

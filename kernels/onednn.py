@@ -1,0 +1,55 @@
+"""oneDNN's int8 convolution, which PyTorch brings for x86 CPUs, and whether to trust it here.
+
+It takes unsigned activations: a code q becomes q + 128 with zero point 128, the same integer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ZERO_POINT = 128
+
+
+def convolve(
+    codes: Tensor, weight: Tensor, stride, padding, dilation, groups: int, *,
+    step: float = 1.0, scale: Tensor | None = None, bias: Tensor | None = None,
+    output_step: float = 1.0, relu: bool = False, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Convolves uint8 codes with prepacked weights; sums as float32, or requantised as uint8."""
+    rows = weight.shape[0]
+    ones, zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
+    return torch.ops.onednn.qconv2d_pointwise(
+        codes, step, ZERO_POINT, weight, ones if scale is None else scale, zeros, bias, stride,
+        padding, dilation, groups, output_step, 0 if dtype == torch.float32 else ZERO_POINT, dtype,
+        "relu" if relu else "none", [], "",
+    )  # fmt: skip
+
+
+@cache
+def is_exact() -> bool:
+    """Tells, by one convolution of the largest codes, whether int8 sums are exact here.
+
+    Without VNNI instructions pairs of products saturate at 16 bits and results are silently wrong.
+    """
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (80, 64, 3, 3), generator=generator) * 2 - 1
+    # rows of one sign reach the largest sums, mixed ones meet every pairing
+    signs[:16], signs[16:32] = 1, -1
+    codes = torch.randint(0, 2, (1, 64, 6, 6), generator=generator) * 254 - 127
+    codes[..., :3] = 127
+    wanted = F.conv2d(codes.double(), signs.double() * 127)
+    try:
+        weight = torch.ops.onednn.qconv_prepack(
+            (signs * 127).to(torch.int8), torch.ones(80), 1.0, ZERO_POINT, [1, 1], [0, 0], [1, 1],
+            1, list(codes.shape),
+        )  # fmt: skip
+        total = convolve((codes + ZERO_POINT).to(torch.uint8), weight, [1, 1], [0, 0], [1, 1], 1)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(total.double(), wanted)

@@ -1,0 +1,301 @@
+"""Kernels compiled ahead of time: listed, compiled, found by the JIT, and sound as machine code.
+
+No GPU takes part: a stand-in for Triton's driver names an architecture and counts launches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from meddanet.kernels import aot, machine_code, variants  # noqa: E402
+from meddanet.kernels.precompiled import entries  # noqa: E402
+
+# launches kernels, most on tensors of sizes that no list names; argv: the architecture of the
+# "GPU", names of more launches
+FIRST_LAUNCHES = """
+import json, sys
+from collections import Counter
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+
+counts, loaded = Counter(), []
+
+class Driver:
+    '''A GPU that loads and launches nothing.'''
+    utils = property(lambda self: self)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_device_properties(self, device): return {"max_shared_mem": 101376}
+    def load_binary(self, name, kernel, shared, device):
+        loaded.append(name)
+        return None, 0, 32, 0, 1024
+    def unload_module(self, module): pass
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: counts.update(["launched"])
+
+def counted(stage):
+    def run(self, *arguments, **options):
+        counts.update([stage])
+        return stages[stage](self, *arguments, **options)
+    return run
+
+stages = {name: getattr(CUDABackend, name) for name in ("make_ttir", "make_ttgir", "make_cubin")}
+for name, method in stages.items():
+    static = isinstance(CUDABackend.__dict__[name], staticmethod)
+    if static:
+        stages[name] = lambda self, *a, method=method, **k: method(*a, **k)
+    setattr(CUDABackend, name, counted(name))
+triton.runtime.driver.set_active(Driver())
+
+from meddanet.kernels import crop_paste_triton, quantize_triton, variants
+last = torch.channels_last
+image = torch.ones(3, 4, 152, 184).contiguous(memory_format=last)
+feature = torch.ones(3, 32, 56, 64).contiguous(memory_format=last)
+offset = torch.zeros(3, 2)
+for source in (image, feature):
+    patch = source[:, :, :40, :48].contiguous(memory_format=last)
+    crop_paste_triton.shift(source, offset, patch, False)
+    crop_paste_triton.shift(patch, offset, source, True)
+    crop_paste_triton.offset_gradient(source, patch, offset)
+for x in (image, torch.ones(3, 7, 3)):
+    for bits in (None, torch.full((3,), 16.0)):
+        for bytes in (0, -(-x[0].numel() // 8)):
+            packed = torch.empty(3 if bytes else 0, bytes, dtype=torch.uint8)
+            quantize_triton.quantize(x, bits, 16, torch.ones(3), packed, 3)
+    quantize_triton.masked_gradient(x, packed)
+    quantize_triton.width_gradient(x, x, bits, torch.ones(1))
+for name in sys.argv[2:]:
+    variants.shape_classes()[name]()
+print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
+"""
+
+
+def first_launches(arch: int, home, cache) -> tuple[Counter, list[str], str]:
+    """Runs FIRST_LAUNCHES in a fresh process; returns counts, kernels loaded, stderr."""
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), UP, "head, int8"],
+        env=os.environ | {"XDG_CACHE_HOME": str(home), "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    return Counter(result["counts"]), result["loaded"], run.stderr
+
+
+@pytest.fixture(autouse=True)
+def scratch_cache(tmp_path):
+    """Keeps Triton's cache of this process out of the user's home."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path / "scratch")
+        yield
+
+
+KERNELS = [
+    "conv_kernel", "head_kernel", "masked_gradient_kernel", "offset_gradient_kernel",
+    "quantize_kernel", "shift_kernel", "width_gradient_kernel",
+]  # fmt: skip
+CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
+UP = "up, reduce, 32 to 16 channels, 120"
+
+
+def some_classes():
+    """One convolution, which takes a second to compile, and all that is no convolution."""
+    several = tuple(name for name in CONVOLUTIONS if name != "up")
+    return {
+        name: launch
+        for name, launch in variants.shape_classes().items()
+        if not name.startswith(several) and (not name.startswith("up") or name == UP)
+    }
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's cache folder with most kernels compiled for sm_89."""
+    home, chosen = tmp_path_factory.mktemp("home"), some_classes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "shape_classes", lambda: chosen)
+        aot.build([89], home / "meddanet" / "kernels")
+    return home
+
+
+def test_the_jit_finds_every_entry_and_compiles_nothing(home, tmp_path):
+    counts, loaded, stderr = first_launches(89, home, tmp_path / "cache")
+    assert counts == {"launched": 20} and loaded == KERNELS
+    assert not (tmp_path / "cache").exists(), "nothing needs the user's own cache"
+    assert "triton" not in stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_first_launches_on_this_gpu_compile_nothing(tmp_path):
+    major, minor = torch.cuda.get_device_capability()
+    aot.build([10 * major + minor], tmp_path / "meddanet" / "kernels")
+    code = """
+import torch
+from triton import knobs
+hits = []
+knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit"])
+from meddanet.kernels import affine_paste, bilinear_crop, fake_quantize
+x = torch.randn(3, 4, 152, 184, device="cuda").contiguous(memory_format=torch.channels_last)
+offset = torch.rand(3, 2, device="cuda", requires_grad=True)
+out = affine_paste(bilinear_crop(fake_quantize(x, 8), offset, 40), offset, (152, 184))
+torch.autograd.grad(out.sum(), offset)
+torch.cuda.synchronize()
+print(len(hits), all(hits))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    launched, found = run.stdout.split()
+    assert int(launched) >= 5 and found == "True", run.stderr
+
+
+def test_for_another_architecture_the_jit_compiles(home, tmp_path):
+    counts, loaded, _ = first_launches(86, home, tmp_path / "cache")
+    assert loaded == KERNELS
+    assert counts["launched"] == counts["make_cubin"] == counts["make_ttir"] == 20
+    counts, _, _ = first_launches(86, home, tmp_path / "cache")
+    assert counts == {"launched": 20}, "Triton's own cache still works"
+
+
+def test_another_triton_is_told_once_and_the_jit_compiles(home, tmp_path):
+    kernels = tmp_path / "home" / "meddanet" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "0.0.1").symlink_to(home / "meddanet" / "kernels" / triton.__version__)
+    counts, _, stderr = first_launches(89, tmp_path / "home", tmp_path / "cache")
+    assert counts["make_cubin"] == 20
+    assert stderr.count(f"compiled for triton 0.0.1, but triton {triton.__version__} runs") == 1
+
+
+def test_entries_say_what_they_are(home):
+    found = list(entries(home / "meddanet" / "kernels"))
+    assert {(entry.arch, entry.triton) for entry in found} == {(89, triton.__version__)}
+    listed = {v.key: v for name, launch in some_classes().items()
+              for v in variants.record(89, name, launch)}  # fmt: skip
+    assert {entry.key: entry.kernel for entry in found} == {k: v.name for k, v in listed.items()}
+    assert {p.suffix for entry in found for p in entry.path.iterdir()} == {".cubin", ".json"}
+
+
+def test_a_build_replaces_its_architecture_and_leaves_the_others(tmp_path, monkeypatch):
+    launches = variants.shape_classes()
+    crop, paste = "crop, any channels", "paste, any channels"
+    for archs, names in (([86, 90], [crop]), ([86], [paste])):
+        chosen = {name: launches[name] for name in names}
+        monkeypatch.setattr(variants, "shape_classes", lambda chosen=chosen: chosen)
+        steps = []
+        aot.build(archs, tmp_path, lambda done, total, steps=steps: steps.append((done, total)))
+        assert steps == [(n + 1, len(archs)) for n in range(len(archs))]
+    keys = {(entry.arch, entry.key) for entry in entries(tmp_path)}
+    wanted = [(arch, variants.record(arch, name, launches[name])[0].key)
+              for arch, name in ((90, crop), (86, paste))]  # fmt: skip
+    assert keys == set(wanted)
+
+
+@triton.jit
+def short_dot(pointer, K: tl.constexpr):
+    """An int8 product of fewer than 32 terms, which no tensor core has."""
+    offs = tl.arange(0, 16)[:, None] * K + tl.arange(0, K)[None, :]
+    x = tl.load(pointer + offs)
+    tl.store(pointer + offs, tl.dot(x, tl.trans(x)).to(tl.int8))
+
+
+def test_what_does_not_compile_is_named(tmp_path, monkeypatch):
+    pointer = torch.empty(16, 16, dtype=torch.int8, device="meta")
+    broken = {"16 terms": lambda: short_dot[(1,)](pointer, K=16)}
+    monkeypatch.setattr(variants, "shape_classes", lambda: broken)
+    with pytest.raises(ValueError, match=r"short_dot \(16 terms\) does not compile for sm_89: "):
+        aot.build([89], tmp_path)
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+@pytest.mark.parametrize("text", ["8.6;8.9;12.0", "12.0, 8.6 8.9,8.9"])
+def test_architectures(text):
+    assert aot.parse_archs(text) == [86, 89, 120]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("8.6;sm_89", "unknown CUDA architecture 'sm_89'; known are 8.0, 8.6"),
+    ("7.5", "unknown CUDA architecture '7.5'"),
+    (" ; ", "no CUDA architecture named"),
+])  # fmt: skip
+def test_architectures_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        aot.parse_archs(text)
+
+
+def test_recording_leaves_triton_as_it_was():
+    driver, hook = triton.runtime.driver._active, triton.knobs.runtime.jit_cache_hook
+    with pytest.raises(ZeroDivisionError):
+        variants.record(89, "", lambda: 1 // 0)
+    assert triton.runtime.driver._active is driver
+    assert triton.knobs.runtime.jit_cache_hook is hook
+
+
+@triton.jit
+def sums(x_ptr, out_ptr, COUNT: tl.constexpr):
+    """Sums two loaded blocks, everything in flight at once."""
+    offs = tl.arange(0, COUNT)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs) + tl.load(x_ptr + COUNT + offs))
+
+
+def machine_code_of(arch, name, launch):
+    """Compiles the first variant of a launch and describes it."""
+    variant, *_ = variants.record(arch, name, launch)
+    return machine_code.describe(variant, variant.compile())
+
+
+@pytest.mark.parametrize(("registers", "spills"), [(None, False), (24, True)])
+def test_a_spill_is_seen(registers, spills):
+    x = torch.empty(8192, device="meta")
+    row = machine_code_of(89, "", lambda: sums[(1,)](x, x, COUNT=4096, maxnreg=registers))
+    assert machine_code.spills(row) == spills
+    assert row["registers"] == 24 if spills else row["registers"] > 40
+
+
+def one_per_class(arch):
+    """The first variant of each kind of launch: what stands before the comma in its name."""
+    kinds = {}
+    for name, launch in variants.shape_classes().items():
+        kinds.setdefault(name.split(",")[0], (name, launch))
+    return [variants.record(arch, name, launch)[0] for name, launch in kinds.values()]
+
+
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+def test_machine_code(arch):
+    rows = []
+    chosen = one_per_class(arch)
+    assert {variant.name for variant in chosen} == set(KERNELS)
+    aot.compile_all(chosen, lambda *compiled: rows.append(machine_code.describe(*compiled)))
+    for row in rows:
+        assert not machine_code.spills(row), row
+        assert row["shared_bytes"] <= 99 * 1024, row
+        assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
+        products = {"IMMA", "IGMMA"} & row["of_these"].keys()
+        assert products if row["kernel"] == "conv_kernel" else not products, row
+
+
+def test_the_table_of_results_lists_every_variant():
+    path = os.path.join(os.path.dirname(__file__), "../../benchmarks/results/kernels_compiled.json")
+    with open(path) as stream:
+        rows = json.load(stream)["variants"]
+    listed = {(row["arch"], row["kernel"], row["shape_class"]) for row in rows}
+    wanted = {(f"sm_{arch}", v.name, v.shape_class) for arch in (80, 120) for v in
+              variants.variants(arch)}  # fmt: skip
+    assert wanted <= listed, "run python -m meddanet.kernels.machine_code FILE"

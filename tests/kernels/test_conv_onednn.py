@@ -1,0 +1,144 @@
+"""quant_conv2d on oneDNN: sums are the reference's, codes differ at rounding ties alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meddanet.kernels import (
+    conv_int_onednn,
+    encode,
+    onednn,
+    pack_conv,
+    quant_conv2d,
+    quant_conv2d_reference,
+    use_backend,
+)
+from meddanet.kernels.backend import onednn_runs
+
+ONE = torch.ones(())
+
+exact_cpu = pytest.mark.skipif(not onednn.is_exact(), reason="this CPU's int8 sums are not exact")
+
+CONVS = {
+    "3x3": ((16, 8, 3, 3), {"padding": 1}),
+    "3x3, stride 2": ((5, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "1x1": ((7, 64, 1, 1), {}),
+    "5x5 dilated": ((4, 4, 5, 5), {"dilation": 2, "padding": 4}),
+    "depthwise": ((8, 1, 3, 3), {"padding": 1, "groups": 8}),
+    "transposed": ((8, 4, 2, 2), {"stride": 2, "transposed": True}),
+    "long sums": ((4, 512, 3, 3), {"padding": 1}),
+}
+
+
+def packed(name, num_bits=8):
+    shape, geometry = CONVS[name]
+    transposed = geometry.get("transposed", False)
+    channels = shape[0] if transposed else shape[1] * geometry.get("groups", 1)
+    bias = torch.randn(shape[1 if transposed else 0])
+    return pack_conv(torch.randn(shape), bias, num_bits=num_bits, **geometry), torch.randn(
+        3, channels, 9, 10
+    )
+
+
+@exact_cpu
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_codes_made_by_onednn_differ_at_ties_alone(name, relu, tolerances):
+    conv, x = packed(name)
+    codes, amax = encode(x, ONE * 3), ONE * 3
+    exact = quant_conv2d_reference(codes, conv, amax, stream=torch.float32).stream.double()
+    outputs = exact.abs().amax() * 0.7
+    with use_backend("onednn"):
+        actual = quant_conv2d(codes, conv, amax, relu=relu, output_amax=outputs.float()).codes
+    wanted = quant_conv2d_reference(codes, conv, amax, relu=relu, output_amax=outputs.float()).codes
+    assert actual.stride() == wanted.stride()
+    assert actual.min() >= -127 and wanted.abs().max() == 127
+    step = (outputs.float() / 127).double()
+    tolerances.codes(actual, wanted, quotient=(exact.clamp(min=0) if relu else exact) / step)
+
+
+@exact_cpu
+@pytest.mark.parametrize("name", CONVS)
+def test_everything_else_is_the_reference_bit_for_bit(name):
+    conv, x = packed(name, num_bits=(8, 16))
+    widths, outputs = torch.tensor([8, 16, 8]), torch.tensor([16, 8, 8])
+    codes = encode(x, ONE * 3, widths)
+    shape = quant_conv2d_reference(codes, conv, ONE, num_bits=widths, stream=torch.float32).stream
+    channels = shape.shape[1]
+    epilogue = {
+        "residual": torch.randn_like(shape), "stream": torch.float16, "relu": True,
+        "affine": (torch.rand(channels), torch.randn(channels)), "output_amax": ONE * 9,
+    }  # fmt: skip
+    mixed = {"num_bits": widths, "output_num_bits": outputs, "slots": torch.tensor([1, 2, 0]),
+             "count": torch.tensor([2])}  # fmt: skip
+    for arguments in (
+        (codes[0], {"stream": torch.float32}),
+        (codes[0], {**epilogue, "amax": torch.tensor([1.0, 2.0, 3.0])}),
+        (codes, {**epilogue, **mixed}),
+    ):
+        input, options = arguments
+        amax = options.pop("amax", ONE * 3)
+        with use_backend("onednn"):
+            actual = quant_conv2d(input, conv, amax, **options)
+        wanted = quant_conv2d_reference(input, conv, amax, **options)
+        for one, other in zip(actual, wanted, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+@exact_cpu
+def test_weights_are_prepacked_once_and_forgotten_with_their_convolution():
+    conv, x = packed("3x3")
+    conv_int_onednn._prepacked.clear()
+    with use_backend("onednn"):
+        for _ in range(2):
+            quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32)
+        assert [len(kept) for kept in conv_int_onednn._prepacked.values()] == [1]
+        conv.codes.neg_()
+        changed = quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32).stream
+    wanted = quant_conv2d_reference(encode(x, ONE), conv, ONE, stream=torch.float32).stream
+    assert torch.equal(changed, wanted)
+    del conv
+    assert len(conv_int_onednn._prepacked) == 0
+
+
+def test_sums_that_saturate_are_found_out(monkeypatch):
+    honest = onednn.convolve
+    for spoil in (
+        lambda total: total.clamp(max=32767.0),
+        lambda total: total + (total == total.max()),
+    ):
+        monkeypatch.setattr(onednn, "convolve", lambda *a, f=spoil, **k: f(honest(*a, **k)))
+        onednn.is_exact.cache_clear()
+        assert not onednn.is_exact()
+    monkeypatch.undo()
+    onednn.is_exact.cache_clear()
+
+
+def test_without_vnni_the_reference_runs():
+    # oneDNN's own switch takes the instructions away
+    code = (
+        "import torch; from meddanet.kernels import use_backend; x = torch.ones(1)\n"
+        "from meddanet.kernels.backend import onednn_runs; print(onednn_runs(x))\n"
+        "use_backend('onednn'); onednn_runs(x)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})  # fmt: skip
+    assert run.stdout.strip() == "False"
+    assert "ValueError: backend 'onednn' needs a CPU with exact int8 sums" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "runs"),
+    [("auto", True, True), ("auto", False, False), ("onednn", True, True),
+     ("reference", True, False), ("triton", True, False)],
+)  # fmt: skip
+def test_who_runs(monkeypatch, name, exact, runs):
+    monkeypatch.setattr(onednn, "is_exact", lambda: exact)
+    with use_backend(name):
+        assert onednn_runs(ONE) == runs
+        assert not onednn_runs(torch.empty(1, device="meta"))

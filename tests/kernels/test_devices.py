@@ -1,0 +1,179 @@
+"""The operations on a GPU, where there is one, against float64 references on the CPU.
+
+Elsewhere the same tests run on the CPU. `benchmarks/gpu.sh sanitize` runs this file under
+compute-sanitizer: few shapes, none a multiple of a block.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from meddanet.kernels import (
+    affine_paste,
+    affine_paste_reference,
+    bilinear_crop,
+    bilinear_crop_reference,
+    encode,
+    fake_quant_conv2d,
+    fake_quant_conv2d_reference,
+    fake_quantize,
+    fake_quantize_reference,
+    pack_conv,
+    quant_conv2d,
+    quant_conv2d_reference,
+    use_backend,
+)
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.usefixtures("nan_poisoning")
+LAST, DENSE = torch.channels_last, torch.contiguous_format
+
+
+@pytest.fixture(autouse=True)
+def backend(device):
+    """On a GPU what users get there; elsewhere what runs all other tests."""
+    elsewhere = "triton" if INTERPRETING else "reference"
+    with use_backend("auto" if device.type == "cuda" else elsewhere):
+        yield
+
+
+def leaf(device, *shape, layout=DENSE):
+    """A float32 tensor on the device that wants a gradient."""
+    x = torch.randn(*shape).to(device)
+    x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+    return x.requires_grad_()
+
+
+def with_gradients(op, leaves, grad):
+    """Returns the output of op(*leaves) and its gradients by the leaves."""
+    out = op(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))
+
+
+def compare(op, reference, leaves, tolerances):
+    """Output and all gradients, twice: as exact as PyTorch's own, and the same bit for bit."""
+
+    def host(dtype):
+        return [x.detach().cpu().to(dtype).requires_grad_() for x in leaves]
+
+    with torch.no_grad():
+        grad = torch.randn(reference(*host(torch.float32)).shape)
+    exact = with_gradients(reference, host(torch.float64), grad)
+    native = with_gradients(reference, host(torch.float32), grad)
+    runs = [with_gradients(op, leaves, grad) for _ in range(2)]
+    for actual, again, own, right in zip(*runs, native, exact, strict=True):
+        assert torch.equal(actual, again)
+        tolerances.reduction(actual.cpu(), native=own, exact=right)
+
+
+@pytest.mark.parametrize("layout", [DENSE, LAST])
+@pytest.mark.parametrize("size", [5, (21, 9)])
+def test_crop_and_paste(device, layout, size, tolerances):
+    x, offset = leaf(device, 3, 5, 13, 17, layout=layout), leaf(device, 3, 2)
+    for op, reference in ((bilinear_crop, bilinear_crop_reference),
+                          (affine_paste, affine_paste_reference)):  # fmt: skip
+        compare(
+            lambda x, o, op=op: op(x, o, size),
+            lambda x, o, reference=reference: reference(x, o, size),
+            [x, offset], tolerances,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [DENSE, LAST])
+@pytest.mark.parametrize("widths", [8, [4, 16, 8]], ids=["one width", "per sample"])
+@pytest.mark.parametrize("given", [True, False], ids=["range given", "own range"])
+def test_fake_quantize(device, layout, widths, given):
+    """Codes and masks hang on float32 arithmetic: the CPU's, in the same precision, is right."""
+    x = leaf(device, 3, 5, 13, 17, layout=layout)
+    amax = torch.tensor(1.5) if given else None
+    bits = widths if isinstance(widths, int) else torch.tensor(widths)
+    host = x.detach().cpu().requires_grad_()
+    expected = fake_quantize_reference(host, bits, amax)
+    on_device = [None if v is None else v.to(device) if isinstance(v, torch.Tensor) else v
+                 for v in (bits, amax)]  # fmt: skip
+    out = fake_quantize(x, *on_device)
+    grad = torch.randn(3, 5, 13, 17)
+    assert torch.equal(out.cpu(), expected)
+    (actual,) = torch.autograd.grad(out, x, grad.to(device))
+    assert torch.equal(actual.cpu(), torch.autograd.grad(expected, host, grad)[0])
+
+
+def test_width_gradient(device, tolerances):
+    x = leaf(device, 3, 5, 13, 17)
+    bits = torch.tensor([4.0, 16.0, 8.0], device=device, requires_grad=True)
+    compare(fake_quantize, fake_quantize_reference, [x, bits], tolerances)
+
+
+@pytest.mark.parametrize("widths", [8, [8, 16, 8]], ids=["one width", "per sample"])
+def test_training_convolution(device, widths, tolerances):
+    x, weight = leaf(device, 3, 5, 13, 17, layout=LAST), leaf(device, 7, 5, 3, 3)
+
+    def run(op, x, weight):
+        bits = widths if isinstance(widths, int) else torch.tensor(widths, device=x.device)
+        return op(
+            x, weight, stride=2, padding=1, num_bits=bits, input_num_bits=8,
+            input_amax=torch.tensor(2.0, device=x.device),
+        )  # fmt: skip
+
+    compare(
+        lambda x, w: run(fake_quant_conv2d, x, w),
+        lambda x, w: run(fake_quant_conv2d_reference, x, w), [x, weight], tolerances,
+    )  # fmt: skip
+
+
+CONVOLUTIONS = {
+    "3x3": ((7, 5, 3, 3), {"padding": 1}),
+    "3x3 stride 2": ((20, 16, 3, 3), {"padding": 1, "stride": 2}),
+    "1x1": ((4, 64, 1, 1), {}),
+    "transposed": ((16, 9, 2, 2), {"stride": 2, "transposed": True}),
+}
+
+
+@pytest.mark.parametrize("num_bits", [8, 16, [8, 16, 5]])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_integer_convolution(device, name, num_bits, tolerances):
+    """Codes, stream and everything between, with routing read on the device."""
+    shape, geometry = CONVOLUTIONS[name]
+    mixed = not isinstance(num_bits, int)
+    weight = torch.randn(shape) / 8
+    conv = pack_conv(weight, torch.randn(shape[1 if "transposed" in geometry else 0]),
+                     num_bits=(5, 8, 16) if mixed else num_bits, **geometry)  # fmt: skip
+    channels = shape[0] if "transposed" in geometry else shape[1]
+    bits = torch.tensor(num_bits) if mixed else num_bits
+    x = torch.randn(3, channels, 11, 14)
+    codes, amax = encode(x, torch.tensor(2.0), bits), torch.tensor([2.0])
+    slots, count = torch.tensor([2, 0, 1, 1]), torch.tensor([3])
+
+    def run(op, where):
+        def to(value):
+            return value.to(where) if isinstance(value, torch.Tensor) else value
+
+        out_bits = to(bits[slots]) if mixed else bits
+        return op(
+            to(codes), conv.to(where), to(amax), num_bits=to(bits), stream=torch.float32,
+            relu=True, output_amax=to(torch.tensor([3.0])), output_num_bits=out_bits,
+            slots=to(slots), count=to(count),
+            affine=(to(torch.rand(len(conv.bias)) + 0.5), to(torch.zeros(len(conv.bias)))),
+        )  # fmt: skip
+
+    torch.manual_seed(1)
+    actual = run(quant_conv2d, device)
+    torch.manual_seed(1)
+    expected = run(quant_conv2d_reference, torch.device("cpu"))
+    tolerances.elementwise(actual.stream.cpu(), expected.stream)
+    assert torch.equal(actual.codes.cpu(), expected.codes)
+
+
+def test_the_second_gpu(tolerances):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(2, 3, 9, 9)
+    offset = torch.tensor([[1.5, 2.0], [0.0, 0.25]])
+    with use_backend("auto"):
+        out = bilinear_crop(x.to("cuda:1"), offset.to("cuda:1"), 4)
+        codes = fake_quantize(x.to("cuda:1"), 8)
+    tolerances.elementwise(out.cpu(), bilinear_crop_reference(x, offset, 4))
+    assert torch.equal(codes.cpu(), fake_quantize_reference(x, 8))

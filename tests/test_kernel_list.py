@@ -1,0 +1,111 @@
+"""What the shipped models launch on a GPU is what `meddanet.kernels.variants` lists for it.
+
+Their routes run on the CPU under the stand-in that lists the variants: kernels are looked up, not
+run, and their outputs are set to zero, since memory's own values would be chance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from meddanet.kernels import backend, variants  # noqa: E402
+from meddanet.layers import set_quantization  # noqa: E402
+from meddanet.med_danet_v2 import channels_last  # noqa: E402
+from meddanet.weights import load_model  # noqa: E402
+
+ARCH = 89
+
+
+def tensors(result):
+    """The tensors in what a launcher returns."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def zeroing(launcher):
+    """Wraps a launcher so that its outputs are zero."""
+
+    def launch(*arguments, **options):
+        result = launcher(*arguments, **options)
+        for tensor in tensors(result):
+            tensor.zero_()
+        return result
+
+    return launch
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Lets every operation take its Triton way on CPU tensors."""
+    asked = backend.triton_runs
+    for path in Path(variants.__file__).parent.glob("*.py"):
+        name = path.stem
+        module = import_module(f"{variants.__package__}.{name}")
+        if getattr(module, "triton_runs", None) is asked:
+            monkeypatch.setattr(module, "triton_runs", lambda input: True)
+        if name.endswith("_triton"):
+            for launcher, function in inspect.getmembers(module, inspect.isfunction):
+                own = function.__module__ == module.__name__ and launcher != "shape_classes"
+                if own and not launcher.startswith("_"):
+                    monkeypatch.setattr(module, launcher, zeroing(function))
+
+
+def force_routes(model):
+    """Makes the policy skip, crop and take whole in turn, whatever it sees."""
+    policy, routes = model.policy, len(model.routes)
+
+    class Forced(torch.nn.Module):
+        def forward(self, slices):
+            logits = policy(slices)
+            return 0 * logits + torch.eye(routes)[torch.arange(len(slices)) % routes]
+
+    model.policy = Forced()
+
+
+def slices(count, height, width):
+    return channels_last(torch.randn(count, 4, height, width))
+
+
+def segment(model):
+    assert model.segment(slices(3, 160, 144)).decisions.tolist() == [0, 1, 2]
+    # an odd number of elements per slice, divided by 64
+    model.segment(slices(2, 104, 104))
+
+
+def windows(model):
+    model.segment_windows(slices(3, 128, 128))
+
+
+def train(model):
+    """One step of each quantised phase: ranges still learnt, then fixed."""
+    model.train()
+    for batch, update_range in ((2, True), (1, False)):
+        set_quantization(model, quantize=True, update_range=update_range)
+        output = model(slices(batch, 104, 104))
+        loss = sum((logits**2).mean() for logits in (*output.branch_logits, output.mixed))
+        (loss + sum(bits.sum() for bits in output.num_bits)).backward()
+
+
+@pytest.mark.parametrize(("route", "kernels"), [
+    (segment, {"shift_kernel", "quantize_kernel"}),
+    (windows, {"shift_kernel", "quantize_kernel"}),
+    (train, {"shift_kernel", "offset_gradient_kernel", "quantize_kernel",
+             "masked_gradient_kernel", "width_gradient_kernel"}),
+])  # fmt: skip
+def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
+    model = load_model()
+    force_routes(model)
+    launched = variants.record(ARCH, route.__name__, lambda: route(model))
+    assert {variant.name for variant in launched} == kernels
+    listed = {variant.key for variant in variants.variants(ARCH)}
+    missing = [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key not in listed]
+    assert not missing

@@ -1,0 +1,176 @@
+"""V1's two training steps on hand-made cases."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from meddanet.build import build_med_danet
+from meddanet.choice import ChoiceMetric
+from meddanet.data.slices import read_cache, write_cache
+from meddanet.losses import segmentation_loss
+from meddanet.objectives import Batches
+from meddanet.training_v1 import (
+    BankConfig,
+    BankObjective,
+    DecisionConfig,
+    DecisionObjective,
+    decision_labels,
+    member_scores,
+    train_bank,
+    train_decision,
+)
+
+
+@pytest.fixture
+def batches(tmp_path) -> Batches:
+    """One case of 8 slices: noise, and a bright square in the upper half of them."""
+    images = np.random.default_rng(0).normal(size=(8, 1, 16, 16)).astype(np.float32)
+    labels = np.zeros((8, 16, 16), np.uint8)
+    labels[4:, 4:12, 4:12] = 1
+    write_cache("a", images + 5 * labels[:, None], labels, tmp_path)
+    return Batches([read_cache("a", tmp_path)], seed=0)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_med_danet(("unet-2", "unet-4"), in_channels=1, num_classes=2)
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Fixed:
+    """Batches that are always the same."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def slice_batch(self, size):
+        return self.images, self.labels
+
+
+def test_the_joint_loss_is_the_mean_over_those_still_in(model):
+    images, labels = torch.randn(2, 1, 16, 16), torch.randint(0, 2, (2, 16, 16))
+    fixed = Fixed(images, labels)
+    model.eval()
+    alone = [segmentation_loss(member(images), labels) for member in model.bank]
+    objective = BankObjective([3, 5], windows=False)
+    torch.testing.assert_close(objective(model, fixed, 2, 2), (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(objective(model, fixed, 3, 2), alone[1])
+
+
+def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
+    """Neither Adam's momentum nor weight decay nor batch norm's statistics move it."""
+    seen = {}
+
+    def note(module, args, output):
+        steps = seen.setdefault("steps", [])
+        steps.append(snapshot(model.bank[0]))
+
+    model.bank[1].register_forward_hook(note)
+    config = BankConfig(steps=4, batch=2, stay=(0.5, 1.0), windows=False)
+    before = snapshot(model.decision)
+    train_bank(model, batches, config, tmp_path / "log.jsonl")
+    # the larger member's forward of step i comes after the smaller one's update of step i - 1
+    first, second, third, last = seen["steps"]
+    assert any(not torch.equal(first[n], second[n]) for n in first)
+    assert all(torch.equal(third[n], last[n]) for n in third)
+    assert not changed(model.bank[0], last)
+    assert not changed(model.decision, before)
+    assert not any(module.training for module in model.bank.modules())
+
+
+def test_individual_training_trains_each_on_its_own(model, batches, tmp_path):
+    log = tmp_path / "log.jsonl"
+    before = [snapshot(member) for member in model.bank]
+    train_bank(model, batches, BankConfig(steps=4, batch=2, stay=(0.5, 1.0), joint=False), log)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["phase"], row["step"]) for row in rows] == [("bank-M1", 2), ("bank-M2", 4)]
+    assert all(changed(m, b) for m, b in zip(model.bank, before, strict=True))
+
+
+def test_decision_labels_by_hand(model):
+    """M1 finds all, M2 finds half: Dice 1 and 2/3; F in G is so small that softmax is (1, 0)."""
+    labels = torch.zeros(4, 16, 16, dtype=torch.long)
+    labels[1:, :4, :4] = 1
+
+    class Answer(nn.Module):
+        def __init__(self, rows: list[int]) -> None:
+            super().__init__()
+            self.rows = rows
+
+        def forward(self, images):
+            found = torch.zeros(len(images), 16, 16, dtype=torch.long)
+            for index, which in enumerate(images[:, 0, 0, 0].long()):
+                found[index, : self.rows[which], :4] = 1
+            return F.one_hot(found, 2).movedim(-1, 1).float()
+
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 1, 16, 16).clone()
+    model.bank = nn.ModuleList([Answer([0, 4, 2, 4]), Answer([0, 2, 4, 4])])
+    scores = member_scores(model, images[1:], labels[1:])
+    torch.testing.assert_close(
+        scores, torch.tensor([[1, 2 / 3], [2 / 3, 1], [1, 1]], dtype=torch.float64)
+    )
+    wanted = decision_labels(model, images, labels, (1e6, 2e6), ChoiceMetric(alpha=0.001))
+    assert wanted.tolist() == [0, 1, 2, 1]
+    # the cheaper one wins as soon as a third of Dice is worth less than the cost
+    assert decision_labels(
+        model, images, labels, (1e6, 2e6), ChoiceMetric(alpha=0.3)
+    ).tolist() == [0, 1, 1, 1]
+    nothing = decision_labels(model, images, torch.zeros_like(labels), (1, 2), ChoiceMetric())
+    assert nothing.tolist() == [0, 0, 0, 0]
+
+
+def test_the_decision_loss_is_weighted_cross_entropy(model):
+    images, labels = torch.randn(3, 1, 16, 16), torch.zeros(3, 16, 16, dtype=torch.long)
+    labels[1:, 4:8, 4:8] = 1
+    model.eval()
+    config = DecisionConfig(route_weights=(0.5, 1.0, 2.0), windows=False)
+    objective = DecisionObjective(model, config)
+    loss = objective(model, Fixed(images, labels), 0, 3)
+    macs = objective.member_macs(model, (1, 16, 16))
+    wanted = decision_labels(model, images, labels, macs, config.metric)
+    weight = torch.tensor(config.route_weights)[wanted]
+    log_p = model.decide(images).log_softmax(1)[torch.arange(3), wanted]
+    torch.testing.assert_close(loss, -(weight * log_p).sum() / weight.sum())
+    assert objective.counts.tolist() == wanted.bincount(minlength=3).tolist()
+    # from 0.8 for skip to 1.2 for the last member, where nothing else is said
+    assert DecisionObjective(model, DecisionConfig()).weights.tolist() == pytest.approx(
+        [0.8, 1.0, 1.2]
+    )
+
+
+def test_the_decision_network_learns_to_skip_and_the_bank_stays(model, batches, tmp_path):
+    log = tmp_path / "log.jsonl"
+    train_bank(model, batches, BankConfig(steps=2, batch=4), log)
+    before = snapshot(model.bank)
+    counts = train_decision(model, batches, DecisionConfig(steps=60, batch=8), log)
+    assert not changed(model.bank, before)
+    assert sum(counts.values()) == 60 * 8 and counts["skip"] == pytest.approx(240, abs=60)
+    assert json.loads(log.read_text().splitlines()[-1]) == {"phase": "decision", "labels": counts}
+    case = batches.cases[0]
+    slices = torch.from_numpy(case.images.astype(np.float32))
+    decisions = model.segment(slices).decisions
+    assert (decisions[:4] == 0).all() and (decisions[4:] > 0).all()
+
+
+@pytest.mark.parametrize("stay", [(1.0,), (1.0, 1.0, 1.0), (0.0, 1.0), (1.0, 1.5)])
+def test_shares_that_do_not_fit_the_bank(model, batches, tmp_path, stay):
+    with pytest.raises(ValueError, match="expected a share .* for each of 2 members"):
+        train_bank(model, batches, BankConfig(steps=1, stay=stay), tmp_path / "log")
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 1.0, -1.0)])
+def test_weights_that_do_not_fit_the_routes(model, weights):
+    with pytest.raises(ValueError, match="expected 3 of them, none negative: skip, M1, M2"):
+        DecisionObjective(model, DecisionConfig(route_weights=weights))
