@@ -428,6 +428,15 @@ def test_arguments_that_cannot_be(model, device, executor, message):
         compile_engine(model, device, executor)
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_any_layout_and_dtype_is_taken(model, executor):
+    slices = slices_for([1, 3]).half().float()
+    engine = compile_engine(model, "cpu", executor)
+    expected = engine.segment(slices).labels
+    assert torch.equal(engine.segment(channels_last(slices)).labels, expected)
+    assert torch.equal(engine.segment(slices.half()).labels, expected)
+
+
 def test_bad_shapes_name_the_cure(model):
     engine = compile_engine(model, "cpu", "torch")
     with pytest.raises(ValueError, match="pad to 48x48"):

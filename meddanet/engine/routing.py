@@ -104,8 +104,8 @@ class SliceEngine:
         """Routes every slice and labels it.
 
         Args:
-            slices: [N, C, H, W] float32 on the CPU, H and W multiples of the stride, at least the
-                largest crop.
+            slices: [N, C, H, W] on the CPU, H and W multiples of the stride, at least the largest
+                crop; of any memory layout, contiguous float32 ones are not copied.
 
         Returns:
             A `Segmentation`.
@@ -121,7 +121,7 @@ class SliceEngine:
             torch.zeros(count, 2),
             torch.zeros(count, len(self._selectors), dtype=torch.long),
         )
-        images = slices.numpy()
+        images = slices.detach().float().contiguous().numpy()
         seen = np.flatnonzero(list(self._pool.map(np.any, images)))
         if not len(seen):
             return result
