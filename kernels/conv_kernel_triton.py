@@ -21,11 +21,9 @@ def _add_products(
 ):  # fmt: skip
     """Adds the products of BLOCK_K values of K, from `start` on, to the sums of bytes."""
     k = start + tl.arange(0, BLOCK_K)
-    if C_IN % BLOCK_K == 0:
-        # one tap for the whole block
-        tap, channel = start // C_IN, start % C_IN + tl.arange(0, BLOCK_K)
-    else:
-        tap, channel = (k // C_IN)[None, :], k % C_IN
+    channel = k % C_IN
+    # one tap for the whole block, or one for each of its channels
+    tap = start // C_IN if C_IN % BLOCK_K == 0 else (k // C_IN)[None, :]
     row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
     # taps beyond the last are the padding of K
     mask = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tap < KERNEL * KERNEL)
@@ -67,8 +65,9 @@ def _integer_sum(
         # `depth` is K, but unknown to the compiler, which would unroll the loop and spill
         for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             low_low, mixed, high_high = _add_products(
-                start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,
-                height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_K,
+                tl.multiple_of(start, BLOCK_K), low_low, mixed, high_high, low_ptr, high_ptr,
+                weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX,
+                BLOCK_K,
             )  # fmt: skip
 
     if WIDE:
