@@ -22,11 +22,16 @@ def _add_products(
     """Adds the products of BLOCK_K values of K, from `start` on, to the sums of bytes."""
     k = start + tl.arange(0, BLOCK_K)
     channel = k % C_IN
-    # one tap for the whole block, or one for each of its channels
-    tap = start // C_IN if C_IN % BLOCK_K == 0 else (k // C_IN)[None, :]
-    row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-    # taps beyond the last are the padding of K
-    mask = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tap < KERNEL * KERNEL)
+    if C_IN % BLOCK_K == 0:
+        # one tap for the whole block
+        tap = start // C_IN
+        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
+        mask = (row >= 0) & (row < height)
+    else:
+        tap = (k // C_IN)[None, :]
+        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
+        mask = (row >= 0) & (row < height) & (tap < KERNEL * KERNEL)
+    mask &= (column >= 0) & (column < width)
     offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
     offs_w = rows[None, :] * K + k[:, None]
     mask_w = rows[None, :] < ROWS
