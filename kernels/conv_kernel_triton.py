@@ -21,14 +21,17 @@ def _add_products(
 ):  # fmt: skip
     """Adds the products of BLOCK_K values of K, from `start` on, to the sums of bytes."""
     k = start + tl.arange(0, BLOCK_K)
+    channel = k % C_IN
     if C_IN % BLOCK_K == 0:
         # one tap for the whole block
-        tap, channel = start // C_IN, start % C_IN + tl.arange(0, BLOCK_K)
+        tap = start // C_IN
+        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
+        mask = (row >= 0) & (row < height)
     else:
-        tap, channel = (k // C_IN)[None, :], k % C_IN
-    row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-    # taps beyond the last are the padding of K
-    mask = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tap < KERNEL * KERNEL)
+        tap = (k // C_IN)[None, :]
+        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
+        mask = (row >= 0) & (row < height) & (tap < KERNEL * KERNEL)
+    mask &= (column >= 0) & (column < width)
     offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
     offs_w = rows[None, :] * K + k[:, None]
     mask_w = rows[None, :] < ROWS
@@ -67,8 +70,9 @@ def _integer_sum(
         # `depth` is K, but unknown to the compiler, which would unroll the loop and spill
         for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             low_low, mixed, high_high = _add_products(
-                start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,
-                height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_K,
+                tl.multiple_of(start, BLOCK_K), low_low, mixed, high_high, low_ptr, high_ptr,
+                weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX,
+                BLOCK_K,
             )  # fmt: skip
 
     if WIDE:
