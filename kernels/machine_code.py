@@ -48,7 +48,8 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     """Returns one row of the table.
 
     "registers" are per thread; "stack_bytes" and "local_bytes" per thread are 0 where nothing is
-    spilled, and so are the counts of LDL and STL; "shared_bytes" per program.
+    spilled, and so are the counts of LDL and STL; "shared_bytes" per program. "key" is the JIT's:
+    it changes with the kernel, the options and triton.
     """
     cubin = compiled.metadata_group[f"{variant.name}.cubin"]
     resources = {
@@ -68,6 +69,7 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "instructions": counts.total(),
         "of_these": {name: counts[name] for name in COUNTED if counts[name]},
+        "key": variant.key,
     }
 
 
