@@ -66,8 +66,9 @@ def test_the_joint_loss_is_the_mean_over_those_still_in(model):
     model.eval()
     alone = [segmentation_loss(member(images), labels) for member in model.bank]
     objective = BankObjective([3, 5], windows=False)
-    torch.testing.assert_close(objective(model, fixed, 2, PhaseConfig("bank", 5, batch=2)), (alone[0] + alone[1]) / 2)
-    torch.testing.assert_close(objective(model, fixed, 3, PhaseConfig("bank", 5, batch=2)), alone[1])
+    phase = PhaseConfig("bank", 5, batch=2)
+    torch.testing.assert_close(objective(model, fixed, 2, phase), (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(objective(model, fixed, 3, phase), alone[1])
 
 
 def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
