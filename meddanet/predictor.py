@@ -98,7 +98,7 @@ class VolumePredictor:
                 f"{model.smallest_side}"
             )
         if window is not None and executor not in ("auto", "eager"):
-            raise ValueError(f"executor {executor} runs no windows; use auto or eager with a window")
+            raise ValueError(f"executor {executor} runs no windows; use auto or eager with them")
         self.device = resolve_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.engine = compile_engine(model, self.device, "eager" if window else executor)

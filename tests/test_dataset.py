@@ -69,7 +69,7 @@ def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
     seen = []
     model.policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     volume = load_volume(find_cases(folder)[0])
-    prediction = VolumePredictor(model).predict(volume)
+    prediction = VolumePredictor(model, executor="eager").predict(volume)
     assert seen[0].min() >= 0 and seen[0].max() <= 1
     # the first value of a class stands for it
     assert prediction.label_values == {1: 5, 2: 1}
@@ -139,7 +139,7 @@ def test_hippocampus(real_data, tmp_path):
     settings = config(
         folder, tmp_path / "run", modalities=("mri",), folds=3, window=None, crop_sizes=(24, 32),
         segmenter="unet-12", baseline=None, validate_every=1, validation_slices=4,
-        phases=[PhaseConfig("segmenter", 3, batch=2), PhaseConfig("quantised", 1, batch=2)],
+        phases=[PhaseConfig("segmenter", 1, batch=2), PhaseConfig("quantised", 3, batch=2)],
     )
     model = load_model(train(settings))
     assert model.routes == ("skip", "crop-24", "crop-32", "whole") and model.num_classes == 3

@@ -66,8 +66,9 @@ def test_the_joint_loss_is_the_mean_over_those_still_in(model):
     model.eval()
     alone = [segmentation_loss(member(images), labels) for member in model.bank]
     objective = BankObjective([3, 5], windows=False)
-    torch.testing.assert_close(objective(model, fixed, 2, PhaseConfig("bank", 5, batch=2)), (alone[0] + alone[1]) / 2)
-    torch.testing.assert_close(objective(model, fixed, 3, PhaseConfig("bank", 5, batch=2)), alone[1])
+    phase = PhaseConfig("bank", 5, batch=2)
+    torch.testing.assert_close(objective(model, fixed, 2, phase), (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(objective(model, fixed, 3, phase), alone[1])
 
 
 def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
@@ -155,9 +156,9 @@ def test_the_decision_network_learns_to_skip_and_the_bank_stays(model, batches, 
     log = tmp_path / "log.jsonl"
     train_bank(model, batches, BankConfig(steps=2, batch=4), log)
     before = snapshot(model.bank)
-    counts = train_decision(model, batches, DecisionConfig(steps=60, batch=8), log)
+    counts = train_decision(model, batches, DecisionConfig(steps=120, batch=8), log)
     assert not changed(model.bank, before)
-    assert sum(counts.values()) == 60 * 8 and counts["skip"] == pytest.approx(240, abs=60)
+    assert sum(counts.values()) == 120 * 8 and counts["skip"] == pytest.approx(480, abs=60)
     assert json.loads(log.read_text().splitlines()[-1]) == {"phase": "decision", "labels": counts}
     case = batches.cases[0]
     slices = torch.from_numpy(case.images.astype(np.float32))
