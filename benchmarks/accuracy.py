@@ -107,7 +107,7 @@ def evaluate_case(model, plain: nn.Module | None, case) -> dict:
     """Scores every row on one case and reports the decisions against the truth."""
     volume = load_volume(case)
     truth = to_classes(load_labels(case.label, like=volume), "brats2021")
-    predictor = VolumePredictor(model, device="cpu", labels="brats2023")
+    predictor = VolumePredictor(model, device="cpu", labels="brats2023", executor="eager")
     rows = {}
 
     def dynamic(row: str):
@@ -187,7 +187,7 @@ def show(result: dict) -> None:
         giga = [np.mean([s[c] for s in scored]) / 1e9 for c in (*CONVENTIONS, "scaled_paper")]
         cells = [*(f"{x:.3f}" for x in dice), *(f"{x:.1f}" for x in (*hd95, *giga))]
         print(f"| {row} | {' | '.join(cells)} |")
-    print("\nDice WT / TC / ET of each held-out case, true MACs in G, skipped / cropped / whole slices")
+    print("\nPer held-out case: Dice WT / TC / ET, true MACs in G, slices per route, skip first")
     print("\n| case | static | whole | S+Q | MACs | slices |\n|---|---|---|---|---|---|")
     for name, case in sorted(cases.items()):
         shown = [row for row in ("static", "whole", "S+Q") if row in rows]

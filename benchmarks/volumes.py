@@ -1,4 +1,4 @@
-"""What the benchmarks of whole volumes share: the cases, agreement before timing, and where the numbers go."""
+"""What the benchmarks of whole volumes share: cases, agreement, and where the numbers go."""
 
 from __future__ import annotations
 

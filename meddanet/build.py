@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from .layers import BitSelector, set_quantization
+from .layers import BitSelector, quantized_layers, set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .networks.decision import MobileNetV2, ShuffleNetV2
@@ -120,11 +120,12 @@ def build_med_danet_v2(
     num_bits: tuple[int, ...] = (8, 16),
     decision_network: str = "shufflenetv2-m",
     decision_scale: int = 1,
+    quantize_decisions: bool = True,
 ) -> MedDANetV2:
     """Builds Med-DANet V2 with everything on the quantisation grid.
 
-    Encoder stages follow their bit selectors; every other layer, the policy and position networks
-    included, has 8-bit weights and inputs.
+    Encoder stages follow their bit selectors; every other layer has 8-bit weights and inputs, the
+    policy and position networks included unless they are exempt.
 
     Args:
         segmenter: Name for `build_segmenter`.
@@ -134,6 +135,8 @@ def build_med_danet_v2(
         num_bits: Widths the selectors choose from.
         decision_network: Name for `build_decision_network`, of policy and position network.
         decision_scale: Both see the slice averaged over squares of this many pixels.
+        quantize_decisions: False keeps both in float: on depthwise layers a range per tensor is
+            coarse enough to change decisions.
 
     Raises:
         ValueError: If a name is unknown, or a crop size or the scale does not fit.
@@ -165,7 +168,11 @@ def build_med_danet_v2(
         "segmenter": segmenter, "in_channels": in_channels, "num_classes": num_classes,
         "crop_sizes": list(crop_sizes), "num_bits": list(num_bits),
         "decision_network": decision_network, "decision_scale": decision_scale,
+        "quantize_decisions": quantize_decisions,
     }
+    for network in (model.policy, model.position):
+        for layer in quantized_layers(network).values():
+            layer.exempt = not quantize_decisions
     set_quantization(model, quantize=True, update_range=True)
     return model
 

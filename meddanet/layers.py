@@ -24,6 +24,7 @@ class QuantizedInput:
         input_num_bits: Width of the input, 2..16.
         per_channel: One weight range per output channel instead of one per tensor.
         quantize: False runs the plain PyTorch layer.
+        exempt: Whether `set_quantization` leaves the layer in float.
         update_range: Whether training updates the running range; once False, training uses it as
             `eval()` does.
         input_amax: Running range, a scalar buffer; 0 until the first training batch.
@@ -34,6 +35,7 @@ class QuantizedInput:
         self.input_num_bits = input_num_bits
         self.per_channel = per_channel
         self.quantize = True
+        self.exempt = False
         self.update_range = True
         self.register_buffer("input_amax", torch.zeros(()), persistent=False)
 
@@ -92,7 +94,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         num_bits: int | Tensor | None = None,
         input_num_bits: int | Tensor | None = None,
     ) -> Tensor:
-        """Convolves [N, Cin, H, W]; widths per call or per sample ([N]) override the layer's own."""
+        """Convolves [N, Cin, H, W]; widths per call or per sample, [N], override the layer's."""
         if not self.quantize:
             return super().forward(input)
         padding = self.padding
@@ -128,7 +130,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
         num_bits: int | Tensor | None = None,
         input_num_bits: int | Tensor | None = None,
     ) -> Tensor:
-        """Convolves [N, Cin, H, W]; widths per call or per sample ([N]) override the layer's own."""
+        """Convolves [N, Cin, H, W]; widths per call or per sample, [N], override the layer's."""
         if not self.quantize:
             return super().forward(input)
 
@@ -246,7 +248,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedInput]:
 
 
 def set_quantization(model: nn.Module, *, quantize: bool, update_range: bool) -> None:
-    """Switches every quantised layer between float and quantised, learning and fixed ranges."""
+    """Switches quantised layers between float and quantised, learning and fixed ranges."""
     for layer in quantized_layers(model).values():
-        layer.quantize = quantize
+        layer.quantize = quantize and not layer.exempt
         layer.update_range = update_range

@@ -134,7 +134,9 @@ def quantised(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Te
     """Everything on the quantisation grid, ranges learnt, bit widths under their cost."""
     loss, num_bits = branch_loss(model, batches, step, phase)
     loss = loss + batches.bit_weight * width_share(model, num_bits)
-    return loss + decision_loss(model, batches, step, phase)
+    if phase.oracle_weight:
+        loss = loss + phase.oracle_weight * decision_loss(model, batches, step, phase)
+    return loss
 
 
 def joint(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:

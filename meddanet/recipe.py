@@ -85,8 +85,11 @@ def meddanet_phases() -> list[PhaseConfig]:
     return [
         PhaseConfig("static", steps=1200, decay=False, autocast="bfloat16"),
         PhaseConfig("segmenter", steps=800, autocast="bfloat16"),
-        PhaseConfig("decisions", steps=1200, batch=16, learning_rate=2e-3),
-        PhaseConfig("quantised", steps=120, learning_rate=3e-4),
+        PhaseConfig("decisions", steps=1600, batch=16, learning_rate=2e-3),
+        PhaseConfig(
+            "quantised", steps=120, learning_rate=3e-4, oracle_weight=0,
+            parts=("segmenter", "crop_last_stages", "bit_selectors"),
+        ),
     ]
 
 
@@ -167,6 +170,7 @@ class TrainConfig:
         segmenter: Name for `build_segmenter`.
         decision_network: Name for `build_decision_network`.
         decision_scale: The decision networks see slices averaged over squares of so many pixels.
+        quantize_decisions: Whether the decision networks have 8 bits too.
         crop_sizes: Sides of the crops in pixels.
         margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         num_bits: Widths the selectors choose from.
@@ -201,7 +205,8 @@ class TrainConfig:
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
     decision_scale: int = 2
-    crop_sizes: tuple[int, ...] = (96, 128)
+    quantize_decisions: bool = False
+    crop_sizes: tuple[int, ...] = (128,)
     margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
     cost_weight: float = 0.06

@@ -71,6 +71,7 @@ class _Run:
         self.model = self._place(build_med_danet_v2(
             config.segmenter, len(self.data.modalities), self.data.num_classes,
             config.crop_sizes, config.num_bits, config.decision_network, config.decision_scale,
+            config.quantize_decisions,
         ))
         stride, largest = self.model.stride, max(config.crop_sizes, default=0)
         if config.window is not None and (config.window % stride or config.window < largest):

@@ -33,7 +33,9 @@ CASES = {
     "conv same grouped": (
         QuantConv2d, nn.Conv2d, (6, 4, 3), {"padding": "same", "groups": 2}, (3, 6, 9, 7)
     ),
-    "transposed": (QuantConvTranspose2d, nn.ConvTranspose2d, (6, 4, 2), {"stride": 2}, (3, 6, 5, 4)),
+    "transposed": (
+        QuantConvTranspose2d, nn.ConvTranspose2d, (6, 4, 2), {"stride": 2}, (3, 6, 5, 4)
+    ),
     "linear": (QuantLinear, nn.Linear, (6, 5), {"bias": False}, (3, 4, 6)),
 }
 

@@ -69,7 +69,7 @@ def test_d8_segment_routes_a_mixed_batch_as_slice_by_slice(model):
 
 @torch.no_grad()
 def test_d1_a_crop_comes_back_where_it_was_cut(model):
-    """With the segmenter an identity, a bright pixel returns to its own place, not the transposed."""
+    """With the segmenter an identity, a bright pixel returns to its own place."""
 
     class Identity(nn.Module):
         in_channels, num_classes, stride = 2, 3, 8

@@ -7,16 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
-from meddanet.data.phantom import write_phantom
-from meddanet.batches import Batches
 from meddanet.data.augment import augment
+from meddanet.data.phantom import write_phantom
 from meddanet.data.slices import SliceSampler, folds, read_cache, write_cache
 from meddanet.kernels.conv_train import conv_per_width
 from meddanet.layers import set_quantization
 from meddanet.losses import dice_loss
 from meddanet.med_danet_v2 import TrainingOutput
+from meddanet.monitor import Monitor
 from meddanet.objectives import (
     OBJECTIVES,
     centred_offset,
@@ -25,7 +26,6 @@ from meddanet.objectives import (
     oracle_route,
     relative_cost,
 )
-from meddanet.monitor import Monitor
 from meddanet.phase import run_phase, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import train
