@@ -198,7 +198,8 @@ def test_d5_a_batch_holds_every_sample_asked_for(tmp_path):
 
     images, labels = np.ones((5, 2, 16, 16), np.float32), np.zeros((5, 16, 16), np.uint8)
     write_cache("a", images, labels, tmp_path)
-    images, labels = SliceSampler([read_cache("a", tmp_path)], seed=0).batch(15)
+    sampler = SliceSampler([read_cache("a", tmp_path)])
+    images, labels = sampler.batch(np.random.default_rng(0), 15)
     assert images.shape == (15, 2, 16, 16) and labels.shape == (15, 16, 16)
 
 
