@@ -148,7 +148,9 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
     except Exception as error:  # a missing compiler comes as many kinds of error
         reason = " ".join(str(error).split())[:200]
         return runs, {"torch.compile channels_last": f"{type(error).__name__}: {reason}"}
-    runs["torch.compile channels_last"] = lambda: batched_channels_last(compiled, padded)
+    runs["torch.compile channels_last"] = (
+        lambda: batched_channels_last(compiled, padded)[: len(slices)]
+    )
     return runs, {}
 
 
