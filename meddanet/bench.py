@@ -170,6 +170,8 @@ def bench_volume(
         JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
         that of the model's own layers), "times", "ratios" and "not_run" with reasons.
     """
+    if not isinstance(model, MedDANetV2):
+        raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
     predictor = VolumePredictor(model, device, executor=executor)
     reference = VolumePredictor(model, device, executor="eager")
     prediction, expected = predictor.predict(volume), reference.predict(volume)

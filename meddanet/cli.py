@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
             return COMMANDS[options.command](options[options.command])
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except (
+            ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError
+        ) as error:
             _complain(error)
         except KeyboardInterrupt:
             _complain("interrupted")
@@ -159,7 +161,7 @@ def _evaluate(options: Namespace) -> int:
                 empty=options.empty,
             )
             _say(f"{pair.name}  {_score_line(table[pair.name])}")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             _complain(error)
     if not table:
         return 1
@@ -235,6 +237,8 @@ def _info_cost(name: str, size: int) -> int:
     from .cost import CONVENTIONS, cost_table
     from .weights import load_model, pretrained_names
 
+    if size < 1:
+        raise ValueError(f"size is {size}, expected at least 1 pixel")
     weights = name in pretrained_names() or name.endswith(".safetensors")
     model: Any
     if name in MODELS:

@@ -15,7 +15,8 @@ from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_json, write_preview
 
 # what may be wrong with one case while the others go on
-CASE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+# (PyTorch's and OpenVINO's own errors, memory that is not there among them, are RuntimeErrors)
+CASE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
 
 
 def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
@@ -197,9 +198,10 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 def _read(case: Case, out: Path, modalities: tuple[str, ...] | None) -> Volume:
     labels = out / f"{case.name}.nii.gz"
-    files = [case.files] if isinstance(case.files, Path) else case.files.values()
-    if labels.resolve() in [file.resolve() for file in files]:
-        raise VolumeError(f"{labels}: is the input itself; name another folder with -o")
+    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    kept = files if case.label is None else [*files, case.label]
+    if labels.resolve() in [file.resolve() for file in kept]:
+        raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
     return load_volume(case, None if case.modalities else modalities)
 
 

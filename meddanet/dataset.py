@@ -179,6 +179,8 @@ def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) 
         raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
     if label_map is None:
         return labels
+    if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
+        raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
     lookup = np.zeros(256, np.uint8)
     for value, k in label_map.items():
         lookup[value] = k

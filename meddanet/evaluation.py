@@ -148,7 +148,12 @@ def compare(
     prediction = load_labels(pair.prediction, like=like)
     report = _report(pair.prediction)
     if groups is None and report.get("label_convention") == "values":
-        groups = {name: (value,) for name, value in report["label_values"].items()}
+        values = report.get("label_values")
+        if not isinstance(values, dict):
+            raise VolumeError(
+                f"{pair.prediction}: the report beside it names no label_values; give the groups"
+            )
+        groups = {name: (value,) for name, value in values.items()}
     if groups is None:
         convention = _report(pair.reference).get("label_convention") or labels
         convention = convention or _detected(pair.case, reference)

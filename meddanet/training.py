@@ -62,11 +62,6 @@ class _Run:
         self.config, self.device, self.out = config, device, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.data: Dataset = prepare_dataset(config)
-        if rank() == 0:
-            keep_config(config, self.data.split)
-            for leftover in self.out.glob(".*.partial"):
-                leftover.unlink()
-        barrier()
         torch.manual_seed(config.seed)
         self.model = self._place(build_med_danet_v2(
             config.segmenter, len(self.data.modalities), self.data.num_classes,
@@ -79,6 +74,12 @@ class _Run:
                 f"window is {config.window}, expected a multiple of {stride} that is at least "
                 f"{largest}, or null for whole slices"
             )
+        # only what can be trained is kept: the next call has to ask for the same
+        if rank() == 0:
+            keep_config(config, self.data.split)
+            for leftover in self.out.glob(".*.partial"):
+                leftover.unlink()
+        barrier()
         self.canvas = self.data.canvas(stride, max(stride, largest))
         self.monitor = Monitor(
             self.out, self.data.held_out, every=config.validate_every,
@@ -120,10 +121,13 @@ class _Run:
         if phase.cost_weight is None:
             phase = replace(phase, cost_weight=self.config.cost_weight)
         built_on = next((path for path in later if path.exists()), None)
-        if file.exists() and built_on and load_checkpoint(file, model)[0].step < phase.steps:
+        if built_on and not (
+            file.exists() and load_checkpoint(file, model)[0].step >= phase.steps
+        ):
             raise ValueError(
                 f"{built_on}: was trained from fewer steps than the {phase.steps} of "
-                f"{file.stem}; delete it to train it again, or name another out"
+                f"{file.stem}; delete {built_on.name} and what follows it to train them again, or "
+                "name another out"
             )
         arithmetic = phase.arithmetic or _USUAL_ARITHMETIC[phase.objective]
         quantize, update_range = _ARITHMETIC[arithmetic]

@@ -270,8 +270,22 @@ def test_the_input_is_never_overwritten(tmp_path, segment):
     nib.save(nib.Nifti1Image(data, np.eye(4)), path)
     before = path.read_bytes()
     code, _, messages = segment(path, "-o", tmp_path)
-    assert code == 1 and "is the input itself; name another folder with -o" in messages[0]
+    assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
     assert path.read_bytes() == before
+
+
+def test_the_labels_of_the_input_are_never_overwritten(tmp_path, segment):
+    """The Decathlon's references are named as the results are."""
+    random = np.random.default_rng(0)
+    for folder, shape in (("imagesTr", (16, 16, 4, 4)), ("labelsTr", (16, 16, 4))):
+        (tmp_path / folder).mkdir()
+        data = random.integers(0, 3, shape).astype(np.uint8 if folder == "labelsTr" else np.int16)
+        nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / folder / "BRATS_001.nii.gz")
+    reference = tmp_path / "labelsTr" / "BRATS_001.nii.gz"
+    before = reference.read_bytes()
+    code, _, messages = segment(tmp_path / "imagesTr", "-o", tmp_path / "labelsTr")
+    assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
+    assert reference.read_bytes() == before
 
 
 def test_an_output_folder_that_cannot_be_made(cohort, tmp_path, segment):
@@ -311,7 +325,7 @@ def test_a_failed_write_leaves_nothing_half_done(cohort, tmp_path, segment, monk
     assert len(messages) == 3 and all("No space left on device" in m for m in messages[:2])
 
 
-@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("can't allocate memory")])
 def test_a_case_too_large_for_memory(cohort, tmp_path, segment, monkeypatch, error):
     predict = predictor.VolumePredictor.predict
 

@@ -127,6 +127,20 @@ def test_a_finished_phase_goes_on_when_it_is_given_more_steps(config, tmp_path):
     config.phases[0].steps, config.phases[1].steps = 9, 2
     with pytest.raises(ValueError, match=r"1-joint.pt: was trained from fewer steps than the 9"):
         train(config)
+    # nor is a phase repeated under one that was built on it
+    next((tmp_path / "run").glob("0-*.pt")).unlink()
+    with pytest.raises(ValueError, match=r"delete 1-joint.pt and what follows it"):
+        train(config)
+
+
+def test_what_cannot_be_trained_is_not_kept(config, tmp_path):
+    """A refused configuration does not bind the next call."""
+    config.phases, window = config.phases[:1], config.window
+    config.window = 20
+    with pytest.raises(ValueError, match="window is 20, expected a multiple of 8"):
+        train(config)
+    config.window = window
+    assert train(config).exists()
 
 
 def test_another_configuration_is_refused_by_name(config):

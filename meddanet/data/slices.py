@@ -24,17 +24,26 @@ class CachedCase:
 
     Attributes:
         name: Case name.
-        images: Memory map [D, C, H, W] float16, normalised.
-        labels: Memory map [D, H, W] uint8, classes.
+        folder: The cache.
         brain: Indices of slices that hold any signal.
         lesion: Indices of slices that hold any label.
     """
 
     name: str
-    images: np.ndarray
-    labels: np.ndarray
+    folder: Path
     brain: np.ndarray
     lesion: np.ndarray
+
+    # mapped anew each time: a map holds a file handle, and a thousand cases hold too many
+    @property
+    def images(self) -> np.ndarray:
+        """Memory map [D, C, H, W] float16, normalised."""
+        return np.load(self.folder / f"{self.name}.images.npy", mmap_mode="r")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Memory map [D, H, W] uint8, classes."""
+        return np.load(self.folder / f"{self.name}.labels.npy", mmap_mode="r")
 
 
 def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
@@ -56,15 +65,13 @@ def is_cached(name: str, folder: Path) -> bool:
 
 
 def read_cache(name: str, folder: Path) -> CachedCase:
-    """Maps a cached case into memory.
+    """Returns a cached case.
 
     Raises:
         FileNotFoundError: If the case was not cached.
     """
-    images = np.load(folder / f"{name}.images.npy", mmap_mode="r")
-    labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
     seen, labelled = np.load(folder / f"{name}.seen.npy")
-    return CachedCase(name, images, labels, np.flatnonzero(seen), np.flatnonzero(labelled))
+    return CachedCase(name, folder, np.flatnonzero(seen), np.flatnonzero(labelled))
 
 
 def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]]:
