@@ -19,7 +19,7 @@ if triton.knobs.runtime.interpret:
 
 from meddanet.kernels import backend, variants  # noqa: E402
 from meddanet.layers import set_quantization  # noqa: E402
-from meddanet.med_danet_v2 import channels_last  # noqa: E402
+from meddanet.routing import channels_last  # noqa: E402
 from meddanet.weights import load_model  # noqa: E402
 
 ARCH = 89
@@ -78,7 +78,7 @@ def slices(count, height, width):
 def segment(model):
     assert model.segment(slices(3, 160, 144)).decisions.tolist() == [0, 1, 2]
     # an odd number of elements per slice, divided by 64
-    model.segment(slices(2, 104, 104))
+    model.segment(slices(2, 136, 136))
 
 
 def windows(model):
@@ -90,7 +90,7 @@ def train(model):
     model.train()
     for batch, update_range in ((2, True), (1, False)):
         set_quantization(model, quantize=True, update_range=update_range)
-        output = model(slices(batch, 104, 104))
+        output = model(slices(batch, 136, 136))
         loss = sum((logits**2).mean() for logits in (*output.branch_logits, output.mixed))
         (loss + sum(bits.sum() for bits in output.num_bits)).backward()
 

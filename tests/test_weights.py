@@ -171,5 +171,7 @@ def test_every_shipped_file_is_small_and_has_its_card():
         assert (PRETRAINED / f"{name}.md").is_file()
         model = load_model(name)
         assert all(value.isfinite().all() for value in model.state_dict().values())
-        assert all(layer.input_amax > 0 for layer in quantized_layers(model).values())
+        layers = quantized_layers(model).values()
+        assert all(layer.input_amax > 0 for layer in layers if layer.quantize)
+        assert any(layer.quantize for layer in layers)
         assert {"modalities", "label_convention", "trained_on"} <= model.metadata.keys()
