@@ -362,7 +362,7 @@ import torch
 from meddanet.engine import compile_engine
 from meddanet.weights import load_model
 engine = compile_engine(load_model(), "cpu", "openvino")
-engine.segment(torch.ones(2, 4, 96, 96))
+engine.segment(torch.ones(2, 4, 128, 128))
 assert engine.executor == "openvino"
 print("calls", calls)
 import socket
