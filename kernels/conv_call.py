@@ -118,6 +118,13 @@ def pixel_pitch(image: Tensor) -> int | None:
     return pitch if side_by_side and even and pitch >= channels else None
 
 
+def even_planes(planes: Tensor) -> Tensor:
+    """Returns byte planes whose pixels follow one another at one distance, copied if need be."""
+    if any(pixel_pitch(plane) is None for plane in planes.unbind()):
+        return channels_last_planes(planes)
+    return planes
+
+
 def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
     """Returns codes in any of the accepted forms as byte planes [P, N, C, H, W], checked."""
     if input.dtype == torch.int16 and input.dim() == 4:
@@ -135,9 +142,7 @@ def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
         conv.variant(width)
     if isinstance(num_bits, int) and num_bits > 8 and planes.shape[0] == 1:
         raise ValueError(f"codes of {num_bits} bits need two byte planes: see split_codes")
-    if any(pixel_pitch(plane) is None for plane in planes.unbind()):
-        planes = channels_last_planes(planes)
-    return planes
+    return even_planes(planes)
 
 
 def _widths(num_bits: int | Tensor) -> int | Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import conv_reference
 from .backend import onednn_runs, triton_runs
-from .conv_call import ConvCall, checked_call
+from .conv_call import ConvCall, checked_call, even_planes
 from .conv_pack import PackedConv
 
 
@@ -107,8 +107,10 @@ def _quant_conv2d(
     stream: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (stream, byte planes of codes); what is not asked for is empty."""
+    # an exported program was traced with other layouts than it may meet
     call = _call(
-        input, amax, num_bits, width, codes, scale, bias, packed_widths, in_channels, kernel_size,
+        even_planes(input), amax, num_bits, width, codes, scale, bias, packed_widths,
+        in_channels, kernel_size,
         stride, padding, dilation, groups, transposed, residual, gain, shift, relu, output_amax,
         output_num_bits, output_width, slots, count,
     )  # fmt: skip

@@ -74,6 +74,9 @@ def _label_head(
     labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
     if len(input) == 0:
         return labels
+    # an exported program was traced with other layouts than it may meet
+    if pixel_pitch(input) is None:
+        input = input.contiguous(memory_format=torch.channels_last)
     arguments = (labels, input, weight, scale, bias, amax, num_bits, offset, slots, count)
     if triton_runs(input):
         from .head_triton import run
