@@ -137,8 +137,6 @@ def _checked(
     if slots is None and slices is not None and slices < samples:
         raise ValueError(f"{samples} regions need as many slices, got {slices}: give slots")
     height, width = (size, size) if isinstance(size, int) else size
-    if pixel_pitch(input) is None:
-        input = input.contiguous(memory_format=torch.channels_last)
     whole = (None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count))
     return (input.detach(), rows, scale, bias, amax, num_bits, *whole,
             samples if slices is None else slices, height, width)  # fmt: skip

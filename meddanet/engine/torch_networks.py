@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels import fake_quantize
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
+from ..kernels.onednn import is_exact
 from ..layers import (
     QuantConv2d,
     QuantConvTranspose2d,
@@ -41,7 +42,7 @@ class TorchNetworks:
 
     def __init__(self, model: MedDANetV2) -> None:
         self._model: Any = deepcopy(model).eval().to(memory_format=torch.channels_last)
-        integer = onednn.is_exact()
+        integer = is_exact()
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:
                 parent, _, own = name.rpartition(".")
