@@ -5,12 +5,22 @@
 
 Each configuration is a file for `meddanet train --config`; `--base` names one read before all of
 them. A run lies in OUT/<configuration>/fold<k>; finished ones are not repeated, stopped ones go on.
-Held-out cases are scored as they lie in the cache. Rows of one run:
+Held-out cases are scored as they lie in the cache. Rows of one run of Med-DANet V2:
 
     static   the baseline trained beside: a plain segmenter, every slice whole, 32 bit
     S        skip / crop / whole as decided, 32 bit: the run before its quantised phase
     Q        the final weights, every slice whole, widths as chosen
     S+Q      the final weights, all decisions taken
+
+Rows of Med-DANet (V1):
+
+    M1 ...   one member of the bank on every slice
+    decided  as the decision network decides
+    skips    its skips, the last member everywhere else
+    oracle   the route that Eq. 4 chooses, knowing the labels
+
+Where slices are decided on, "confusion" counts them: rows the route that the labels call for (of V1
+Eq. 4's), columns the one taken.
 """
 
 from __future__ import annotations
@@ -35,13 +45,14 @@ from meddanet.data.slices import CachedCase, pad
 from meddanet.dataset import Dataset, prepare_dataset
 from meddanet.layers import set_quantization
 from meddanet.metrics import dice_score
+from meddanet.objectives import oracle_route
+from meddanet.objectives_v1 import DecisionObjective, decision_labels
 from meddanet.recipe import TrainConfig
 from meddanet.routing import channels_last
 from meddanet.training import train
 from meddanet.version import __version__
 from meddanet.weights import load_model
 
-ROWS = ("static", "S", "Q", "S+Q")
 _FULL = 32.0
 
 
@@ -53,21 +64,32 @@ class Routed(NamedTuple):
     num_bits: Tensor
 
 
-Run = Callable[[Tensor], Routed]
+# slices [N, C, H, W] and their classes [N, H, W], which only the oracle looks at
+Run = Callable[[Tensor, Tensor], Routed]
+
+
+def rows_of(config: TrainConfig) -> list[str]:
+    """Returns the rows of one run's table."""
+    if not config.bank:
+        return ["static", "S", "Q", "S+Q"]
+    members = [f"M{number}" for number in range(1, len(config.bank) + 1)]
+    return [*members, "decided", "skips", "oracle"]
 
 
 def run_configs(options: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores everything: configuration -> row -> fold -> scores."""
     results: dict[str, Any] = {}
     for file in options.configs:
-        rows = results.setdefault(file.stem, {row: {} for row in options.rows})
+        rows: dict[str, Any] = results.setdefault(file.stem, {})
         for fold in options.folds:
             config = read_config(file, options, fold)
             train(config)
             data = prepare_dataset(config)
-            for row in options.rows:
-                if (run := load_row(config, data, row)) is not None:
-                    rows[row][str(fold)] = score(run, data, config)
+            for row in rows_of(config):
+                run = (load_v1_row if config.bank else load_row)(config, data, row)
+                if run is not None:
+                    rows.setdefault(row, {})[str(fold)] = score(run, data, config)
+            rows.setdefault("training CPU seconds", {})[str(fold)] = cpu_seconds(Path(config.out))
     return results
 
 
@@ -93,7 +115,7 @@ def load_row(config: TrainConfig, data: Dataset, row: str) -> tuple[Any, Run] | 
             return None
         plain = build_segmenter(config.segmenter, len(data.modalities), data.num_classes)
         load_checkpoint(out / "baseline.pt", plain)
-        return plain.eval(), lambda slices: _whole(plain, slices)
+        return plain.eval(), lambda slices, labels: _whole(plain, slices)
     model: Any = load_model(out / "model.safetensors")
     if row == "S":
         objectives = [phase.objective for phase in config.phases]
@@ -103,14 +125,51 @@ def load_row(config: TrainConfig, data: Dataset, row: str) -> tuple[Any, Run] | 
         load_checkpoint(out / f"{before}-{objectives[before]}.pt", model)
         set_quantization(model, quantize=False, update_range=False)
     if row == "Q":
-        return model, lambda slices: _whole(model, slices)
+        return model, lambda slices, labels: _whole(model, slices)
 
-    def decided(slices: Tensor) -> Routed:
+    def decided(slices: Tensor, labels: Tensor) -> Routed:
         result = model.segment(slices)
         full = torch.full(result.num_bits.shape, _FULL)
         return Routed(result.labels, result.decisions, full if row == "S" else result.num_bits)
 
     return model, decided
+
+
+def load_v1_row(config: TrainConfig, data: Dataset, row: str) -> tuple[Any, Run]:
+    """Returns Med-DANet and how a row routes its slices."""
+    model: Any = load_model(Path(config.out) / "model.safetensors")
+    last = len(model.bank)
+
+    def run(slices: Tensor, labels: Tensor) -> Routed:
+        if row == "oracle":
+            route = wanted_routes(model, slices, labels, config)
+        elif row in ("decided", "skips"):
+            route = model.segment(slices).decisions
+            route = torch.where(route > 0, last, 0) if row == "skips" else route
+        else:
+            route = torch.full((len(slices),), int(row[1:]))
+        found = torch.zeros(len(slices), *slices.shape[2:], dtype=torch.long)
+        for number in route.unique().tolist():
+            if number:
+                found[route == number] = model.bank[number - 1](slices[route == number]).argmax(1)
+        return Routed(found, route, torch.zeros(len(slices), 0))
+
+    return model, run
+
+
+def wanted_routes(model: Any, slices: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+    """Returns the route [N] that the labels call for."""
+    if not config.bank:
+        return oracle_route(labels, model.crop_sizes, config.margin)
+    objective = DecisionObjective(model, config.decision)
+    macs = objective.member_macs(model, tuple(slices.shape[1:]))
+    return decision_labels(model, slices, labels, macs, objective.metric, objective.regions)
+
+
+def cpu_seconds(run: Path) -> dict[str, float]:
+    """Returns the CPU seconds of each phase, as the log of a run says."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["phase"]: line["cpu_seconds"] for line in lines if "cpu_seconds" in line}
 
 
 def _whole(model: Any, slices: Tensor) -> Routed:
@@ -135,12 +194,13 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
     regions = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
     if data.facts["label_convention"] == "values":
         regions = {f"class {k}": (k,) for k in range(1, data.num_classes)}
-    canvas = data.canvas(8, max(8, *config.crop_sizes, 0))
+    canvas = data.canvas(8, getattr(model, "smallest_side", 8))
     shape = (1, len(data.modalities), *canvas)
     true, paper = (cost_table(model, shape, convention) for convention in ("mac", "paper"))
-    dice, costs, macs, routes = {}, [], [], []
+    dice, costs, macs, routes, wanted = {}, [], [], [], []
     for case in data.held_out:
-        parts = [segment(part) for part in case_slices(case, canvas).split(16)]
+        slices, truth = case_slices(case, canvas)
+        parts = [segment(*part) for part in zip(slices.split(16), truth.split(16), strict=True)]
         routed = Routed(*(torch.cat(part) for part in zip(*parts, strict=True)))
         labels = routed.labels.numpy()[:, : case.labels.shape[1], : case.labels.shape[2]]
         dice[case.name] = dice_score(labels, np.asarray(case.labels), labels=regions)
@@ -153,8 +213,15 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
         costs.append(paper.slice_cost(routed.route, routed.num_bits.float()) * looked_at)
         macs.append(true.slice_macs(routed.route) * looked_at)
         routes.append(routed.route)
+        if hasattr(model, "routes"):
+            wanted.append(wanted_routes(model, slices, truth, config))
     counts = torch.bincount(torch.cat(routes), minlength=len(true.routes)).tolist()
+    confusion = torch.zeros(len(true.routes), len(true.routes), dtype=torch.long)
+    if wanted:
+        pair = (torch.cat(wanted), torch.cat(routes))
+        confusion.index_put_(pair, torch.ones_like(pair[0]), accumulate=True)
     return {
+        "confusion": confusion.tolist(),
         "dice": dice,
         "slice_mega": {
             "scaled_paper": round(torch.cat(costs).double().mean().item() / 1e6, 3),
@@ -164,22 +231,26 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
     }
 
 
-def case_slices(case: CachedCase, canvas: tuple[int, int]) -> Tensor:
-    """Returns all slices of a case, [D, C, H, W], padded as in training."""
+def case_slices(case: CachedCase, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns all slices of a case, [D, C, H, W], and classes [D, H, W], padded as in training."""
     padded = pad(case.images, canvas).astype(np.float32)
-    return channels_last(torch.from_numpy(padded))
+    labels = torch.from_numpy(pad(case.labels, canvas).astype(np.int64))
+    return channels_last(torch.from_numpy(padded)), labels
 
 
 def render(results: dict[str, Any]) -> str:
     """Returns the table in Markdown: means over all cases of all folds."""
-    cases = [fold for rows in results.values() for row in rows.values() for fold in row.values()]
+    cases = [
+        fold for rows in results.values() for row in rows.values() for fold in row.values()
+        if "dice" in fold
+    ]
     regions = list(next(iter(cases[0]["dice"].values()))) if cases else []
     header = ["configuration", "row", "cases", *(f"Dice {region}" for region in regions),
               "M per slice, b/32", "M true MACs", "routes"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, rows in results.items():
         for row, folds in rows.items():
-            if not folds:
+            if any("dice" not in fold for fold in folds.values()):
                 continue
             scores = [case for fold in folds.values() for case in fold["dice"].values()]
             means = [f"{np.mean([s[region] for s in scores]):.4f}" for region in regions]
@@ -203,7 +274,6 @@ def main() -> None:
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--base", type=Path, help="configuration read before each of the list")
     parser.add_argument("--folds", type=lambda text: [int(k) for k in text.split(",")], default=[0])
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)

@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import restricted_string_type
 
-from .recipe import RECIPES, PhaseConfig, TrainConfig
+from .recipe import (
+    PAPERS_AUGMENTATION,
+    RECIPES,
+    AugmentConfig,
+    DecisionConfig,
+    PhaseConfig,
+    TrainConfig,
+)
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
@@ -87,7 +94,7 @@ def _segment_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    parser = _Parser(description="Trains Med-DANet V2 on a folder of labelled cases.")
+    parser = _Parser(description="Trains Med-DANet V2, or V1, on a folder of labelled cases.")
     parser.add_argument("--config", action="config", help="YAML or JSON file of these options")
     parser.add_class_arguments(TrainConfig)
     # as plain values, which --print_config can write down
@@ -112,18 +119,25 @@ def train_config(options: Namespace) -> TrainConfig:
     if recipe is not None and values["phases"] == TrainConfig("", "").phases:
         # named in a file; the option itself has put the phases in place
         values["phases"] = RECIPES[recipe]()
+        if recipe != "meddanet" and values["augment"] == asdict(AugmentConfig()):
+            values["augment"] = asdict(PAPERS_AUGMENTATION)
     if values["baseline"] is not None:
         values["baseline"] = PhaseConfig(**values["baseline"])
+    values["decision"] = DecisionConfig(**values["decision"])
+    values["augment"] = AugmentConfig(**values["augment"])
     return TrainConfig(**values)
 
 
 class _Recipe(Action):
-    """Puts the phases of a named schedule in place."""
+    """Puts the phases of a named schedule in place, and the papers' augmentation to theirs."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         namespace["phases"] = [asdict(phase) for phase in RECIPES[values]()]
+        if values != "meddanet":
+            for name, value in asdict(PAPERS_AUGMENTATION).items():
+                namespace[f"augment.{name}"] = value
 
 
 def _evaluate_parser() -> ArgumentParser:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.augment import augment
+from .data.augment import Draws, augment, change_contrast, change_texture, transplant
 from .data.slices import CachedCase, SliceSampler
 from .distributed import rank, world
+from .recipe import PAPERS_AUGMENTATION, AugmentConfig
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Batches:
         phantoms: Synthetic cases mixed in.
         seed: Seed of sampling and augmentation; several numbers count as one.
         bit_weight: Weight of the mean width's share of the dearest, in the quantised phase.
-        intensity: Largest relative change and shift of a modality's intensities.
+        augment: How samples are varied.
         margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         window: Side of the windows in pixels; None = whole slices.
         canvas: Height and width that whole slices are padded to.
@@ -41,7 +42,7 @@ class Batches:
     phantoms: list[CachedCase] = field(default_factory=list)
     seed: int | Sequence[int] = 0
     bit_weight: float = 0.06
-    intensity: float = 0.1
+    augment: AugmentConfig = PAPERS_AUGMENTATION
     margin: int = 0
     window: int | None = 128
     canvas: tuple[int, int] = (0, 0)
@@ -84,14 +85,23 @@ class Batches:
 
     def _batch(self, sampler: SliceSampler, size: int, **ranges: Any) -> tuple[Tensor, Tensor]:
         whole = -(-size // world()) * world()
-        share = slice(rank(), None, world())
-        images, labels = sampler.batch(self.random, whole, share)
+        config, windows = self.augment, sampler is self.windows
+        images, labels = self._sample(sampler, whole)
         self.drawn += sampler.drawn
-        images, labels = augment(
-            images.to(self.device), labels.to(self.device), self.generator,
-            intensity=self.intensity, rank=rank(), world=world(), **ranges,
-        )
+        draws = Draws(self.generator, len(labels), self.device, rank(), world())
+        if config.transplant and windows:
+            donors = self._sample(sampler, whole)
+            images, labels = transplant(images, labels, donors, draws, config.transplant)
+        if config.contrast:
+            images = change_contrast(images, labels, draws, config.contrast)
+        if config.texture:
+            images = change_texture(images, draws, config.texture)
+        images, labels = augment(images, labels, draws, intensity=config.intensity, **ranges)
         return images.to(self.dtype), labels
+
+    def _sample(self, sampler: SliceSampler, size: int) -> tuple[Tensor, Tensor]:
+        images, labels = sampler.batch(self.random, size, slice(rank(), None, world()))
+        return images.to(self.device), labels.to(self.device)
 
 
 def _number(seed: np.random.SeedSequence) -> int:

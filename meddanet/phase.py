@@ -109,7 +109,10 @@ def run_phase(
         trained, lr=phase.learning_rate, weight_decay=1e-5, amsgrad=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=phase.autocast == "float16")
-    progress = _resume(model, optimizer, scaler, phase, checkpoint)
+    stateful: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler}
+    if hasattr(objective, "state_dict"):
+        stateful["objective"] = objective
+    progress = _resume(model, stateful, phase, checkpoint)
     if progress.step == phase.steps:
         return
     monitor.rewind(name, progress.step)
@@ -145,14 +148,13 @@ def run_phase(
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes
             if checkpoint and rank() == 0:
-                states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                states = {key: value.state_dict() for key, value in stateful.items()}
                 save_checkpoint(checkpoint, model, progress, **states)
     barrier()
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    phase: PhaseConfig, checkpoint: Path | None,
+    model: nn.Module, stateful: dict[str, Any], phase: PhaseConfig, checkpoint: Path | None
 ) -> Progress:
     """Loads the checkpoint, if any; a phase of other length than then gets its ramp."""
     if checkpoint is None or not checkpoint.exists():
@@ -163,8 +165,8 @@ def _resume(
             f"{checkpoint}: has {progress.step} steps done, more than the {phase.steps} asked for; "
             "expected at least as many, or another out"
         )
-    optimizer.load_state_dict(states["optimizer"])
-    scaler.load_state_dict(states["scaler"])
+    for name, value in stateful.items():
+        value.load_state_dict(states[name])
     if progress.steps != phase.steps:
         progress.ramp_start, progress.ramp_share = progress.step, progress.share
         progress.steps = int(phase.steps)

@@ -11,7 +11,8 @@ class PhaseConfig:
     """One phase of training.
 
     Attributes:
-        objective: "segmenter", "decisions", "quantised", "joint" or "static".
+        objective: Of Med-DANet V2 "segmenter", "decisions", "quantised", "joint" or "static"; of
+            Med-DANet (V1) "bank" or "decision".
         steps: Optimiser steps, or epochs by `unit`.
         unit: "steps", or "epochs": `steps`, `warm_up` and `schedule_*` then count epochs, each of
             as many samples as the training cases have slices with any signal.
@@ -24,8 +25,8 @@ class PhaseConfig:
         autocast: "none", "bfloat16" or "float16" (with loss scaling) for convolutions; weights stay
             in float32.
         parts: Which of the model's parts train (of Med-DANet V2: segmenter, crop_last_stages,
-            bit_selectors, policy, position); the rest is frozen, norms and dropout included.
-            Empty = all.
+            bit_selectors, policy, position; of V1: bank, decision); the rest is frozen, norms and
+            dropout included. Empty = all; in V1 the one that the objective is named after.
         arithmetic: "float", "learning" (quantised, ranges follow the data) or "fixed" (quantised,
             ranges stay); None = what the objective is for.
         loss: "dice+ce", or "dice": the papers' foreground Dice, summed over classes.
@@ -34,6 +35,10 @@ class PhaseConfig:
         oracle_weight: Weight of what the labels teach policy and position network.
         cost_weight: Weight of the chosen route's cost; None = the run's.
         branch_cost_weight: Weight of the cost of all branches together, chosen or not.
+        stay: In "bank", the share of the steps each member takes part in, cheapest first; empty =
+            all of them. A phase per member, (1, 0), then (0, 1), trains each on its own.
+        windows: In "bank" and "decision", train on windows, two thirds with a lesion (V1's setting
+            1), instead of whole slices in their natural mix.
     """
 
     objective: str
@@ -54,9 +59,11 @@ class PhaseConfig:
     oracle_weight: float = 1.0
     cost_weight: float | None = None
     branch_cost_weight: float = 0.0
+    stay: tuple[float, ...] = ()
+    windows: bool = True
 
     def __post_init__(self) -> None:
-        self.parts = tuple(self.parts)
+        self.parts, self.stay = tuple(self.parts), tuple(self.stay)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known)
@@ -83,11 +90,11 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 def meddanet_phases() -> list[PhaseConfig]:
     """Returns the schedule of the shipped weights: the labels teach the decisions first."""
     return [
-        PhaseConfig("static", steps=1200, decay=False, autocast="bfloat16"),
-        PhaseConfig("segmenter", steps=800, autocast="bfloat16"),
-        PhaseConfig("decisions", steps=1600, batch=16, learning_rate=2e-3),
+        PhaseConfig("static", steps=900, decay=False, autocast="bfloat16"),
+        PhaseConfig("segmenter", steps=600, autocast="bfloat16"),
+        PhaseConfig("decisions", steps=1000, batch=16, learning_rate=2e-3),
         PhaseConfig(
-            "quantised", steps=120, learning_rate=3e-4, oracle_weight=0,
+            "quantised", steps=100, learning_rate=3e-4, oracle_weight=0,
             parts=("segmenter", "crop_last_stages", "bit_selectors"),
         ),
     ]
@@ -140,13 +147,73 @@ def official_phases() -> list[PhaseConfig]:
     return [first, second, third]
 
 
+def v1_phases() -> list[PhaseConfig]:
+    """Returns the schedule of Med-DANet, section 4.1: 400 epochs of the bank, 50 of the decisions.
+
+    Small members leave after 300 epochs; the paper does not say which are small, here the first two
+    of its four.
+    """
+    bank = PhaseConfig(
+        "bank", 400, "epochs", batch=64, learning_rate=1e-4, warm_up=1, loss="dice",
+        stay=(0.75, 0.75, 1.0, 1.0),
+    )
+    return [bank, PhaseConfig("decision", 50, "epochs", batch=64, learning_rate=0.01, warm_up=1)]
+
+
 RECIPES: dict[str, Callable[[], list[PhaseConfig]]] = {
     "meddanet": meddanet_phases, "paper": paper_phases, "official": official_phases,
+    "v1-paper": v1_phases,
 }
 
 
 def _baseline() -> PhaseConfig:
-    return PhaseConfig("static", steps=1600, autocast="bfloat16")
+    return PhaseConfig("static", steps=1640, autocast="bfloat16")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How batches are varied beside flips, turns, zooms and shifts; see `data.augment`.
+
+    Attributes:
+        intensity: Largest relative change and shift of a modality's intensities.
+        transplant: Chance of a window to get another one's lesion.
+        contrast: Chance of a slice's lesion to be made fainter, or a little stronger.
+        texture: Chance of a slice to be blurred, and of one to be roughened; where it is not 0,
+            half of the modalities have their grey values bent.
+    """
+
+    intensity: float = 0.25
+    transplant: float = 0.3
+    contrast: float = 0.5
+    texture: float = 0.2
+
+
+# what papers and published code do
+PAPERS_AUGMENTATION = AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0)
+
+
+@dataclass
+class DecisionConfig:
+    """What Med-DANet's decision network learns: the choice of Eq. 4, weighed by Eq. 7.
+
+    Attributes:
+        alpha: Weight of the cost against the Dice score, 0..1.
+        softmax_scores: Whether the members' Dice scores pass a softmax.
+        softmax_costs: Whether the members' inverse costs pass a softmax.
+        cost_unit: Multiply-adds per unit of cost; see `ChoiceMetric`.
+        route_weights: Weight of each route in the cross-entropy, skip first; empty = from 0.8 for
+            skip evenly up to 1.2 for the last member. The paper gives no numbers, only that better
+            members weigh slightly more and skip less.
+        regions: Classes that make up each region of the Dice score S_i; empty = every foreground
+            class is one. For brain tumours ((1, 2, 3), (1, 3), (3,)).
+    """
+
+    alpha: float = 0.001
+    softmax_scores: bool = False
+    softmax_costs: bool = True
+    cost_unit: float = 1e9
+    route_weights: tuple[float, ...] = ()
+    regions: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -165,8 +232,11 @@ class TrainConfig:
         fold: Which of them is held out.
         seed: Seed of weights, sampling and augmentation.
         phantoms: Synthetic glioma cases mixed into the training cases.
-        intensity: Largest relative change and shift of a modality's intensities.
+        augment: How batches are varied.
         window: Side of the training windows in pixels; None = whole slices.
+        bank: Names for `build_segmenter`, cheapest first: trains Med-DANet (V1) with these members,
+            by phases "bank" and "decision", such as recipe v1-paper. Empty = Med-DANet V2.
+        decision: What V1's decision network learns.
         segmenter: Name for `build_segmenter`.
         decision_network: Name for `build_decision_network`.
         decision_scale: The decision networks see slices averaged over squares of so many pixels.
@@ -200,8 +270,10 @@ class TrainConfig:
     fold: int = 0
     seed: int = 0
     phantoms: int = 3
-    intensity: float = 0.25
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     window: int | None = 128
+    bank: tuple[str, ...] = ()
+    decision: DecisionConfig = field(default_factory=DecisionConfig)
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
     decision_scale: int = 2

@@ -1,4 +1,4 @@
-"""Training of Med-DANet V2 in phases, and of the static segmenter it is compared with."""
+"""Training of Med-DANet V2 and V1 in phases, and of the static segmenter they are compared with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches
-from .build import build_med_danet_v2, build_segmenter
+from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .checkpoint import keep_config, load_checkpoint
 from .dataset import Dataset, prepare_dataset
 from .distributed import barrier, process_group, rank, world
 from .layers import set_quantization
+from .med_danet import MedDANet
+from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, Objective
+from .objectives_v1 import DecisionObjective, bank
 from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .weights import save_model
@@ -27,8 +30,9 @@ from .weights import save_model
 _ARITHMETIC = {"float": (False, True), "learning": (True, True), "fixed": (True, False)}
 _USUAL_ARITHMETIC = {
     "static": "float", "segmenter": "float", "decisions": "float", "quantised": "learning",
-    "joint": "fixed",
+    "joint": "fixed", "bank": "float", "decision": "float",
 }
+_V1 = ("bank", "decision")
 
 
 def train(config: TrainConfig) -> Path:
@@ -63,12 +67,8 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
-        self.model = self._place(build_med_danet_v2(
-            config.segmenter, len(self.data.modalities), self.data.num_classes,
-            config.crop_sizes, config.num_bits, config.decision_network, config.decision_scale,
-            config.quantize_decisions,
-        ))
-        stride, largest = self.model.stride, max(config.crop_sizes, default=0)
+        self.model = self._place(_build(config, self.data))
+        stride, largest = self.model.stride, self.model.smallest_side
         if config.window is not None and (config.window % stride or config.window < largest):
             raise ValueError(
                 f"window is {config.window}, expected a multiple of {stride} that is at least "
@@ -90,16 +90,19 @@ class _Run:
     def run(self) -> Path:
         """Runs all phases and saves the weights."""
         phases = self.config.phases
+        notes: dict[str, Any] = {**self.data.split, **self.data.facts}
         files = [
             self.out / f"{number}-{phase.objective}.pt" for number, phase in enumerate(phases)
         ]
         for number, (phase, file) in enumerate(zip(phases, files, strict=True)):
             if phase.objective == "segmenter":
                 start_crop_stages(self.model)
-            self._phase(self.model, phase, number, file, files[number + 1 :])
+            objective = self._phase(self.model, phase, number, file, files[number + 1 :])
+            if isinstance(objective, DecisionObjective):
+                counts = objective.counts.tolist()
+                notes["decision_labels"] = dict(zip(self.model.routes, counts, strict=True))
         path = self.out / "model.safetensors"
         if rank() == 0:
-            notes: dict[str, Any] = {**self.data.split, **self.data.facts}
             save_model(self.model.eval(), path, modalities=self.data.modalities, **notes)
         if self.config.baseline is not None:
             plain = build_segmenter(
@@ -112,14 +115,14 @@ class _Run:
 
     def _phase(
         self, model: nn.Module, phase: PhaseConfig, number: int, file: Path, later: list[Path]
-    ) -> None:
-        if phase.objective not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ValueError(f"objective is {phase.objective!r}, expected one of {known}")
+    ) -> Objective:
+        objective = self._objective(model, phase)
         slices = sum(len(case.brain) for case in self.data.training)
         phase = phase.in_steps(max(round(slices / phase.batch), 1))
         if phase.cost_weight is None:
             phase = replace(phase, cost_weight=self.config.cost_weight)
+        if phase.objective in _V1 and not phase.parts:
+            phase = replace(phase, parts=(phase.objective,))
         built_on = next((path for path in later if path.exists()), None)
         if built_on and not (
             file.exists() and load_checkpoint(file, model)[0].step >= phase.steps
@@ -134,14 +137,31 @@ class _Run:
         set_quantization(model, quantize=quantize, update_range=update_range)
         batches = Batches(
             self.data.training, self.data.phantoms, (self.config.seed, number),
-            self.config.bit_weight, self.config.intensity, self.config.margin, self.config.window,
+            self.config.bit_weight, self.config.augment, self.config.margin, self.config.window,
             self.canvas, self.device,
         )
         run_phase(
-            model, OBJECTIVES[phase.objective], phase, batches, file, self.monitor,
+            model, objective, phase, batches, file, self.monitor,
             predict=_prediction(model, phase.objective),
             minutes=self.config.checkpoint_minutes, every=self.config.checkpoint_steps,
         )
+        return objective
+
+    def _objective(self, model: Any, phase: PhaseConfig) -> Objective:
+        """Returns what a phase minimises.
+
+        Raises:
+            ValueError: If there is no such objective, or it is not one of the model's.
+        """
+        known: dict[str, Objective] = {**OBJECTIVES}
+        if isinstance(model, MedDANet):
+            known = {"bank": bank, "decision": DecisionObjective(model, self.config.decision)}
+        if phase.objective not in known:
+            raise ValueError(
+                f"objective is {phase.objective!r}, expected one of {', '.join(known)} for a "
+                f"{type(model).__name__}"
+            )
+        return known[phase.objective]
 
     def _place(self, model: Any) -> Any:
         """Puts a model on the device, in the layout that convolutions prefer."""
@@ -153,13 +173,26 @@ class _Run:
         return model
 
 
+def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
+    """Builds the untrained model."""
+    channels, classes = len(data.modalities), data.num_classes
+    if config.bank:
+        return build_med_danet(config.bank, channels, classes, config.decision_network)
+    return build_med_danet_v2(
+        config.segmenter, channels, classes, config.crop_sizes, config.num_bits,
+        config.decision_network, config.decision_scale, config.quantize_decisions,
+    )
+
+
 def _prediction(model: Any, objective: str) -> Predict:
-    """Returns what a phase is judged by: the plain segmenter, or what the decisions make of it."""
+    """Returns what a phase is judged by: a plain segmenter, or what the decisions make of it."""
     plain: Callable[[Tensor], Tensor] = getattr(model, "segmenter", model)
+    if objective == "bank":
+        plain = model.bank[-1]
 
     def predict(slices: Tensor) -> Tensor:
         model.eval()
-        if objective in ("static", "segmenter"):
+        if objective in ("static", "segmenter", "bank"):
             return plain(slices).argmax(1)
         return model.segment(slices).labels
 

@@ -12,6 +12,7 @@ from meddanet.arguments import command_parser, train_config
 from meddanet.build import build_segmenter
 from meddanet.cost import count_macs
 from meddanet.recipe import TrainConfig
+from meddanet.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -51,7 +52,8 @@ baseline: {objective: static, steps: 1, batch: 2}
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     rows = results["policy-16"]
-    assert list(rows) == ["static", "S", "Q", "S+Q"] and set(rows["S"]) == {"0"}
+    assert list(rows) == ["static", "S", "Q", "S+Q", "training CPU seconds"]
+    assert set(rows["S"]) == {"0"}
     (held_out,) = rows["static"]["0"]["dice"]
     assert held_out == "disc_000"
     assert set(rows["S"]["0"]["dice"][held_out]) == {"class 1", "class 2"}
@@ -59,9 +61,43 @@ baseline: {objective: static, steps: 1, batch: 2}
     assert rows["static"]["0"]["slice_mega"]["mac"] == pytest.approx(static, abs=1e-3)
     assert rows["Q"]["0"]["routes"] == {"skip": 0, "crop-16": 0, "whole": 5}
     assert sum(rows["S+Q"]["0"]["routes"].values()) == 5
-    costs = [rows[row]["0"]["slice_mega"] for row in rows]
+    costs = [rows[row]["0"]["slice_mega"] for row in list(rows)[:4]]
     assert np.all([cost["scaled_paper"] > 0 for cost in costs])
     # 8 or 16 bit of 32 in the stages, all the rest in full
     assert costs[2]["scaled_paper"] < costs[0]["scaled_paper"]
     table = (tmp_path / "t.md").read_text().splitlines()
     assert len(table) == 2 + 8 and table[2].startswith("| policy-16 | static | 1 |")
+
+
+def test_a_run_of_v1_scores_its_members_and_its_decisions(decathlon, tmp_path):
+    config = tmp_path / "v1.yaml"
+    config.write_text("""
+window: null
+bank: [unet-2, unet-4]
+validate_every: 0
+device: cpu
+threads: 1
+phases:
+- {objective: bank, steps: 2, batch: 2, stay: [0.5, 1.0]}
+- {objective: decision, steps: 2, batch: 2, windows: false}
+baseline: null
+""")
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
+        str(tmp_path / "out"), str(config), "--json", str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["results"]["v1"]
+    assert set(rows.pop("training CPU seconds")["0"]) == {"0-bank", "1-decision"}
+    assert list(rows) == ["M1", "M2", "decided", "skips", "oracle"]
+    for name, member in (("M1", "unet-2"), ("M2", "unet-4")):
+        macs = count_macs(build_segmenter(member, 1, 3), (1, 1, 32, 32)) / 1e6
+        # every slice is run, those without signal too; a decision is counted with it
+        assert rows[name]["0"]["slice_mega"]["mac"] > macs
+        assert rows[name]["0"]["routes"] == {"skip": 0, "M1": 0, "M2": 0, name: 5}
+    truth = np.array(rows["oracle"]["0"]["confusion"])
+    assert np.array_equal(truth, np.diag(np.diag(truth))) and truth.sum() == 5
+    assert rows["skips"]["0"]["routes"]["M1"] == 0
+    weights = load_model(tmp_path / "out" / "v1" / "fold0" / "model.safetensors")
+    assert sum(weights.metadata["decision_labels"].values()) == 4

@@ -18,7 +18,7 @@ FLOORS = (
     {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
     {"build", "report"},
     {
-        "bench", "training", "training_v1", "phase", "objectives", "batches", "checkpoint",
+        "bench", "training", "objectives_v1", "phase", "objectives", "batches", "checkpoint",
         "monitor", "dataset", "weights", "cohort", "evaluation",
     },
     {"arguments", "cli"},

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
-from meddanet.data.augment import augment
 from meddanet.data.phantom import write_phantom
 from meddanet.data.slices import SliceSampler, folds, read_cache, write_cache
 from meddanet.kernels.conv_train import conv_per_width
@@ -117,18 +116,6 @@ def test_small_slices_are_padded_at_the_bottom_and_right(tmp_path):
         assert torch.equal(image[0, 0, :7, :15].double(), torch.from_numpy(images[0, 0]))
         assert image[0, 0, 7:].abs().sum() == image[0, 0, :, 15:].abs().sum() == 0
         assert torch.equal(label[0] > 0, image[0, 0] > 60)
-
-
-def test_augmentation_moves_image_and_labels_together_and_keeps_background():
-    labels = labels_with_boxes(*[(20, 12, 9, 17)] * 32)
-    labels[:, 20:29, 12:29] = 1
-    images = labels[:, None].float().repeat(1, 2, 1, 1) * 5
-    moved, turned = augment(images, labels, torch.Generator().manual_seed(0), shift=0.1)
-    inside = (moved[:, 0] > 2.5) == (turned > 0)
-    assert inside.double().mean() > 0.99
-    assert not torch.equal(moved, images)
-    corners = moved[:, :, :4, :4]
-    assert corners.abs().max() == 0
 
 
 def test_d6_the_cost_is_a_mean_over_samples(model):

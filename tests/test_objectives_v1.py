@@ -1,6 +1,6 @@
 """V1's two training steps on hand-made cases."""
 
-import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,18 +12,11 @@ from meddanet.batches import Batches
 from meddanet.build import build_med_danet
 from meddanet.choice import ChoiceMetric
 from meddanet.data.slices import read_cache, write_cache
-from meddanet.losses import segmentation_loss
-from meddanet.recipe import PhaseConfig
-from meddanet.training_v1 import (
-    BankConfig,
-    BankObjective,
-    DecisionConfig,
-    DecisionObjective,
-    decision_labels,
-    member_scores,
-    train_bank,
-    train_decision,
-)
+from meddanet.losses import papers_segmentation_loss, segmentation_loss
+from meddanet.monitor import Monitor
+from meddanet.objectives_v1 import DecisionObjective, bank, decision_labels, member_scores
+from meddanet.phase import run_phase
+from meddanet.recipe import DecisionConfig, PhaseConfig
 
 
 @pytest.fixture
@@ -65,10 +58,12 @@ def test_the_joint_loss_is_the_mean_over_those_still_in(model):
     fixed = Fixed(images, labels)
     model.eval()
     alone = [segmentation_loss(member(images), labels) for member in model.bank]
-    objective = BankObjective([3, 5], windows=False)
-    phase = PhaseConfig("bank", 5, batch=2)
-    torch.testing.assert_close(objective(model, fixed, 2, phase), (alone[0] + alone[1]) / 2)
-    torch.testing.assert_close(objective(model, fixed, 3, phase), alone[1])
+    phase = PhaseConfig("bank", 5, batch=2, stay=(0.6, 1.0), windows=False)
+    torch.testing.assert_close(bank(model, fixed, 2, phase), (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(bank(model, fixed, 3, phase), alone[1])
+    phase = PhaseConfig("bank", 5, batch=2, stay=(1.0, 0.0), windows=False, loss="dice")
+    expected = papers_segmentation_loss(model.bank[0](images), labels)
+    torch.testing.assert_close(bank(model, fixed, 0, phase), expected)
 
 
 def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
@@ -80,25 +75,25 @@ def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
         steps.append(snapshot(model.bank[0]))
 
     model.bank[1].register_forward_hook(note)
-    config = BankConfig(steps=4, batch=2, stay=(0.5, 1.0), windows=False)
+    phase = PhaseConfig("bank", 4, batch=2, stay=(0.5, 1.0), windows=False, parts=("bank",))
     before = snapshot(model.decision)
-    train_bank(model, batches, config, tmp_path / "log.jsonl")
+    run_phase(model, bank, phase, batches, None, Monitor(tmp_path))
     # the larger member's forward of step i comes after the smaller one's update of step i - 1
     first, second, third, last = seen["steps"]
     assert any(not torch.equal(first[n], second[n]) for n in first)
     assert all(torch.equal(third[n], last[n]) for n in third)
     assert not changed(model.bank[0], last)
     assert not changed(model.decision, before)
-    assert not any(module.training for module in model.bank.modules())
 
 
-def test_individual_training_trains_each_on_its_own(model, batches, tmp_path):
-    log = tmp_path / "log.jsonl"
-    before = [snapshot(member) for member in model.bank]
-    train_bank(model, batches, BankConfig(steps=4, batch=2, stay=(0.5, 1.0), joint=False), log)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [(row["phase"], row["step"]) for row in rows] == [("bank-M1", 2), ("bank-M2", 4)]
-    assert all(changed(m, b) for m, b in zip(model.bank, before, strict=True))
+def test_a_phase_per_member_trains_each_on_its_own(model, batches, tmp_path):
+    for index in range(2):
+        before = [snapshot(member) for member in model.bank]
+        stay = tuple(float(i == index) for i in range(2))
+        phase = PhaseConfig("bank", 2, batch=2, stay=stay, parts=("bank",))
+        run_phase(model, bank, phase, batches, None, Monitor(tmp_path))
+        moved = [changed(m, b) for m, b in zip(model.bank, before, strict=True)]
+        assert moved == [i == index for i in range(2)]
 
 
 def test_decision_labels_by_hand(model):
@@ -137,11 +132,12 @@ def test_the_decision_loss_is_weighted_cross_entropy(model):
     images, labels = torch.randn(3, 1, 16, 16), torch.zeros(3, 16, 16, dtype=torch.long)
     labels[1:, 4:8, 4:8] = 1
     model.eval()
-    config = DecisionConfig(route_weights=(0.5, 1.0, 2.0), windows=False)
+    config = DecisionConfig(route_weights=(0.5, 1.0, 2.0))
     objective = DecisionObjective(model, config)
-    loss = objective(model, Fixed(images, labels), 0, PhaseConfig("decision", 1, batch=3))
+    phase = PhaseConfig("decision", 1, batch=3, windows=False)
+    loss = objective(model, Fixed(images, labels), 0, phase)
     macs = objective.member_macs(model, (1, 16, 16))
-    wanted = decision_labels(model, images, labels, macs, config.metric)
+    wanted = decision_labels(model, images, labels, macs, objective.metric)
     weight = torch.tensor(config.route_weights)[wanted]
     log_p = model.decide(images).log_softmax(1)[torch.arange(3), wanted]
     torch.testing.assert_close(loss, -(weight * log_p).sum() / weight.sum())
@@ -152,24 +148,56 @@ def test_the_decision_loss_is_weighted_cross_entropy(model):
     )
 
 
+def decide(steps: int) -> PhaseConfig:
+    return PhaseConfig(
+        "decision", steps, batch=8, learning_rate=2e-3, parts=("decision",), windows=False
+    )
+
+
 def test_the_decision_network_learns_to_skip_and_the_bank_stays(model, batches, tmp_path):
-    log = tmp_path / "log.jsonl"
-    train_bank(model, batches, BankConfig(steps=2, batch=4), log)
+    phase = PhaseConfig("bank", 2, batch=4, parts=("bank",))
+    run_phase(model, bank, phase, batches, None, Monitor(tmp_path))
     before = snapshot(model.bank)
-    counts = train_decision(model, batches, DecisionConfig(steps=120, batch=8), log)
+    objective = DecisionObjective(model, DecisionConfig())
+    run_phase(model, objective, decide(120), batches, None, Monitor(tmp_path))
     assert not changed(model.bank, before)
-    assert sum(counts.values()) == 120 * 8 and counts["skip"] == pytest.approx(480, abs=60)
-    assert json.loads(log.read_text().splitlines()[-1]) == {"phase": "decision", "labels": counts}
+    assert objective.counts.sum() == 120 * 8
+    assert objective.counts[0].item() == pytest.approx(480, abs=60)
+    model.eval()
     case = batches.cases[0]
     slices = torch.from_numpy(case.images.astype(np.float32))
     decisions = model.segment(slices).decisions
     assert (decisions[:4] == 0).all() and (decisions[4:] > 0).all()
 
 
-@pytest.mark.parametrize("stay", [(1.0,), (1.0, 1.0, 1.0), (0.0, 1.0), (1.0, 1.5)])
-def test_shares_that_do_not_fit_the_bank(model, batches, tmp_path, stay):
+def test_counting_goes_on_where_a_checkpoint_stands(model, batches, tmp_path):
+    whole = DecisionObjective(model, DecisionConfig())
+    run_phase(deepcopy(model), whole, decide(4), batches, None, Monitor(tmp_path))
+
+    class Killed(Exception):
+        pass
+
+    class Half(DecisionObjective):
+        def __call__(self, model, batches, step, phase):
+            if step == 2:
+                raise Killed
+            return super().__call__(model, batches, step, phase)
+
+    file = tmp_path / "decision.pt"
+    with pytest.raises(Killed):
+        run_phase(
+            deepcopy(model), Half(model, DecisionConfig()), decide(4), batches, file,
+            Monitor(tmp_path), every=1,
+        )
+    resumed = DecisionObjective(model, DecisionConfig())
+    run_phase(deepcopy(model), resumed, decide(4), batches, file, Monitor(tmp_path))
+    assert resumed.counts.tolist() == whole.counts.tolist() and resumed.counts.sum() == 32
+
+
+@pytest.mark.parametrize("stay", [(1.0,), (1.0, 1.0, 1.0), (0.0, 0.5), (1.0, 1.5)])
+def test_shares_that_do_not_fit_the_bank(model, batches, stay):
     with pytest.raises(ValueError, match="expected a share .* for each of 2 members"):
-        train_bank(model, batches, BankConfig(steps=1, stay=stay), tmp_path / "log")
+        bank(model, batches, 0, PhaseConfig("bank", 4, batch=2, stay=stay))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 1.0, -1.0)])
