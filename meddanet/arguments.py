@@ -94,10 +94,13 @@ def _segment_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    parser = _Parser(description="Trains Med-DANet V2, or V1, on a folder of labelled cases.")
+    parser = _Parser(
+        description="Trains Med-DANet V2, or V1, on a folder of labelled cases.",
+        print_config="--print-config",
+    )
     parser.add_argument("--config", action="config", help="YAML or JSON file of these options")
     parser.add_class_arguments(TrainConfig)
-    # as plain values, which --print_config can write down
+    # as plain values, which --print-config can write down
     parser.set_defaults({"phases": [asdict(phase) for phase in RECIPES["meddanet"]()]})
     parser.add_argument(
         "--recipe", action=_Recipe, choices=RECIPES, help="phases by name (default: meddanet)"

@@ -6,6 +6,7 @@ Results go to stdout, messages and progress to stderr. Exit code 0 only if every
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -22,6 +23,8 @@ from .version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = command_parser().parse_args(argv)
+    # nibabel prints a line of its own before it raises
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
@@ -239,12 +242,17 @@ def _info_cost(name: str, size: int) -> int:
 
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
-    weights = name in pretrained_names() or name.endswith(".safetensors")
     model: Any
     if name in MODELS:
         model = MODELS[name]()
+    elif name in pretrained_names() or name.endswith(".safetensors"):
+        model = load_model(name)
     else:
-        model = load_model(name) if weights else build_segmenter(name)
+        try:
+            model = build_segmenter(name)
+        except ValueError as error:
+            others = ", ".join((*MODELS, *pretrained_names()))
+            raise ValueError(f"{error}, {others}, or a .safetensors file") from error
     for convention in CONVENTIONS:
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
         table = cost_table(model, (1, model.in_channels, size, size), convention).render()

@@ -28,7 +28,7 @@ from .data import (
 from .data.phantom import make_phantom
 from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
 from .data.storage import write_bytes
-from .distributed import barrier, rank
+from .distributed import first_alone
 from .recipe import TrainConfig
 
 _FIRST_PHANTOM = 1000
@@ -83,12 +83,9 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     found = {case.name: case for case in find_cases(config.data) if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
-    if rank() == 0:
-        with _table(cache, config) as table:
-            for name, case in tqdm(found.items(), desc="cache", disable=None):
-                if name not in table or not is_cached(name, cache):
-                    table[name] = _cache_case(case, config, cache)
-    barrier()
+    with first_alone() as first:
+        if first:
+            _fill_cache(found, config, cache)
     table = json.loads((cache / "cases.json").read_text())["cases"]
     facts = {name: table[name] for name in found}
     modalities = tuple(_common(facts, "modalities"))
@@ -96,9 +93,9 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     phantoms = []
     if gliomas and modalities == MODALITIES:
         phantoms = [f"phantom-{_FIRST_PHANTOM + index}" for index in range(config.phantoms)]
-        if rank() == 0:
-            _cache_phantoms(phantoms, cache)
-        barrier()
+        with first_alone() as first:
+            if first:
+                _cache_phantoms(phantoms, cache)
     training, held_out = folds(list(found), config.folds, config.fold)
     highest = max(f["highest"] for f in facts.values())
     num_classes = 4 if gliomas else 1 + max(highest, *(config.label_map or {}).values(), 0)
@@ -149,6 +146,25 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
         yield content["cases"]
     finally:
         write_bytes(path, json.dumps(content).encode())
+
+
+def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
+    """Caches what is not cached yet, or whose files are others than then."""
+    with _table(cache, config) as table:
+        for name, case in tqdm(cases.items(), desc="cache", disable=None):
+            files = _fingerprint(case)
+            row = table.get(name, {})
+            if row.get("files") != files or not is_cached(name, cache):
+                table[name] = {**_cache_case(case, config, cache), "files": files}
+
+
+def _fingerprint(case: Case) -> list[list[Any]]:
+    """Returns name, size and time of change of a case's files."""
+    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    return [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in (*files, case.label) if path is not None
+    ]
 
 
 def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -73,6 +74,19 @@ def barrier() -> None:
     """Waits until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def first_alone() -> Iterator[bool]:
+    """Lets the first process work while the others wait, a day if need be; yields whether it is.
+
+    A plain barrier gives up after ten minutes under NCCL, which a large cache takes longer than.
+    """
+    yield rank() == 0
+    if dist.is_initialized():
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
 
 class _Sum(torch.autograd.Function):

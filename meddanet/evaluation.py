@@ -110,6 +110,13 @@ def _case_of(reference: Path) -> Case:
     return Case(stem(reference), reference, "files")
 
 
+def _classes(labels: np.ndarray, convention: str, path: Path) -> np.ndarray:
+    try:
+        return to_classes(labels, convention)
+    except VolumeError as error:
+        raise VolumeError(f"{path}: {error}") from error
+
+
 def compare(
     pair: Pair,
     labels: str | None = None,
@@ -157,8 +164,9 @@ def compare(
     if groups is None:
         convention = _report(pair.reference).get("label_convention") or labels
         convention = convention or _detected(pair.case, reference)
-        reference = to_classes(reference, convention)
-        prediction = to_classes(prediction, report.get("label_convention") or convention)
+        reference = _classes(reference, convention, pair.reference)
+        own = report.get("label_convention") or convention
+        prediction = _classes(prediction, own, pair.prediction)
     regions = groups or REGIONS
     scores = {"dice": dice_score(prediction, reference, labels=regions, empty=empty)}
     if find_spec("edt"):

@@ -446,7 +446,7 @@ def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "model\n"
     with pytest.raises(SystemExit) as stop:
         main(["train", "--data", "a", "--out", "b", "--seed", "7", "--crop_sizes", "[64, 96]",
-              "--phases", "[{objective: static, steps: 3}]", "--print_config"])
+              "--phases", "[{objective: static, steps: 3}]", "--print-config"])
     assert stop.value.code in (0, None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(capsys.readouterr().out)

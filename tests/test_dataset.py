@@ -99,6 +99,16 @@ def test_a_half_written_cache_is_completed(decathlon, tmp_path):
     assert kept.stat().st_mtime_ns == before and lost.exists()
 
 
+def test_a_file_that_changed_is_cached_again(decathlon, tmp_path):
+    settings = config(decathlon, tmp_path / "run")
+    prepare_dataset(settings)
+    path = decathlon / "labelsTr" / "disc_001.nii.gz"
+    labels = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(labels.shape, np.uint8), labels.affine), path)
+    case = next(c for c in prepare_dataset(settings).training if c.name == "disc_001")
+    assert not case.labels.any() and not len(case.lesion)
+
+
 def test_cases_that_do_not_belong_together_or_hold_no_numbers(decathlon, tmp_path):
     write_phantom(decathlon, seed=1, name="brain")
     with pytest.raises(VolumeError, match=r"disc_000: modalities is .*mri.* in brain"):

@@ -18,7 +18,7 @@ from meddanet.losses import papers_dice_loss
 from meddanet.monitor import Monitor, dice_per_class, swallowed_background
 from meddanet.objectives import joint, route_costs
 from meddanet.phase import phase_share, run_phase, train_parts
-from meddanet.recipe import RECIPES, PhaseConfig, TrainConfig
+from meddanet.recipe import RECIPES, AugmentConfig, PhaseConfig, TrainConfig
 
 
 def test_the_papers_epochs_share_one_schedule():
@@ -106,7 +106,7 @@ def test_unknown_choices_are_named():
 
 def test_recipe_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--data", "a", "--out", "b", "--recipe", "official", "--print_config"])
+        main(["train", "--data", "a", "--out", "b", "--recipe", "official", "--print-config"])
     text = capsys.readouterr().out
     assert text.count("objective: joint") == 3 and "steps: 150" in text
     with pytest.raises(SystemExit):
@@ -125,8 +125,13 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
     path.write_text("data: a\nout: b\nrecipe: paper\nlabel_map: {5: 1}\nwindow_hu: [-160, 240]\n")
     assert main(["train", "--config", str(path)]) == 0
     assert seen[0] == TrainConfig(
-        "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"]()
+        "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"](),
+        augment=AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0),
     )
+    # what is asked for stays
+    path.write_text("data: a\nout: b\nrecipe: paper\naugment: {texture: 0.5}\n")
+    assert main(["train", "--config", str(path)]) == 0
+    assert seen[1].augment == AugmentConfig(texture=0.5)
 
 
 def test_dice_and_swallowed_background_by_hand():
