@@ -4,7 +4,8 @@
     python benchmarks/accuracy.py --show benchmarks/results/NAME.json
 
 Each RUN is the output folder of `meddanet train`, usually one per fold: `model.safetensors`,
-`split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`. Rows per held-out case:
+`split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`. What is in the file of
+`--out` from the same weights is not scored again. Rows per held-out case:
 
     static    a plain segmenter in float32 on every slice, trained as long on the same split
     whole     the dynamic model's own whole branch in float32 on every slice
@@ -17,6 +18,7 @@ Each RUN is the output folder of `meddanet train`, usually one per fold: `model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -173,6 +175,11 @@ def training_seconds(run: Path) -> dict[str, float]:
     return {line["phase"]: line["cpu_seconds"] for line in lines}
 
 
+def digest(path: Path) -> str:
+    """Names a file by its content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def show(result: dict) -> None:
     """Prints the cross-validated table as Markdown, then Dice case by case."""
     cases = result["cases"]
@@ -208,6 +215,7 @@ def main() -> None:
     if args.show:
         show(json.loads(args.show.read_text()))
         return
+    before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     result: dict = {
         "machine": {
             "torch": torch.__version__, "python": platform.python_version(),
@@ -217,8 +225,10 @@ def main() -> None:
         "cases": {},
     }
     for run in args.runs:
-        for name, case in evaluate_run(args.data, run).items():
-            result["cases"][name] = {"run": run.name, **case}
+        of_run = {"run": run.name, "weights_sha256": digest(run / "model.safetensors")}
+        scored = {n: c for n, c in before.get("cases", {}).items() if of_run.items() <= c.items()}
+        scored = scored or {n: {**of_run, **c} for n, c in evaluate_run(args.data, run).items()}
+        result["cases"] |= scored
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,17 @@ class Batches:
         torch.manual_seed(_number(layers) + rank())
         self.drawn = []
 
-    def window_batch(self, size: int) -> tuple[Tensor, Tensor]:
+    def window_batch(self, size: int, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """Returns augmented windows, two thirds of them from slices with a lesion.
 
         Args:
             size: Samples of all processes together, rounded up to their number.
+            at_least: Side that windows have at least, in pixels; whole slices stay as they are.
         """
-        return self._batch(self.windows, size)
+        sampler = self.windows
+        if sampler.window is not None and sampler.window < at_least:
+            sampler = replace(sampler, window=at_least)
+        return self._batch(sampler, size)
 
     def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Returns augmented whole slices in their natural mix."""
@@ -85,7 +89,7 @@ class Batches:
 
     def _batch(self, sampler: SliceSampler, size: int, **ranges: Any) -> tuple[Tensor, Tensor]:
         whole = -(-size // world()) * world()
-        config, windows = self.augment, sampler is self.windows
+        config, windows = self.augment, sampler is not self.slices
         images, labels = self._sample(sampler, whole)
         self.drawn += sampler.drawn
         draws = Draws(self.generator, len(labels), self.device, rank(), world())

@@ -66,6 +66,9 @@ def inside_crop(labels: Tensor, offset: Tensor, size: int) -> Tensor:
     return labels * (inside_rows[:, :, None] & inside_columns[:, None])
 
 
+_RIM = 16  # pixels
+
+
 def branch_loss(
     model: Any, batches: Batches, step: int, phase: PhaseConfig
 ) -> tuple[Tensor, Tensor]:
@@ -80,8 +83,9 @@ def branch_loss(
         images, labels = batches.window_batch(size)
         logits, num_bits = model.whole_branch(channels_last(images))
         return loss(logits, labels), num_bits
-    images, labels = batches.window_batch(size + size // 2)
     crop = model.crop_sizes[index]
+    # a crop that fills its window would never show its last stage the empty canvas around it
+    images, labels = batches.window_batch(size + size // 2, crop + _RIM)
     jitter = batches.jitter(len(labels), crop // 6)
     play = torch.tensor(labels.shape[1:], device=labels.device) - crop
     offset = torch.minimum((centred_offset(labels, crop).round() + jitter).clamp_min(0), play)
@@ -142,7 +146,7 @@ def quantised(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Te
 def joint(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """The whole framework, route by Gumbel-softmax, Dice of the mix and cost (Eq. 10)."""
     of_logits, of_probability = LOSSES[phase.loss]
-    images, labels = batches.window_batch(phase.batch)
+    images, labels = batches.window_batch(phase.batch, max(model.crop_sizes, default=0) + _RIM)
     output = model(channels_last(images))
     costs = route_costs(model, output.num_bits, (images.shape[2], images.shape[3]))
     loss = (phase.cost_weight or 0) * global_mean((output.choice * costs).sum(1))

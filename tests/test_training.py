@@ -118,6 +118,25 @@ def test_small_slices_are_padded_at_the_bottom_and_right(tmp_path):
         assert torch.equal(label[0] > 0, image[0, 0] > 60)
 
 
+@pytest.mark.parametrize("objective", ["segmenter", "quantised", "joint"])
+def test_a_crop_as_large_as_the_window_sees_the_canvas_around_it(cases, model, objective):
+    """Else its last stage never learns what an empty canvas is, and labels it by chance."""
+    seen = []
+
+    def note(stage, inputs):
+        if not inputs[0].is_meta:  # counting the cost runs a copy
+            seen.append(inputs[0].detach())
+
+    model.crop_last_stages[0].register_forward_pre_hook(note)
+    set_quantization(model, quantize=objective != "segmenter", update_range=True)
+    phase = PhaseConfig(objective, 1, batch=4, oracle_weight=0)
+    batches = Batches(cases, seed=0, window=24)
+    for step in range(2):
+        batches.seek(step)
+        OBJECTIVES[objective](model, batches, step, phase).backward()
+    assert seen and all((canvas == 0).all(1).flatten(1).any(1).all() for canvas in seen)
+
+
 def test_d6_the_cost_is_a_mean_over_samples(model):
     def output(batch: int) -> TrainingOutput:
         choice = torch.tensor([[0.0, 1.0, 0.0]]).repeat(batch, 1)
