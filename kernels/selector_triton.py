@@ -225,8 +225,9 @@ def select(
         select_kernel[(samples,)](
             bits, sums, moments, weight, bias, widths, count, slots, record,
             size[0] * size[1], view_chunks, pixels, chunks, triton.cdiv(pixels, chunks),
-            WIDTHS=len(widths), IMAGE=image, CHANNELS=channels, BLOCK_I=triton.next_power_of_2(2 * image),
-            BLOCK_C=triton.next_power_of_2(channels), CHUNKS=CHUNKS, enable_fp_fusion=False,
+            WIDTHS=len(widths), IMAGE=image, CHANNELS=channels,
+            BLOCK_I=triton.next_power_of_2(2 * image), BLOCK_C=triton.next_power_of_2(channels),
+            CHUNKS=CHUNKS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
