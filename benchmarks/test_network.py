@@ -29,7 +29,7 @@ from meddanet.routing import channels_last
 from meddanet.weights import load_model
 
 # the dry run takes two slices of the least size that holds a crop
-SHAPE = (96, 96, 16) if DRY_RUN else (240, 240, 155)
+SHAPE = (128, 128, 16) if DRY_RUN else (240, 240, 155)
 
 pytestmark = [
     pytest.mark.skipif(

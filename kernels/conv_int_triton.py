@@ -114,7 +114,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """
     found: dict[str, Callable[[], object]] = {}
     # the block's size hangs on the number of pixels
-    for side in (240, 96):
+    for side in (240, 128):
         _add_unet(found, side)
     return found
 

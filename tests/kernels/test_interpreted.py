@@ -14,7 +14,6 @@ FILES = (
     "test_crop_paste.py",
     "test_encode.py",
     "test_head.py",
-    "test_plan.py",
     "test_quantize.py",
     "test_selector.py",
     "test_operators.py::test_opcheck",

@@ -25,7 +25,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
     not INTERPRETING and not torch.cuda.is_available(), reason="no GPU, and no interpreter"
 )
-SIDES, CAPACITY = (16, 24), 4
+SIDES, CAPACITY = (16, 24), 3
 
 
 class MeanPolicy(torch.nn.Module):
@@ -55,7 +55,7 @@ def slices_for(decisions: list[int], seed: int = 1) -> torch.Tensor:
     return slices
 
 
-MIXED = slices_for([1, 3, 2, 0, 1, None, 2])
+MIXED = slices_for([1, 3, 2, None, 1])
 
 
 def spread_widths(model, slices):
@@ -67,10 +67,9 @@ def spread_widths(model, slices):
         model.segment(slices)
         hook.remove()
         lead = torch.cat(kept).diff(dim=1).flatten().sort().values
-        middle = lead[1:-1]
-        place = int(middle.diff().argmax())
+        place = int(lead.diff().argmax())
         with torch.no_grad():  # the middle of the widest gap between slices
-            selector.linear.bias[0] += middle[place : place + 2].mean()
+            selector.linear.bias[0] += lead[place : place + 2].mean()
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +189,12 @@ def mixed(engine, model, tolerances):
 
 
 def test_every_decision_in_one_volume(mixed, model):
-    """Seven slices in chunks of four, the last of them not full, all widths in all stages."""
-    assert mixed.decisions.tolist() == [1, 3, 2, 0, 1, 0, 2]
+    """Five slices in chunks of three, the last of them not full, all widths in all stages."""
+    assert mixed.decisions.tolist() == [1, 3, 2, 0, 1]
     ran = mixed.num_bits[mixed.decisions > 0]
     assert all(set(stage.tolist()) == {8, 16} for stage in ran.T)
     assert all(len(mixed.labels[index].unique()) > 1 for index in (0, 1, 2))
-    assert not mixed.labels[[3, 5]].any()
+    assert not mixed.labels[3].any()
 
 
 @pytest.mark.parametrize("route", [1, 3], ids=["crop", "whole"])
@@ -204,7 +203,7 @@ def test_one_decision_fills_a_chunk(engine, model, route, tolerances):
 
 
 def test_nothing_to_label(engine):
-    found = engine.segment(slices_for([0, None, 0, None]))
+    found = engine.segment(slices_for([0, None, 0]))
     assert not any(part.any() for part in found)
     found = engine.segment(MIXED[:0])
     assert [len(part) for part in found] == [0] * 4
