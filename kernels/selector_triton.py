@@ -250,14 +250,14 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     bits, count = empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)
     offset = empty(2, 2, dtype=torch.int32)
     found: dict[str, Callable[[], object]] = {
-        "selector, gradients": partial(gradients, image, sums, size, offset, bits, count)
+        "gradients of an image": partial(gradients, image, sums, size, offset, bits, count)
     }
     for level in range(4):
         c = 16 << level
         feature = empty(2, *size, c, dtype=torch.float16).permute(0, 3, 1, 2)
         spread = new_sums(2, c, size, "meta")
-        found[f"selector, moments of {c} channels"] = partial(moments, feature, spread, count)
-        found[f"selector, {c} channels"] = partial(
+        found[f"moments, {c} channels"] = partial(moments, feature, spread, count)
+        found[f"width, {c} channels"] = partial(
             select, bits, sums, spread, empty(2, 8 + c), empty(2), bits, size, 96 * 96, count,
             bits, bits,
         )  # fmt: skip

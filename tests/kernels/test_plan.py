@@ -94,7 +94,12 @@ def model():
 def engine(model):
     place = torch.device("cpu" if INTERPRETING else "cuda")
     with use_backend("triton"):
-        return TritonEngine(deepcopy(model), place, capacities=(CAPACITY,))
+        engine = TritonEngine(deepcopy(model), place, capacities=(CAPACITY,))
+        # buffers start as NaN and the largest integers
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        engine.plan(CAPACITY, *SIDES)
+        torch.use_deterministic_algorithms(False)
+        return engine
 
 
 # the truth -----------------------------------------------------------------------------------
