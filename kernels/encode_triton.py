@@ -11,7 +11,7 @@ from torch import Tensor
 from .backend import tl, triton
 from .conv_call import pixel_pitch
 from .conv_epilogue_triton import codes_of, step_of, times_plus
-from .encode import EncodeCall
+from .encode_call import EncodeCall
 
 # elements per program; not yet measured on a GPU
 BLOCK = 2048

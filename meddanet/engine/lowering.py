@@ -23,7 +23,7 @@ from ..kernels import encode_triton as encode_kernel
 from ..kernels import head_triton as head_kernel
 from ..kernels import selector_triton as selector_kernel
 from ..kernels.conv_call import ConvCall
-from ..kernels.encode import EncodeCall
+from ..kernels.encode_call import EncodeCall
 from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Up
 
 STREAM = torch.float16
