@@ -39,6 +39,7 @@ pytestmark = [
 ]
 
 
+@torch.inference_mode()
 def labels_of(network: nn.Module, slices: Tensor, batch: int) -> Tensor:
     """Runs a static network batch by batch: label slices [D, H, W]."""
     return torch.cat([network(part).argmax(1).to(torch.uint8) for part in slices.split(batch)])
@@ -105,7 +106,6 @@ def static(half: bool) -> nn.Module:
     return network.to(DEVICE, dtype, memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
 def test_slices_to_labels(measure):
     """All slices of one volume, decisions included, on the device from end to end."""
     images, truth = phantom_slices()
@@ -136,7 +136,6 @@ def test_slices_to_labels(measure):
     )  # fmt: skip
 
 
-@torch.inference_mode()
 def test_host_to_host(measure):
     """The same from slices in the host's memory to labels there: what a predictor waits for."""
     images, truth = phantom_slices()

@@ -84,8 +84,10 @@ class TritonEngine:
     def _make(self, capacity: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
         smaller = [c for c in self.capacities if c < capacity]
         try:
-            plan = Plan(self._planned, capacity, (height, width))
-            return plan, plan.run if self.device.type == "cpu" else captured(plan)
+            # buffers outlive the mode in which the first volume happens to be segmented
+            with torch.inference_mode(False):
+                plan = Plan(self._planned, capacity, (height, width))
+                return plan, plan.run if self.device.type == "cpu" else captured(plan)
         except torch.OutOfMemoryError:
             if not smaller:
                 raise
