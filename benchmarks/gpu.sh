@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # What only a machine with a CUDA GPU can show, in parts of at most nine minutes.
 #
-#   benchmarks/gpu.sh test       the operations on the GPU, and the precompiled kernels found there
+#   benchmarks/gpu.sh test       the operations and the engine's plan on the GPU, the precompiled
+#                                kernels found there
 #   benchmarks/gpu.sh sanitize   compute-sanitizer's memcheck and racecheck over a small set
 #   benchmarks/gpu.sh kernels    every kernel against its peers, side by side
-#   benchmarks/gpu.sh network    the whole network, and the first call with and without precompiling
+#   benchmarks/gpu.sh network    the engine's recorded plan and the whole network against the static
+#                                one, and the first call with and without precompiling
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
 #   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
@@ -79,8 +81,9 @@ status=0
 
 case $part in
 test)
-  need pytest hypothesis numpy triton
-  tests tests/kernels/test_devices.py tests/kernels/test_aot.py "$@" || status=1
+  need pytest hypothesis numpy triton nibabel isal safetensors
+  tests tests/kernels/test_devices.py tests/kernels/test_plan.py tests/test_gpu_plan.py \
+    tests/kernels/test_aot.py "$@" || status=1
   ;;
 
 sanitize)

@@ -2,7 +2,7 @@
 
 from .backend import use_backend
 from .conv_int import ConvOutput, quant_conv2d, quant_conv2d_reference
-from .conv_pack import PackedConv, encode, join_codes, norm_affine, pack_conv, split_codes
+from .conv_pack import PackedConv, join_codes, norm_affine, pack_conv, split_codes
 from .conv_train import fake_quant_conv2d, fake_quant_conv2d_reference
 from .crop_paste import (
     affine_paste,
@@ -10,8 +10,10 @@ from .crop_paste import (
     bilinear_crop,
     bilinear_crop_reference,
 )
+from .encode import encode, encode_reference
 from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
+from .selector import select_bits, select_bits_reference
 
 __all__ = [
     "ConvOutput",
@@ -21,6 +23,7 @@ __all__ = [
     "bilinear_crop",
     "bilinear_crop_reference",
     "encode",
+    "encode_reference",
     "fake_quant_conv2d",
     "fake_quant_conv2d_reference",
     "fake_quantize",
@@ -32,6 +35,8 @@ __all__ = [
     "pack_conv",
     "quant_conv2d",
     "quant_conv2d_reference",
+    "select_bits",
+    "select_bits_reference",
     "split_codes",
     "use_backend",
 ]

@@ -65,6 +65,11 @@ class use_backend:  # noqa: N801, reads as a function, like torch.no_grad
         _chosen = self._previous
 
 
+def chosen_backend() -> str:
+    """Returns the choice in force: "auto", "triton", "onednn" or "reference"."""
+    return _chosen
+
+
 def triton_runs(input: Tensor) -> bool:
     """Returns whether Triton, not the reference, computes on `input`.
 

@@ -108,12 +108,13 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
 def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
-    U-Net-16: the encoder's stages take 8 or 16 bits per sample, all else has 8. A last convolution
-    of a stage stores the stream and codes for what reads it; routed batches count their slots.
+    U-Net-16 as the engine's plan runs it: the encoder's stages take 8 or 16 bits per slot, all else
+    has 8; slots are counted on the device. What a stage's inputs are quantised to hangs on a width
+    that is known only later, so the convolutions before it store the stream alone.
     """
     found: dict[str, Callable[[], object]] = {}
     # the block's size hangs on the number of pixels
-    for side in (240, 96):
+    for side in (240, 128):
         _add_unet(found, side)
     return found
 
@@ -122,33 +123,35 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
     """Adds the convolutions of U-Net-16 on slices of one side."""
 
     def add(name: str, c_in: int, c_out: int, kernel: int, side: int, **epilogue) -> None:
-        for routed in (False, True):
-            label = f"{name}, {c_in} to {c_out} channels, {side}{', routed' if routed else ''}"
-            found[label] = partial(_launch_meta, c_in, c_out, kernel, side, routed, **epilogue)
+        label = f"{name}, {c_in} to {c_out} channels, {side}"
+        found[label] = partial(_launch_meta, c_in, c_out, kernel, side, **epilogue)
 
-    add("first convolution", 4, 16, 3, full, stream=True, mixed_out=True, affine=True)
+    stream_alone = {"stream": True, "codes": False}
+    add("first convolution", 4, 16, 3, full, **stream_alone)
     for level, blocks_of_stage in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
         mixed = {"mixed": True, "mixed_out": True}
-        second = {"residual": True, "stream": True}
-        add("encoder block, first", c, c, 3, side, **mixed)
-        add("encoder block, last of its stage", c, c, 3, side, affine=False, **second, **mixed)
+        add("encoder block, first", c, c, 3, side, relu=True, **mixed)
+        second = {"residual": True, "stream": True, **mixed}
         if blocks_of_stage > 1:
-            add("encoder block, second", c, c, 3, side, affine=True, **second, **mixed)
+            add("encoder block, second", c, c, 3, side, affine=True, relu=True, **second)
         if level == 3:
+            add("encoder block, last", c, c, 3, side, mixed=True, residual=True)
             break
-        add("down", c, 2 * c, 3, side, stride=2, stream=True, affine=True, **mixed)
-        add("up, reduce", 2 * c, c, 1, side // 2, relu=False)
-        add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, relu=False)
-        add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True)
-        add("decoder block, first", c, c, 3, side)
-        add("decoder block, second", c, c, 3, side, relu=False, **second)
+        add("encoder block, last of its stage", c, c, 3, side, **second)
+        add("down", c, 2 * c, 3, side, stride=2, mixed=True, **stream_alone)
+        add("up, reduce", 2 * c, c, 1, side // 2)
+        add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, wider=2)
+        add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True, relu=True)
+        add("decoder block, first", c, c, 3, side, relu=True)
+        add("decoder block, second", c, c, 3, side, residual=True)
+    add("up, fuse, crop", 32, 16, 1, full, **stream_alone)
 
 
 def _launch_meta(
-    c_in: int, c_out: int, kernel: int, side: int, routed: bool, *, stride: int = 1,
-    transposed: bool = False, mixed: bool = False, mixed_out: bool = False,
-    residual: bool = False, stream: bool = False, affine: bool = False, relu: bool = True,
+    c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, transposed: bool = False,
+    mixed: bool = False, mixed_out: bool = False, residual: bool = False, stream: bool = False,
+    affine: bool = False, relu: bool = False, codes: bool = True, wider: int = 1,
 ) -> None:  # fmt: skip
     """Launches a convolution whose tensors have no memory."""
 
@@ -167,8 +170,11 @@ def _launch_meta(
     constants = empty(c_out, dtype=torch.float64)
     call = ConvCall(
         empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
-        widths if mixed else 8, None, (constants, constants) if affine else None, relu, one,
-        widths if mixed_out else 8, widths if routed else None, one.int() if routed else None,
+        widths if mixed else 8, None, (constants, constants) if affine else None, relu,
+        one if codes else None, widths if mixed_out else 8, None, one.int(),
     )  # fmt: skip
-    total = call.new_stream(torch.float16) if stream else None
-    run(replace(call, residual=total if residual else None), total, call.new_codes())
+    # also the half of a concatenation
+    shape = call.output_planes, 2, *call.output_size, wider * c_out
+    out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)[:, :, -c_out:] if codes else None
+    total = empty(2, *call.output_size, c_out, dtype=torch.float16).permute(0, 3, 1, 2)
+    run(replace(call, residual=total if residual else None), total if stream else None, out)

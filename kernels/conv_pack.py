@@ -41,25 +41,6 @@ def join_codes(planes: Tensor) -> Tensor:
     return low if len(planes) == 1 else low + 256 * planes[1].to(torch.int16)
 
 
-def encode(input: Tensor, amax: Tensor, num_bits: int | Tensor = 8) -> Tensor:
-    """Quantises to codes: what `fake_quantize` multiplies by the step.
-
-    Args:
-        input: [N, C, H, W], floating point.
-        amax: Range, [] or [N].
-        num_bits: Int, or a tensor [N].
-
-    Returns:
-        int8 [N, C, H, W], or byte planes [2, N, C, H, W] for a tensor or a width above 8; channels
-        last. A NaN has no code and becomes 0.
-    """
-    step, largest, _ = step_size(input, num_bits, amax)
-    codes = quantize_codes(input, step, largest).nan_to_num_(0.0)
-    if isinstance(num_bits, Tensor) or num_bits > 8:
-        return split_codes(codes)
-    return codes.to(torch.int8).contiguous(memory_format=torch.channels_last)
-
-
 def channels_last_planes(planes: Tensor) -> Tensor:
     """Returns [P, N, C, H, W] with every pixel's channels side by side."""
     return planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)

@@ -54,7 +54,7 @@ def _split(
     return base.nan_to_num().long().tolist(), offset - base
 
 
-def _overlap(shift: int, length_out: int, length_in: int) -> tuple[slice, slice]:
+def overlap(shift: int, length_out: int, length_in: int) -> tuple[slice, slice]:
     """Returns the outputs i that have an input i + shift, and these inputs."""
     start = min(max(0, -shift), length_out)
     stop = max(start, min(length_out, length_in - shift))
@@ -76,8 +76,8 @@ def _shift_reference(input: Tensor, offset: Tensor, size: tuple[int, int], paste
             continue
         shift_y, shift_x = base[n][0] + tap_y, base[n][1] + tap_x
         sign = -1 if paste else 1
-        rows, rows_in = _overlap(sign * shift_y, size[0], source_size[0])
-        columns, columns_in = _overlap(sign * shift_x, size[1], source_size[1])
+        rows, rows_in = overlap(sign * shift_y, size[0], source_size[0])
+        columns, columns_in = overlap(sign * shift_x, size[1], source_size[1])
         taps = input[n, :, rows_in, columns_in].to(output.dtype)
         if copies and not offset.requires_grad:
             output[n, :, rows, columns] = taps
@@ -96,8 +96,8 @@ def _offset_gradient_reference(image: Tensor, patch: Tensor, offset: Tensor) -> 
     base, fraction = _split(wide, (image.shape[2], image.shape[3]), (height, width))
     gradient = torch.zeros_like(wide)
     for n, (base_y, base_x) in enumerate(base):
-        rows, rows_in = _overlap(base_y, height + 1, image.shape[2])
-        columns, columns_in = _overlap(base_x, width + 1, image.shape[3])
+        rows, rows_in = overlap(base_y, height + 1, image.shape[2])
+        columns, columns_in = overlap(base_x, width + 1, image.shape[3])
         taps = wide.new_zeros(image.shape[1], height + 1, width + 1)
         taps[:, rows, columns] = image[n, :, rows_in, columns_in].to(wide.dtype)
         down, right = taps.diff(dim=1), taps.diff(dim=2)

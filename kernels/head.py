@@ -41,18 +41,29 @@ def _scores(
 def _run_reference(
     labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
     amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
+    margin: int = 0,
 ) -> None:  # fmt: skip
     """Writes the regions slot by slot into `labels`."""
     (height, width), corners = input.shape[2:], offset.tolist()
     used = len(input) if count is None else min(int(count), len(input))
     for slot in range(used):
         label = _scores(input, weight, scale, bias, amax, num_bits, slot).argmax(0)
-        y, x = corners[slot]
-        rows = slice(max(0, y), max(0, min(y + height, labels.shape[1])))
-        columns = slice(max(0, x), max(0, min(x + width, labels.shape[2])))
-        inside = label[max(0, -y) :, max(0, -x) :]
+        (rows, rows_in), (columns, columns_in) = (
+            _written(start, length, end, margin)
+            for start, length, end in zip(
+                corners[slot], (height, width), labels.shape[1:], strict=True
+            )
+        )
         target = labels[slot if slots is None else int(slots[slot]), rows, columns]
-        target.copy_(inside[: target.shape[0], : target.shape[1]])
+        target.copy_(label[rows_in, columns_in])
+
+
+def _written(start: int, length: int, end: int, margin: int) -> tuple[slice, slice]:
+    """Returns along one axis what a region writes in its slice, and where that lies in itself."""
+    first = start + margin if start > 0 else 0
+    last = start + length - margin if start + length < end else end
+    last = max(first, last)
+    return slice(first, last), slice(first - start, last - start)
 
 
 @torch.library.custom_op("meddanet::label_head", mutates_args=())
@@ -69,6 +80,7 @@ def _label_head(
     slices: int,
     height: int,
     width: int,
+    margin: int = 0,
 ) -> Tensor:
     """Returns labels [slices, height, width]; weight [K, C], scale [K] for codes, or None."""
     labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
@@ -77,7 +89,7 @@ def _label_head(
     # an exported program was traced with other layouts than it may meet
     if pixel_pitch(input) is None:
         input = input.contiguous(memory_format=torch.channels_last)
-    arguments = (labels, input, weight, scale, bias, amax, num_bits, offset, slots, count)
+    arguments = (labels, input, weight, scale, bias, amax, num_bits, offset, slots, count, margin)
     if triton_runs(input):
         from .head_triton import run
 
@@ -88,14 +100,15 @@ def _label_head(
 
 
 @_label_head.register_fake
-def _(input, weight, scale, bias, amax, num_bits, offset, slots, count, slices, height, width):
+def _(input, weight, scale, bias, amax, num_bits, offset, slots, count, slices, *size_and_margin):
+    height, width = size_and_margin[:2]
     return input.new_empty(slices, height, width, dtype=torch.uint8)
 
 
 def _checked(
     input: Tensor, weight: Tensor | PackedConv, bias: Tensor | None, offset: Tensor,
     size: int | tuple[int, int], slices: int | None, amax: Tensor | None, num_bits: int,
-    slots: Tensor | None, count: Tensor | None,
+    slots: Tensor | None, count: Tensor | None, margin: int,
 ) -> tuple:  # fmt: skip
     """Checks the arguments and returns those of the operator."""
     if input.dim() != 4:
@@ -125,6 +138,8 @@ def _checked(
         bias = rows.new_zeros(len(rows)) if bias is None else bias.detach().float()
     if inputs != channels:
         raise ValueError(f"input has {channels} channels, weights take {inputs}")
+    if margin < 0:
+        raise ValueError(f"margin must be at least 0, got {margin}")
     if not 1 <= len(rows) <= MAX_CLASSES:
         raise ValueError(f"labels are bytes: 1 to {MAX_CLASSES} classes, got {len(rows)}")
     if offset.shape != (samples, 2) or offset.is_floating_point():
@@ -139,7 +154,7 @@ def _checked(
     height, width = (size, size) if isinstance(size, int) else size
     whole = (None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count))
     return (input.detach(), rows, scale, bias, amax, num_bits, *whole,
-            samples if slices is None else slices, height, width)  # fmt: skip
+            samples if slices is None else slices, height, width, margin)  # fmt: skip
 
 
 def label_head_reference(
@@ -154,11 +169,14 @@ def label_head_reference(
     num_bits: int = 8,
     slots: Tensor | None = None,
     count: Tensor | None = None,
+    margin: int = 0,
 ) -> Tensor:
     """Plain PyTorch statement of `label_head`, slot by slot."""
-    arguments = _checked(input, weight, bias, offset, size, slices, amax, num_bits, slots, count)
-    labels = torch.zeros(arguments[-3:], dtype=torch.uint8, device=input.device)
-    _run_reference(labels, *arguments[:-3])
+    *arguments, slices, height, width, margin = _checked(
+        input, weight, bias, offset, size, slices, amax, num_bits, slots, count, margin
+    )
+    labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
+    _run_reference(labels, *arguments, margin)
     return labels
 
 
@@ -174,6 +192,7 @@ def label_head(
     num_bits: int = 8,
     slots: Tensor | None = None,
     count: Tensor | None = None,
+    margin: int = 0,
 ) -> Tensor:
     """Writes the most probable class of every pixel of a region into its label slice.
 
@@ -191,6 +210,8 @@ def label_head(
         slots: Integer [M]: region m belongs to slice slots[m], each slice at most once; None: to
             slice m.
         count: Integer tensor of one element: regions from here on are left out; None: all are in.
+        margin: Pixels along the region's edges that are not written, but where an edge is at or
+            beyond the slice's own: what a convolution's padding has spoiled.
 
     Returns:
         uint8 [slices, H, W], 0 outside of the regions.
@@ -201,5 +222,5 @@ def label_head(
     Source: Med-DANet V2, section 3.3.
     """
     return _label_head(
-        *_checked(input, weight, bias, offset, size, slices, amax, num_bits, slots, count)
+        *_checked(input, weight, bias, offset, size, slices, amax, num_bits, slots, count, margin)
     )

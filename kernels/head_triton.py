@@ -21,11 +21,13 @@ BLOCK = 4096
 
 
 @triton.jit(
-    do_not_specialize=["bits", "amax_stride", "height", "width", "rows", "columns", "tiles"]
+    do_not_specialize=[
+        "bits", "amax_stride", "height", "width", "rows", "columns", "tiles", "margin",
+    ]
 )
 def head_kernel(
     in_ptr, weight_ptr, scale_ptr, bias_ptr, amax_ptr, offset_ptr, slots_ptr, count_ptr, labels_ptr,
-    bits, amax_stride, height, width, rows, columns, tiles,
+    bits, amax_stride, height, width, rows, columns, tiles, margin,
     CHANNELS: tl.constexpr, CLASSES: tl.constexpr, PITCH: tl.constexpr, PITCH_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -35,9 +37,13 @@ def head_kernel(
         return
     target = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
     pixel = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = pixel // width + tl.load(offset_ptr + 2 * slot)
-    column = pixel % width + tl.load(offset_ptr + 2 * slot + 1)
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    top, left = tl.load(offset_ptr + 2 * slot), tl.load(offset_ptr + 2 * slot + 1)
+    row, column = pixel // width + top, pixel % width + left
+    # edges of the region that are not the slice's lose their margin
+    inside = (row >= tl.where(top > 0, top + margin, 0)) & (row < rows)
+    inside &= (row < top + height - tl.where(top + height < rows, margin, 0))
+    inside &= (column >= tl.where(left > 0, left + margin, 0)) & (column < columns)
+    inside &= column < left + width - tl.where(left + width < columns, margin, 0)
     inside &= pixel < height * width
 
     channel = tl.arange(0, BLOCK_C)
@@ -68,6 +74,7 @@ def head_kernel(
 def run(
     labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
     amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
+    margin: int = 0,
 ) -> None:  # fmt: skip
     """Launches the head into given labels, once; pixels outside of the regions stay as they are.
 
@@ -82,6 +89,7 @@ def run(
         offset: int32 [M, 2].
         slots: int32 [M] or None.
         count: int32 [1] or None.
+        margin: Pixels along edges of the region that are not written, but at the slice's own.
     """
     samples, channels, height, width = input.shape
     columns = triton.next_power_of_2(channels)
@@ -91,7 +99,7 @@ def run(
         head_kernel[(samples * tiles,)](
             input, weight, scale, bias, amax, offset.contiguous(), slots, count, labels,
             num_bits, 0 if amax is None or len(amax) == 1 else 1, height, width, *labels.shape[1:],
-            tiles, CHANNELS=channels, CLASSES=len(weight), PITCH=pixel_pitch(input),
+            tiles, margin, CHANNELS=channels, CLASSES=len(weight), PITCH=pixel_pitch(input),
             PITCH_W=weight.stride(0), BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
         )  # fmt: skip
 

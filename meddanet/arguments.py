@@ -74,7 +74,7 @@ def _segment_parser() -> ArgumentParser:
     parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--executor", choices=EXECUTORS, default="auto",
-        help="what runs the networks on a CPU: openvino (extra `cpu`), torch or eager",
+        help="what runs the networks: openvino (extra `cpu`), torch, triton (a GPU's), eager",
     )
     parser.add_argument(
         "--window", type=int, help="decide per window of this side (128: the papers' protocol)"

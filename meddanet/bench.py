@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,6 +142,9 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
         "eager batched": lambda: batched(plain, slices),
         "eager channels_last": lambda: batched_channels_last(last, slices),
     }
+    if slices.is_cuda:
+        half, halves = deepcopy(last).half(), slices.half()
+        runs["eager float16 channels_last"] = lambda: batched_channels_last(half, halves)
     compiled = torch.compile(last)
     padded = torch.cat([slices, slices[: -len(slices) % BATCH]])  # one shape, compiled once
     try:
@@ -152,6 +156,37 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
         lambda: batched_channels_last(compiled, padded)[: len(slices)]
     )
     return runs, {}
+
+
+def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
+    """Times the GPU's work of a recorded plan on one volume that lies there already.
+
+    Args:
+        engine: Of executor "triton" on a GPU; of any other, nothing is timed.
+        slices: [N, C, H, W] on the CPU.
+        rounds: How often.
+
+    Returns:
+        "slices" of a run, "runs" for a volume, and "seconds", the median of all runs together by
+        CUDA events; empty if nothing is timed.
+    """
+    if engine.executor != "triton" or engine.device.type != "cuda":
+        return {}
+    plan, run = engine.plan(len(slices), *slices.shape[2:])
+    capacity, times = len(plan.images), []
+    chunks = [chunk.to(engine.device) for chunk in slices.split(capacity)]
+    for _ in range(rounds + 1):
+        milliseconds = 0.0
+        for chunk in chunks:
+            plan.images.zero_()[: len(chunk)].copy_(chunk)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            milliseconds += begin.elapsed_time(end)
+        times.append(milliseconds / 1000)
+    return {"slices": capacity, "runs": len(chunks), "seconds": statistics.median(times[1:])}
 
 
 def bench_volume(
@@ -168,7 +203,8 @@ def bench_volume(
 
     Returns:
         JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
-        that of the model's own layers), "times", "ratios" and "not_run" with reasons.
+        that of the model's own layers), "times", "ratios", "not_run" with reasons, and "plan", the
+        GPU's own time of a recorded plan (`plan_times`).
     """
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
@@ -183,6 +219,8 @@ def bench_volume(
         "engine": lambda: predictor.engine.segment(fitting),
         "predict": lambda: predictor.predict(volume),
     }
+    if predictor.device.type == "cuda":
+        runs["the model's own layers"] = lambda: reference.engine.segment(fitting)
     times = time_interleaved(runs, rounds)
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
     return {
@@ -191,6 +229,7 @@ def bench_volume(
         "decisions": dict(zip(prediction.routes, counts.tolist(), strict=True)),
         "agreement": float(dice_score(prediction.labels > 0, expected.labels > 0)),
         "rounds": rounds, "times": times, "not_run": not_run,
+        "plan": plan_times(predictor.engine, fitting, rounds),
         "ratios": {base: ratios(times, base) for base in ("engine", "predict")},
     }
 
@@ -203,4 +242,9 @@ def render(result: dict) -> str:
         seconds, cpu = found["seconds"], found["cpu_seconds"]
         lines.append(f"{name:28} {seconds:8.3f} {cpu:8.3f} {seconds / base:8.1f}x")
     lines += [f"{name:28} not run: {reason}" for name, reason in result["not_run"].items()]
+    if plan := result["plan"]:
+        lines.append(
+            f"{'recorded plan, GPU time':28} {plan['seconds']:8.5f}  in {plan['runs']} runs of "
+            f"{plan['slices']} slices"
+        )
     return "\n".join(lines)

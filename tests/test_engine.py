@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meddanet.build import build_med_danet_v2
+from meddanet.build import build_decision_network, build_med_danet, build_med_danet_v2
 from meddanet.engine import SliceEngine, compile_engine
+from meddanet.engine.decisions import frozen
 from meddanet.engine.routing import Tile, shrink
-from meddanet.kernels import affine_paste
+from meddanet.kernels import affine_paste, use_backend
 from meddanet.layers import QuantLinear, quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.routing import channels_last
@@ -419,13 +420,73 @@ def test_a_model_in_full_precision(executor, tolerances):
 
 @pytest.mark.parametrize(
     ("device", "executor", "message"),
-    [("cpu", "tensorrt", "'tensorrt', expected one of auto, openvino, torch, eager"),
+    [("cpu", "tensorrt", "'tensorrt', expected one of auto, openvino, torch, triton, eager"),
+     ("cpu", "triton", "runs on CUDA GPUs, and on the CPU under TRITON_INTERPRET=1 alone"),
      ("gpu", "auto", "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
      ("cuda:77", "auto", "this machine has .* CUDA GPUs; use cpu")],
 )
 def test_arguments_that_cannot_be(model, device, executor, message):
     with pytest.raises(ValueError, match=message):
         compile_engine(model, device, executor)
+
+
+def test_a_plan_runs_v2_alone():
+    bank = build_med_danet(("unet-8",), 2, 3)
+    with pytest.raises(ValueError, match="executor triton runs MedDANetV2 only; use auto or eager"):
+        compile_engine(bank, "cpu", "triton")
+
+
+class SomeGpu:
+    """What `compile_engine` asks of a GPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "backend", "found"),
+    [((9, 0), "auto", "triton"), ((8, 0), "triton", "triton"), ((7, 5), "auto", "eager"),
+     ((9, 0), "reference", "eager")],
+)
+def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, found):
+    """The plan where the GPU and the chosen backend allow it, else the model's own layers."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("meddanet.engine.resolve_device", lambda name: SomeGpu())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr(MedDANetV2, "to", lambda self, device: self)
+    from meddanet.engine import triton_engine
+
+    monkeypatch.setattr(triton_engine, "PlannedModel", lambda model, device: None)
+    with use_backend(backend):
+        assert compile_engine(model, "cuda").executor == found
+        if found == "eager":
+            with pytest.raises(ValueError, match="compute capability 8.0|backend reference"):
+                compile_engine(model, "cuda", "triton")
+
+
+@pytest.mark.parametrize("quantize", [True, False], ids=["on the grid", "float"])
+@pytest.mark.parametrize("network", ["shufflenetv2-m", "mobilenetv2", "ghostnet"])
+def test_a_frozen_decision_network_decides_alike(network, quantize):
+    """In float64, where folding a norm decides no code: the same to rounding."""
+    model = build_decision_network(network, 3, 2).double()
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.running_mean)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    set_quantization(model, quantize=quantize, update_range=False)
+    slices = torch.randn(2, 2, 32, 40, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model.eval()(slices)
+    found = frozen(model, torch.float64)
+    norms = [m for m in found.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not norms, "every norm is folded"
+    torch.testing.assert_close(found(slices), expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert torch.equal(model(slices), expected), "the model stays as it is"
+    small = frozen(model, torch.float16)
+    ranges = {buffer.dtype for name, buffer in small.named_buffers() if name.endswith(".amax")}
+    assert ranges == ({torch.float64} if quantize else set()), "no range is rounded"
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

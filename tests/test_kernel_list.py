@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from meddanet.engine.plan import Plan, PlannedModel  # noqa: E402
 from meddanet.kernels import backend, variants  # noqa: E402
 from meddanet.layers import set_quantization  # noqa: E402
 from meddanet.routing import channels_last  # noqa: E402
@@ -109,3 +110,25 @@ def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
     listed = {variant.key for variant in variants.variants(ARCH)}
     missing = [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key not in listed]
     assert not missing
+
+
+@pytest.mark.parametrize("size", [(240, 240), (160, 144), (136, 96)], ids=str)
+@pytest.mark.parametrize("capacity", [8, 32])
+def test_the_list_holds_all_that_a_plan_launches(size, capacity):
+    planned = PlannedModel(load_model(), torch.device("cpu"))
+
+    def launch_all():
+        for step in Plan(planned, capacity, size).launches:
+            if step.name not in ("decide", "locate"):  # PyTorch's
+                step.run()
+
+    launched = variants.record(ARCH, "plan", launch_all)
+    listed = variants.variants(ARCH)
+    missing = {v.key for v in launched} - {v.key for v in listed}
+    assert not [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key in missing]
+    # at full size nothing is compiled in vain, but heads for those who call them directly
+    if size == (240, 240):
+        known = {v.key for v in launched}
+        names = {v.name for v in launched}
+        idle = [v.shape_class for v in listed if v.name in names and v.key not in known]
+        assert all(name.startswith("head, ") for name in idle)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..devices import resolve_device
+from ..kernels.backend import chosen_backend
 from ..layers import quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
 from .routing import SliceEngine
 
-EXECUTORS = ("auto", "openvino", "torch", "eager")
+EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 CHUNK = 16
 
 
@@ -22,7 +23,7 @@ class Engine(Protocol):
     """A model, ready to run.
 
     Attributes:
-        executor: "openvino", "torch" or "eager".
+        executor: "openvino", "torch", "triton" or "eager".
     """
 
     executor: str
@@ -56,7 +57,10 @@ def compile_engine(
         device: "auto", "cpu", "cuda" or "cuda:N".
         executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
             float32), "eager" (the model's own layers), or "auto": the first of these that this
-            machine, installation and model allow. On a GPU, and for V1's bank, only "eager" so far.
+            machine, installation and model allow. On a GPU "triton" (a recorded plan of this
+            package's integer kernels; compute capability 8.0, U-Net segmenters, every layer of
+            theirs quantised), "eager", or "auto", likewise. V1's bank runs in "eager" alone. Under
+            TRITON_INTERPRET=1 "triton" runs on the CPU too, very slowly, for tests.
 
     Returns:
         An engine whose `segment` answers as the model's own does, up to rounding at ties. On a
@@ -64,19 +68,24 @@ def compile_engine(
 
     Raises:
         ValueError: If the device is not there, or the executor unknown, not installed or not able
-            to run the model, or a quantised layer has no input range.
+            to run the model there, or a quantised layer has no input range.
     """
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
     place = resolve_device(device)
-    if place.type != "cpu" and executor not in ("auto", "eager"):
-        raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
-    if executor in ("openvino", "torch") and not isinstance(model, MedDANetV2):
+    if executor not in ("auto", "eager") and not isinstance(model, MedDANetV2):
         raise ValueError(f"executor {executor} runs MedDANetV2 only; use auto or eager")
-    if place.type != "cpu" or executor == "eager" or not isinstance(model, MedDANetV2):
-        return EagerEngine(model.eval().to(place), place)
-    model = model.eval().cpu()
+    if place.type != "cpu" and executor in ("openvino", "torch"):
+        raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
+    model = model.eval()
+    if executor == "eager" or not isinstance(model, MedDANetV2):
+        return EagerEngine(model.to(place), place)
     _check_ranges(model)
+    if executor == "triton":
+        return _triton_engine(model, place)
+    if place.type != "cpu":
+        return _gpu_engine(model, place)
+    model = model.cpu()
     if executor == "torch":
         return _torch_engine(model)
     try:
@@ -85,6 +94,42 @@ def compile_engine(
         if executor == "openvino":
             raise
         return _torch_engine(model)
+
+
+def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
+    try:
+        return _triton_engine(model, place)
+    except ValueError:
+        return EagerEngine(model.to(place), place)
+
+
+def _triton_engine(model: MedDANetV2, place: torch.device) -> Engine:
+    check_triton(place)
+    from .triton_engine import TritonEngine
+
+    return TritonEngine(model, place)
+
+
+def check_triton(place: torch.device) -> None:
+    """Raises ValueError, with the cure, unless Triton's kernels run on a device."""
+    if chosen_backend() not in ("auto", "triton"):
+        raise ValueError(
+            f"executor triton: backend {chosen_backend()} is chosen; use_backend auto or triton"
+        )
+    if find_spec("triton") is None:
+        raise ValueError("executor triton: triton is not installed; pip install triton")
+    from triton import knobs
+
+    if (place.type == "cpu") != bool(knobs.runtime.interpret):
+        raise ValueError(
+            "executor triton runs on CUDA GPUs, and on the CPU under TRITON_INTERPRET=1 alone; "
+            "use auto or eager"
+        )
+    if place.type == "cuda" and torch.cuda.get_device_capability(place) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(place)
+        raise ValueError(
+            f"executor triton needs compute capability 8.0, this GPU has {major}.{minor}; use eager"
+        )
 
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:

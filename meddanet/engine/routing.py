@@ -96,7 +96,7 @@ class SliceEngine:
         self._model: Any = model
         self._networks = networks
         self._selectors = [_selector(selector) for selector in self._model.bit_selectors]
-        self._halos = [_halo(stage) for stage in model.crop_last_stages]
+        self._halos = [halo(stage) for stage in model.crop_last_stages]
         self._pool = _single_threaded_workers(threads)
         self._background = cache(self._label_background)
 
@@ -260,7 +260,7 @@ def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
     return linear.weight.detach().numpy(), linear.bias.detach().numpy(), widths
 
 
-def _halo(stage: nn.Module) -> int:
+def halo(stage: nn.Module) -> int:
     """Returns how many pixels away the last stage looks: the sum of what its convolutions pad."""
     paddings = [layer.padding for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
     return sum(max(padding) for padding in paddings if not isinstance(padding, str))

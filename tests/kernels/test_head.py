@@ -79,6 +79,22 @@ def test_slots_and_count(count):
     )
 
 
+@pytest.mark.parametrize("offset", [(0, 0), (1, 0), (0, 2), (2, 3), (1, 1), (-2, -1), (9, 1)])
+def test_a_margin_stays_unwritten_but_at_the_border(offset):
+    x, weights, _ = problem(samples=1, classes=2)
+    # every pixel that is written is 1
+    weights["weight"] = weights["weight"]._replace(bias=torch.tensor([-1e9, 0.0]).double())
+    (y, x0), (rows, columns), (height, width) = offset, (7, 9), (5, 6)
+    labels = label_head(x, **weights, offset=torch.tensor([offset]), size=(7, 9), margin=2)
+    expected = np.zeros((1, rows, columns), np.uint8)
+    for i, j in np.ndindex(height, width):
+        spoiled = (y > 0 and i < 2) or (y + height < rows and i >= height - 2)
+        spoiled |= (x0 > 0 and j < 2) or (x0 + width < columns and j >= width - 2)
+        if not spoiled and 0 <= y + i < rows and 0 <= x0 + j < columns:
+            expected[0, y + i, x0 + j] = 1
+    assert np.array_equal(labels.numpy(), expected)
+
+
 def test_it_is_the_unfused_path():
     x, weights, _ = problem(classes=6)
     stream = quant_conv2d(x, weights["weight"], weights["amax"], stream=torch.float32).stream
@@ -156,6 +172,7 @@ def test_any_region(codes, channels, classes, offset, region, seed):
         ({"offset": torch.zeros(2, 2, dtype=torch.int32)}, "offset must be"),
         ({"slots": torch.zeros(2, dtype=torch.int32)}, r"slots must be \[1\]"),
         ({"slices": 0}, "1 regions need as many slices"),
+        ({"margin": -1}, "margin must be at least 0"),
     ],
 )
 def test_bad_arguments(change, message):

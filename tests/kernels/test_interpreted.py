@@ -12,8 +12,10 @@ FOLDER = Path(__file__).parent
 FILES = (
     "test_conv_int.py",
     "test_crop_paste.py",
+    "test_encode.py",
     "test_head.py",
     "test_quantize.py",
+    "test_selector.py",
     "test_operators.py::test_opcheck",
 )
 CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -1,0 +1,51 @@
+"""One call of `encode`, as its executors take it: checked, shapes known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodeCall:
+    """Everything `encode` computes with, but the tensors it writes; M slots are the outputs.
+
+    Attributes:
+        input: [N, C, H, W], floating point, channels last or dense.
+        amax: float32 (float64 for a float64 input) [1] or [M].
+        size: (height, width) of the outputs.
+        num_bits: Int, or int32 [M].
+        affine: (gain, shift), float64 [C], or None.
+        relu: Whether to cut off below zero.
+        offset: int32 [M, 2], or None: 0.
+        slots: int32 [M], the sample that each slot reads, or None: slot m reads sample m.
+        count: int32 [1], how many slots are in use, or None: all.
+    """
+
+    input: Tensor
+    amax: Tensor
+    size: tuple[int, int]
+    num_bits: int | Tensor = 8
+    affine: tuple[Tensor, Tensor] | None = None
+    relu: bool = False
+    offset: Tensor | None = None
+    slots: Tensor | None = None
+    count: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """M, the number of slots."""
+        return len(self.input) if self.slots is None else len(self.slots)
+
+    @property
+    def planes(self) -> int:
+        """Byte planes: 2 where a slot may have more than 8 bits."""
+        return 2 if isinstance(self.num_bits, Tensor) or self.num_bits > 8 else 1
+
+    def new_codes(self) -> Tensor:
+        """Allocates byte planes [P, M, C, height, width], channels last; zeros if unused."""
+        shape = (self.planes, self.samples, *self.size, self.input.shape[1])
+        make = torch.zeros if self.planes == 2 or self.count is not None else torch.empty
+        return make(shape, dtype=torch.int8, device=self.input.device).permute(0, 1, 4, 2, 3)

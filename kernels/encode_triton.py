@@ -1,0 +1,152 @@
+"""The Triton kernel that turns floats into codes; `encode.py` has the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton
+from .conv_call import pixel_pitch
+from .conv_epilogue_triton import codes_of, step_of, times_plus
+from .encode_call import EncodeCall
+
+# elements per program; not yet measured on a GPU
+BLOCK = 2048
+
+
+@triton.jit(
+    do_not_specialize=[
+        "bits", "amax_stride", "height_in", "width_in", "height", "width", "tiles",
+    ]
+)  # fmt: skip
+def encode_kernel(
+    in_ptr, gain_ptr, shift_ptr, amax_ptr, bits_ptr, offset_ptr, slots_ptr, count_ptr, low_ptr,
+    high_ptr, copy_ptr,
+    bits, amax_stride, height_in, width_in, height, width, tiles,
+    CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Encodes BLOCK_M neighbouring pixels of one slot; PITCH 0: each channel is a plane."""
+    PRECISE: tl.constexpr = high_ptr is not None
+    slot = (tl.program_id(0) // tiles).to(tl.int64)
+    if count_ptr is not None and slot >= tl.load(count_ptr):
+        return
+    sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    mask = (pixel < height * width)[:, None] & (channel < CHANNELS)
+    row, column = pixel // width, pixel % width
+    if offset_ptr is not None:
+        row += tl.load(offset_ptr + 2 * slot)
+        column += tl.load(offset_ptr + 2 * slot + 1)
+    inside = (row >= 0) & (row < height_in) & (column >= 0) & (column < width_in)
+
+    first = sample * height_in * width_in
+    if PITCH == 0:
+        offs = channel * (height_in * width_in) + (row * width_in + column)[:, None]
+        in_ptr += first * CHANNELS
+    else:
+        offs = (row * width_in + column)[:, None] * PITCH + channel
+        in_ptr += first * PITCH
+    x = tl.load(in_ptr + offs, mask=mask & inside[:, None], other=0.0)
+
+    first = slot * height * width
+    if copy_ptr is not None:
+        offs = pixel[:, None] * CHANNELS + channel
+        copy_ptr += first * CHANNELS
+        tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
+
+    value = x.to(tl.float32)
+    if gain_ptr is not None:
+        row_of_constants = tl.arange(0, BLOCK_C)
+        known = row_of_constants < CHANNELS
+        gain = tl.load(gain_ptr + row_of_constants, mask=known, other=0.0)
+        shift = tl.load(shift_ptr + row_of_constants, mask=known, other=0.0)
+        head, tail = times_plus(value, tl.zeros_like(value), gain, shift, PRECISE)
+        value = head + tail if PRECISE else head
+    if RELU:
+        # a comparison keeps a NaN
+        value = tl.where(value < 0, 0.0, value)
+    bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
+    step, largest = step_of(amax_ptr + slot * amax_stride, bits)
+    codes = codes_of(value, step, largest)
+    offs = pixel[:, None] * OUT_PITCH + channel
+    # the cast keeps the lowest byte
+    tl.store(low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
+    if high_ptr is not None and bits > 8:
+        high = ((codes + 128) >> 8).to(tl.int8)
+        tl.store(high_ptr + first * OUT_PITCH + offs, high, mask=mask)
+
+
+def run(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
+    """Launches the encoding into given outputs, once, without a word from the device.
+
+    Args:
+        call: As `encode.encode` makes it.
+        codes: int8 byte planes [P, M, C, height, width], channels last, or some channels of wider
+            ones, such as the half of a concatenation.
+        copy: [M, C, height, width], floating point, dense, channels last: receives the shifted
+            input as it is. None: not stored.
+    """
+    image, (height, width) = call.input, call.size
+    channels = image.shape[1]
+    pitch = pixel_pitch(image)
+    several = isinstance(call.num_bits, Tensor)
+    columns = triton.next_power_of_2(channels)
+    block = max(32, BLOCK // columns)
+    tiles = triton.cdiv(height * width, block)
+    with torch.cuda.device_of(image):
+        encode_kernel[(call.samples * tiles,)](
+            image, *(call.affine or (None, None)), call.amax, call.num_bits if several else None,
+            call.offset, call.slots, call.count, codes[0], codes[1] if len(codes) == 2 else None,
+            copy,
+            0 if several else call.num_bits, 0 if len(call.amax) == 1 else 1, *image.shape[2:],
+            height, width, tiles,
+            CHANNELS=channels, PITCH=pitch or 0, OUT_PITCH=pixel_pitch(codes[0]), RELU=call.relu,
+            BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def shape_classes() -> dict[str, Callable[[], object]]:
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
+
+    U-Net-16: the image's crop, the inputs of the encoder's stages with their norms at 8 or 16 bits
+    per slot, the skips into halves of concatenations, the patch on its tile.
+    """
+    found: dict[str, Callable[[], object]] = {
+        "encode, view of an image": partial(_launch_meta, 4, torch.float32, image=True),
+        "encode, patch on its tile": partial(_launch_meta, 16, affine=True, paste=True),
+    }
+    for level in range(4):
+        c = 16 << level
+        found[f"encode, stage of {c} channels"] = partial(_launch_meta, c, mixed=True, affine=True)
+        if level < 3:
+            found[f"encode, skip of {c} channels"] = partial(_launch_meta, c, pitch=2 * c)
+    return found
+
+
+def _launch_meta(
+    channels: int, dtype: torch.dtype = torch.float16, *, image: bool = False,
+    mixed: bool = False, affine: bool = False, pitch: int = 0, paste: bool = False,
+) -> None:  # fmt: skip
+    """Launches an encoding whose tensors have no memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def last(channels: int, dtype: torch.dtype) -> Tensor:
+        return empty(2, 96, 96, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+    constants = empty(channels, dtype=torch.float64)
+    call = EncodeCall(
+        empty(2, channels, 96, 96, dtype=dtype) if image else last(channels, dtype),
+        empty(1, dtype=torch.float32), (96, 96), empty(2) if mixed else 8,
+        (constants, constants) if affine else None, affine,
+        empty(2, 2) if image or paste else None, empty(2) if image else None, empty(1),
+    )  # fmt: skip
+    codes = torch.stack([last(max(pitch, channels), torch.int8)] * (1 + mixed))
+    codes = codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    run(call, codes[:, :, :channels], last(channels, dtype) if paste else None)

@@ -1,0 +1,71 @@
+"""Decision networks as a plan runs them: fixed weights, norms folded, no word to the host."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..kernels import fake_quantize
+from ..kernels.conv_train import weight_amax
+from ..layers import quantized_layers
+
+
+class _OnGrid(nn.Module):
+    """A layer in full precision behind the rounding of its input.
+
+    Args:
+        layer: Its weights are on the grid already.
+        num_bits: Width of the input.
+        amax: Range of the input.
+    """
+
+    def __init__(self, layer: nn.Module, num_bits: int, amax: Tensor) -> None:
+        super().__init__()
+        self.layer, self.num_bits = layer, num_bits
+        self.register_buffer("amax", amax.detach().clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Runs the layer on input [N, ...]."""
+        return self.layer(fake_quantize(input, self.num_bits, self.amax))
+
+
+def frozen(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Returns a copy for inference whose forward pass can be captured in a graph.
+
+    Layers that are quantised have their weights put on the grid and round their input by its fixed
+    range; batch norms that follow a convolution are folded into it.
+
+    Args:
+        network: In `eval()`, every quantised layer with a range.
+        dtype: Of weights and activations.
+    """
+    network = deepcopy(network).eval()
+    rounding = {}
+    for name, layer in quantized_layers(network).items():
+        if layer.quantize:
+            rounding[name] = layer.input_num_bits, layer.input_amax
+            weight = layer.weight.detach()
+            amax = weight_amax(weight, layer.per_channel)
+            layer.weight = nn.Parameter(fake_quantize(weight, layer.num_bits, amax))
+            layer.quantize = False
+    for module in network.modules():
+        if isinstance(module, nn.Sequential):
+            _fold_norms(module)
+    network = network.to(dtype, memory_format=torch.channels_last).requires_grad_(False)
+    # ranges stay in full precision
+    for name, (num_bits, amax) in rounding.items():
+        parent, _, own = name.rpartition(".")
+        owner = network.get_submodule(parent)
+        setattr(owner, own, _OnGrid(getattr(owner, own), num_bits, amax))
+    return network
+
+
+def _fold_norms(sequence: nn.Sequential) -> None:
+    for (name, layer), (after, norm) in pairwise(list(sequence.named_children())):
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            sequence.set_submodule(name, fuse_conv_bn_eval(layer, norm))
+            sequence.set_submodule(after, nn.Identity())

@@ -1,0 +1,319 @@
+"""The U-Net lowered to kernel launches over static buffers, one group of slots at a time.
+
+    view of the image -> codes -> begin -> [spread, width, codes, blocks, down] x 4 -> decode
+      -> tile -> last stage -> labels
+
+A group is the slices of one route, compacted: slot m of every buffer is the slice slots[m], and
+slots from `count` on are left alone; both lie on the device. Codes are int8 byte planes, the
+residual stream is float16, everything channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import conv_int_triton as conv_kernel
+from ..kernels import encode_triton as encode_kernel
+from ..kernels import head_triton as head_kernel
+from ..kernels import selector_triton as selector_kernel
+from ..kernels.conv_call import ConvCall
+from ..kernels.encode_call import EncodeCall
+from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Up
+
+STREAM = torch.float16
+Size = tuple[int, int]
+
+
+class Launch(NamedTuple):
+    """One step of a plan: a name and a call that only enqueues work on static buffers."""
+
+    name: str
+    run: Callable[[], object]
+
+
+@dataclass
+class Group:
+    """The slots of one route and the launches that label them.
+
+    Attributes:
+        name: Of the route, such as "crop-96".
+        size: (height, width) of the view of the image.
+        slots: int32 [M + 1], the slice of each slot; the last one takes what has no slot.
+        count: int32 [1].
+        corner: int32 [M, 2], (y, x) of the view in its slice.
+        launches: In order.
+    """
+
+    name: str
+    size: Size
+    slots: Tensor
+    count: Tensor
+    corner: Tensor
+    launches: list[Launch] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, name: str, size: Size, capacity: int, device: torch.device) -> Group:
+        """Returns a group of as many slots, none in use."""
+        slots, count, corner = (
+            torch.zeros(shape, dtype=torch.int32, device=device)
+            for shape in ((capacity + 1,), (1,), (capacity, 2))
+        )
+        return cls(name, size, slots, count, corner)
+
+    @property
+    def slices(self) -> Tensor:
+        """int32 [M], the slice of each slot."""
+        return self.slots[:-1]
+
+    def add(self, name: str, function: Callable, *arguments: object) -> None:
+        """Appends a launch."""
+        self.launches.append(Launch(f"{self.name}: {name}", partial(function, *arguments)))
+
+    def planes(self, count: int, channels: int, size: Size) -> Tensor:
+        """Allocates codes, int8 [P, M, C, h, w], channels last."""
+        shape = (count, len(self.corner), *size, channels)
+        buffer = torch.empty(shape, dtype=torch.int8, device=self.count.device)
+        return buffer.permute(0, 1, 4, 2, 3)
+
+    def stream(self, channels: int, size: Size) -> Tensor:
+        """Allocates a residual stream [M, C, h, w], channels last."""
+        shape = (len(self.corner), *size, channels)
+        return torch.empty(shape, dtype=STREAM, device=self.count.device).permute(0, 3, 1, 2)
+
+    def encode(
+        self, name: str, input: Tensor, target: Conv, codes: Tensor, *,
+        num_bits: Tensor | None = None, affine: Affine | None = None,
+        offset: Tensor | None = None, slots: Tensor | None = None, copy: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Appends the quantisation of floats for the convolution that reads them."""
+        call = EncodeCall(
+            input, target.amax, (codes.shape[3], codes.shape[4]),
+            target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
+            slots, self.count,
+        )  # fmt: skip
+        self.add(name, encode_kernel.run, call, codes, copy)
+
+    def conv(
+        self, name: str, conv: Conv, input: Tensor, *, num_bits: Tensor | None = None,
+        residual: Tensor | None = None, stream: Tensor | None = None,
+        affine: Affine | None = None, relu: bool = False, target: Conv | None = None,
+        target_bits: Tensor | None = None, codes: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Appends a convolution of codes; `target` is the one that reads what it stores."""
+        call = ConvCall(
+            input, conv.packed, conv.amax, conv.num_bits if num_bits is None else num_bits,
+            residual, affine, relu, None if target is None else target.amax,
+            8 if target is None else target.num_bits if target_bits is None else target_bits,
+            None, self.count,
+        )  # fmt: skip
+        self.add(name, conv_kernel.run, call, stream, codes)
+
+
+class Level(NamedTuple):
+    """The buffers of one resolution, used by encoder and decoder in turn."""
+
+    stream: Tensor
+    codes: Tensor  # of a block's input, and of what leaves it
+    inner: Tensor  # between a block's convolutions
+    joined: Tensor | None  # skip and way up, side by side; None at the coarsest
+
+
+def lower_features(
+    net: PackedUNet, group: Group, images: Tensor, num_bits: Tensor, follower: Block | None
+) -> Level:
+    """Appends everything before the last stage.
+
+    Args:
+        net: The weights.
+        group: Receives the launches.
+        images: float32 [N, C, H, W], dense.
+        num_bits: int32 [S, N], receives the chosen widths.
+        follower: The block whose input codes are stored beside the features, or None.
+
+    Returns:
+        The finest level: its stream holds the features, its codes the follower's input.
+    """
+    view = group.planes(1, images.shape[1], group.size)
+    routing = {"offset": group.corner, "slots": group.slices}
+    group.encode("image", images, net.begin, view, **routing)
+    sums = selector_kernel.new_sums(
+        len(group.corner), images.shape[1], group.size, images.device
+    )
+    group.add(
+        "gradients", selector_kernel.gradients, images, sums, group.size, group.corner,
+        group.slices, group.count,
+    )  # fmt: skip
+    levels = [_level(net, group, index) for index in range(len(net.stages))]
+    group.conv("begin", net.begin, view, stream=levels[0].stream)
+    for index in range(len(net.stages)):
+        _lower_stage(net, group, levels, index, sums, num_bits[index])
+    for level, below, up, after in zip(
+        levels[-2::-1], levels[:0:-1], net.ups, [*net.ups[1:], None], strict=True
+    ):
+        block = follower if after is None else up.block
+        _lower_up(group, level, below, up, block)
+        if after is not None:
+            assert up.block is not None, "only the finest way up has no block of its own"
+            _lower_block(
+                group, "decoder", up.block, level, narrow=True, target=after.reduce
+            )
+    return levels[0]
+
+
+def _level(net: PackedUNet, group: Group, index: int) -> Level:
+    channels = net.channels[index]
+    size = group.size[0] >> index, group.size[1] >> index
+    widths = net.stages[index].blocks[0].first.packed.num_bits
+    planes = 2 if max(widths) > 8 else 1
+    last = index == len(net.stages) - 1
+    return Level(
+        group.stream(channels, size), group.planes(planes, channels, size),
+        group.planes(planes, channels, size),
+        None if last else group.planes(1, 2 * channels, size),
+    )  # fmt: skip
+
+
+def _lower_stage(
+    net: PackedUNet, group: Group, levels: list[Level], index: int, gradients: Tensor,
+    record: Tensor,
+) -> None:  # fmt: skip
+    """Appends an encoder stage whose input is the level's stream, its width included."""
+    level, stage = levels[index], net.stages[index]
+    capacity, channels, height, width = level.stream.shape
+    bits = torch.empty(capacity, dtype=torch.int32, device=record.device)
+    moments = selector_kernel.new_sums(capacity, channels, (height, width), record.device)
+    group.add(f"spread {index}", selector_kernel.moments, level.stream, moments, group.count)
+    group.add(
+        f"width {index}", selector_kernel.select, bits, gradients, moments, *stage.selector,
+        group.size, height * width, group.count, group.slices, record,
+    )  # fmt: skip
+    first = stage.blocks[0]
+    group.encode(
+        f"stage {index}", level.stream, first.first, level.codes, num_bits=bits,
+        affine=first.affine,
+    )  # fmt: skip
+    for block, after in zip(stage.blocks, [*stage.blocks[1:], None], strict=True):
+        name = f"stage {index} block"
+        if after is not None:
+            _lower_block(
+                group, name, block, level, num_bits=bits, stream=True, target=after.first,
+                target_bits=bits, affine=after.affine,
+            )  # fmt: skip
+        elif stage.down is not None:
+            _lower_block(
+                group, name, block, level, num_bits=bits, stream=True, target=stage.down,
+                target_bits=bits,
+            )  # fmt: skip
+        else:
+            _lower_block(group, name, block, level, num_bits=bits, target=net.ups[0].reduce)
+    if stage.down is not None and level.joined is not None:
+        up = net.ups[len(net.ups) - 1 - index]
+        group.encode(f"skip {index}", level.stream, up.fuse, level.joined[:, :, :channels])
+        group.conv(
+            f"down {index}", stage.down, level.codes, num_bits=bits,
+            stream=levels[index + 1].stream,
+        )  # fmt: skip
+
+
+def _lower_block(
+    group: Group, name: str, block: Block, level: Level, *, narrow: bool = False,
+    num_bits: Tensor | None = None, stream: bool = False, target: Conv,
+    target_bits: Tensor | None = None, affine: Affine | None = None,
+) -> None:  # fmt: skip
+    """Appends a residual block from a level's codes and stream to its codes, and stream if asked.
+
+    Args:
+        group: Receives the launches.
+        name: Of the block.
+        block: The weights.
+        level: The buffers.
+        narrow: Whether codes of 8 bits lie in the first plane alone.
+        num_bits: int32 [M], or None: the layers' own.
+        stream: Whether the sum goes on as the stream.
+        target: The convolution that reads the codes.
+        target_bits: int32 [M], width of these codes, or None: the layer's own.
+        affine: The norm before that convolution, followed by a ReLU, or None.
+    """
+    codes, inner = (
+        planes[:1] if narrow else planes for planes in (level.codes, level.inner)
+    )
+    group.conv(
+        f"{name}, first", block.first, codes, num_bits=num_bits, relu=True, target=block.second,
+        target_bits=num_bits, codes=inner,
+    )  # fmt: skip
+    group.conv(
+        f"{name}, second", block.second, inner, num_bits=num_bits, residual=level.stream,
+        stream=level.stream if stream else None, affine=affine, relu=affine is not None,
+        target=target, target_bits=target_bits,
+        codes=level.codes if target_bits is not None else level.codes[:1],
+    )  # fmt: skip
+
+
+def _lower_up(
+    group: Group, level: Level, below: Level, up: Up, follower: Block | None
+) -> None:
+    """Appends the way up from the codes below to the level's stream, and the follower's codes."""
+    channels = level.stream.shape[1]
+    assert level.joined is not None, "the coarsest level has no way up"
+    reduced = group.planes(1, channels, (below.stream.shape[2], below.stream.shape[3]))
+    group.conv("up, reduce", up.reduce, below.codes[:1], target=up.up, codes=reduced)
+    group.conv(
+        "up, transposed", up.up, reduced, target=up.fuse, codes=level.joined[:, :, channels:]
+    )
+    group.conv(
+        "up, fuse", up.fuse, level.joined, stream=level.stream,
+        affine=None if follower is None else follower.affine, relu=follower is not None,
+        target=None if follower is None else follower.first,
+        codes=None if follower is None else level.codes[:1],
+    )  # fmt: skip
+
+
+def lower_tile(group: Group, last: Last, patch: Tensor, shift: Tensor, size: Size) -> Level:
+    """Appends the paste of patches [M, b, P, P] into zero tiles of a size, as codes and stream.
+
+    Args:
+        group: Receives the launch.
+        last: The last stage that reads the tile.
+        patch: The features.
+        shift: int32 [M, 2], (y, x) of the tile's corner less the patch's.
+        size: (height, width) of the tile.
+    """
+    channels = patch.shape[1]
+    tile = Level(
+        group.stream(channels, size), group.planes(1, channels, size),
+        group.planes(1, channels, size), None,
+    )  # fmt: skip
+    group.encode(
+        "tile", patch, last.block.first, tile.codes, affine=last.block.affine, offset=shift,
+        copy=tile.stream,
+    )  # fmt: skip
+    return tile
+
+
+def lower_last(
+    group: Group, last: Last, level: Level, labels: Tensor, corner: Tensor, margin: int
+) -> None:
+    """Appends a last stage from a level's codes and stream to labels.
+
+    Args:
+        group: Receives the launches.
+        last: The weights.
+        level: Holds the input.
+        labels: uint8 [N, H, W].
+        corner: int32 [M, 2] of the level's map in its slice.
+        margin: As in `label_head`.
+    """
+    _lower_block(group, "last stage", last.block, level, narrow=True, target=last.end)
+    end, num_bits = last.end.packed, last.end.num_bits
+    variant = end.variant(num_bits)
+    group.add(
+        "labels", head_kernel.run, labels, level.codes[0], end.codes[variant, 0],
+        end.scale[variant], end.bias, last.end.amax, num_bits, corner, group.slices, group.count,
+        margin,
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""Volumes through recorded plans: chunks, transfers, and CUDA graphs around what a plan records.
+
+On a GPU chunks are uploaded on a stream of their own from pinned memory, while the one before is
+computed, and labels go back without waiting; the host waits once, for the last of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..med_danet_v2 import MedDANetV2
+from ..routing import Segmentation
+from .plan import Plan, PlannedModel
+
+# slices of a chunk: a few, an L2 cache's worth, a head; not yet measured on a GPU
+CAPACITIES = (8, 32, 160)
+# sizes of slices whose buffers are kept
+KEPT = 2
+
+
+class TritonEngine:
+    """Segments slices as `MedDANetV2.segment` does; see `compile_engine`.
+
+    Args:
+        model: In `eval()`, every quantised layer with a range.
+        device: A CUDA device, or the CPU under TRITON_INTERPRET=1.
+        capacities: Slices of a chunk that plans are made for, ascending.
+
+    Raises:
+        ValueError: If the model has no integer form.
+    """
+
+    executor = "triton"
+
+    def __init__(
+        self, model: MedDANetV2, device: torch.device, capacities: tuple[int, ...] = CAPACITIES
+    ) -> None:
+        self.device, self.capacities = device, capacities
+        self._model = model
+        self._planned = PlannedModel(model, device)
+        self._plans: OrderedDict[tuple[int, int, int], tuple[Plan, Callable[[], Any]]]
+        self._plans = OrderedDict()
+        self._lock = threading.Lock()
+
+    def segment(self, slices: Tensor) -> Segmentation:
+        """Routes every slice and labels it.
+
+        Args:
+            slices: [N, C, H, W] on the CPU, H and W multiples of the stride, at least the largest
+                crop.
+
+        Returns:
+            A `Segmentation` on the CPU.
+
+        Raises:
+            ValueError: If the shape does not fit.
+        """
+        self._model.check(slices)
+        images = slices.detach().float()
+        # buffers are static: one volume at a time
+        with self._lock:
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    return self._segment_on_gpu(images)
+            return self._segment_here(images)
+
+    def plan(self, count: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
+        """Returns the plan for `count` slices of a size, or as many as fit, and what runs it."""
+        wanted = next((c for c in self.capacities if c >= count), self.capacities[-1])
+        key = wanted, height, width
+        if key not in self._plans:
+            while len(self._plans) >= KEPT:
+                self._plans.popitem(last=False)
+            self._plans[key] = self._make(*key)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+    def _make(self, capacity: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
+        smaller = [c for c in self.capacities if c < capacity]
+        try:
+            # buffers outlive the mode in which the first volume happens to be segmented
+            with torch.inference_mode(False):
+                plan = Plan(self._planned, capacity, (height, width))
+                return plan, plan.run if self.device.type == "cpu" else captured(plan)
+        except torch.OutOfMemoryError:
+            if not smaller:
+                raise
+        torch.cuda.empty_cache()
+        return self._make(smaller[-1], height, width)
+
+    def _segment_here(self, images: Tensor) -> Segmentation:
+        """The chunks one after the other, by plain copies."""
+        result = _empty(self._model, images)
+        if len(images):
+            plan, run = self.plan(len(images), *images.shape[2:])
+            for part, chunk in _chunks(images, len(plan.images)):
+                plan.images[: len(chunk)].copy_(chunk)
+                plan.images[len(chunk) :].zero_()
+                run()
+                _copy_out(plan, result, part)
+        return result
+
+    def _segment_on_gpu(self, images: Tensor) -> Segmentation:
+        """The next chunk's upload, this one's work and the last one's download side by side."""
+        result = Segmentation(*(part.pin_memory() for part in _empty(self._model, images)))
+        if not len(images):
+            return result
+        plan, run = self.plan(len(images), *images.shape[2:])
+        compute, upload = torch.cuda.Stream(), torch.cuda.Stream()
+        staged = [torch.empty_like(plan.images) for _ in range(2)]
+        taken, finished = [torch.cuda.Event() for _ in staged], torch.cuda.Event()
+        compute.wait_stream(torch.cuda.current_stream())
+        upload.wait_stream(torch.cuda.current_stream())
+        for number, (part, chunk) in enumerate(_chunks(images, len(plan.images))):
+            stage, done = staged[number % 2], taken[number % 2]
+            with torch.cuda.stream(upload):
+                upload.wait_event(done)
+                stage[: len(chunk)].copy_(chunk.pin_memory(), non_blocking=True)
+                stage[len(chunk) :].zero_()
+            compute.wait_stream(upload)
+            with torch.cuda.stream(compute):
+                plan.images.copy_(stage)
+                done.record(compute)
+                run()
+                _copy_out(plan, result, part)
+        finished.record(compute)
+        finished.synchronize()
+        return result
+
+
+def captured(plan: Plan) -> Callable[[], None]:
+    """Returns the replay of a CUDA graph of a plan."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # kernels are compiled and algorithms chosen before anything is recorded
+        plan.run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run()
+    return graph.replay
+
+
+def _empty(model: MedDANetV2, images: Tensor) -> Segmentation:
+    count, _, height, width = images.shape
+    return Segmentation(
+        torch.zeros(count, height, width, dtype=torch.uint8),
+        torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, 2),
+        torch.zeros(count, model.num_stages, dtype=torch.int64),
+    )
+
+
+def _chunks(images: Tensor, capacity: int) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(images), capacity):
+        part = slice(start, min(start + capacity, len(images)))
+        yield part, images[part]
+
+
+def _copy_out(plan: Plan, result: Segmentation, part: slice) -> None:
+    """Copies a chunk's answers to where they belong; on a GPU without waiting."""
+    count = part.stop - part.start
+    answers = plan.labels, plan.decisions, plan.offsets, plan.num_bits.T.long().contiguous()
+    for target, source in zip(result, answers, strict=True):
+        target[part].copy_(source[:count], non_blocking=True)

@@ -1,0 +1,88 @@
+"""What only a GPU can show of the recorded plan: it is captured, and waits for nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meddanet.data import normalize
+from meddanet.data.phantom import make_phantom
+from meddanet.engine import compile_engine
+from meddanet.metrics import dice_score
+from meddanet.weights import load_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = compile_engine(load_model(), "cuda")
+    if engine.executor != "triton":
+        pytest.skip("this GPU runs no plan: compute capability 8.0 and triton are needed")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def slices() -> torch.Tensor:
+    """Forty slices of a phantom around its lesion: more than one chunk of the middle capacity."""
+    phantom = make_phantom(0, (240, 240, 48))
+    images = normalize(phantom.data.round().clip(0)).transpose(3, 0, 1, 2)[4:44]
+    return torch.from_numpy(images.copy())
+
+
+@pytest.fixture
+def no_synchronisation():
+    """Makes PyTorch raise where it would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_sync_debug_mode_works(no_synchronisation):
+    with pytest.raises(RuntimeError, match="synchron"):
+        torch.ones(1, device="cuda").item()
+
+
+def test_a_run_and_its_graph_wait_for_nothing(engine, slices, request):
+    plan, replay = engine.plan(len(slices), *slices.shape[2:])
+    plan.images[: len(slices)].copy_(slices)
+    plan.run()
+    request.getfixturevalue("no_synchronisation")
+    plan.run()
+    replay()
+
+
+def test_a_whole_volume_waits_once_at_its_end(engine, slices, request):
+    """From upload to labels: the wait is for an event, which the debug mode lets pass."""
+    engine.segment(slices)
+    request.getfixturevalue("no_synchronisation")
+    engine.segment(slices)
+
+
+def test_the_graph_answers_as_the_launches_do(engine, slices):
+    plan, replay = engine.plan(len(slices), *slices.shape[2:])
+    plan.images.zero_()
+    plan.images[: len(slices)].copy_(slices)
+    answers = []
+    for run in (plan.run, replay):
+        for buffer in (plan.labels, plan.decisions, plan.offsets, plan.num_bits):
+            buffer.fill_(1)
+        run()
+        torch.cuda.synchronize()
+        answers.append([plan.labels.clone(), plan.decisions.clone(), plan.num_bits.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    assert answers[0][0].any()
+
+
+def test_it_answers_as_the_models_own_layers(engine, slices):
+    found = engine.segment(slices)
+    expected = compile_engine(load_model(), "cuda", "eager").segment(slices)
+    assert (found.decisions != expected.decisions).float().mean() <= 0.05
+    assert dice_score(found.labels.numpy() > 0, expected.labels.numpy() > 0) >= 0.98
+
+
+def test_a_smaller_volume_takes_a_smaller_plan(engine, slices):
+    few = engine.segment(slices[20:23])
+    many = engine.segment(slices)
+    assert torch.equal(few.decisions, many.decisions[20:23])
+    assert (few.labels != many.labels[20:23]).float().mean() <= 1e-3
