@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(__file__).parent
 FILES = (
     "test_conv_int.py",
+    "test_conv_on_codes.py",
     "test_crop_paste.py",
     "test_head.py",
     "test_quantize.py",
