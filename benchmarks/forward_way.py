@@ -3,10 +3,10 @@
     python benchmarks/forward_way.py RESULT.json
 
 For every class of shapes, on U-Net-16's own sizes: the forward that autograd records, quantisation
-of input and weights included, on codes and on values (PyTorch's convolution), in turns; beside them
-PyTorch's `fake_quantize_per_tensor_affine` + convolution, and whole steps. Outputs are compared
-first. On a GPU classes are named by its architecture and the table has ratios of wall time; on a CPU
-they are oneDNN's, and ratios are of processor time with one thread.
+of input and weights included, on codes and on values (PyTorch's convolution), in turns; beside
+them PyTorch's `fake_quantize_per_tensor_affine` + convolution, and whole steps. Outputs are
+compared first. On a GPU classes are named by its architecture and the table has ratios of wall
+time; on a CPU they are oneDNN's, and ratios are of processor time with one thread.
 """
 
 from __future__ import annotations

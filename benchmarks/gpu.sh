@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu.sh test       the operations on the GPU, and the precompiled kernels found there
 #   benchmarks/gpu.sh sanitize   compute-sanitizer's memcheck and racecheck over a small set
-#   benchmarks/gpu.sh kernels    every kernel against its peers, side by side
+#   benchmarks/gpu.sh kernels    every kernel against its peers, side by side; which forward a
+#                                training convolution should take, as lines for the table
 #   benchmarks/gpu.sh network    the whole network, and the first call with and without precompiling
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
@@ -113,7 +114,11 @@ kernels)
   export MEDDANET_RESULTS=$out/${dry_run:+dry-}kernels.json
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1
-  say "results: $MEDDANET_RESULTS"
+  ways=$out/${dry_run:+dry-}forward_way.json
+  left=$((seconds - (SECONDS - began)))
+  timeout "$((left > 5 ? left : 5))" "$python" benchmarks/forward_way.py "$ways" 2>&1 |
+    tee -a "$log" || status=1
+  say "results: $MEDDANET_RESULTS $ways"
   ;;
 
 network)

@@ -128,10 +128,11 @@ def decode(planes: Tensor, num_bits: int | Tensor, ranges: Tensor, dtype: torch.
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
-    """Returns, by name, the launches of the shipped models' training; called with meta tensors.
+    """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
-    One width (one byte) or one per sample (two); ranges fixed, then with a mask, or each sample's
-    own. A sample's elements are a multiple of 16 (wide loads and stores) or not.
+    One width (one byte) or one per sample (two); codes kept or, without a backward pass or where
+    widths learn, not; with a mask where a fixed range may clip. A sample's elements are a multiple
+    of 16 (wide loads and stores) or not.
     """
     found: dict[str, Callable[[], object]] = {}
     for name, side in (("multiple of 16", 48), ("any length", 7)):
@@ -143,7 +144,11 @@ def shape_classes() -> dict[str, Callable[[], object]]:
             found[f"decoded input, {kind}, {name}"] = partial(
                 decode, planes, widths, amax, torch.float32
             )
-            for mask in (None, packed):
-                label = f"encoded input, {kind}, {name}{'' if mask is None else ', mask'}"
-                found[label] = partial(encode, x, widths, amax, planes, x, mask)
+            for what, kept, mask in (
+                ("values alone", planes[:0], None), ("kept", planes, None),
+                ("kept with mask", planes, packed),
+            ):  # fmt: skip
+                found[f"encoded input, {kind}, {what}, {name}"] = partial(
+                    encode, x, widths, amax, kept, x, mask
+                )
     return found

@@ -96,8 +96,8 @@ def train(model):
 
 
 @pytest.mark.parametrize(("route", "kernels"), [
-    (segment, {"shift_kernel", "quantize_kernel"}),
-    (windows, {"shift_kernel", "quantize_kernel"}),
+    (segment, {"shift_kernel", "quantize_kernel", "encode_kernel"}),
+    (windows, {"shift_kernel", "quantize_kernel", "encode_kernel"}),
     (train, {"shift_kernel", "offset_gradient_kernel", "quantize_kernel", "encode_kernel",
              "decode_kernel", "masked_gradient_kernel", "width_gradient_kernel"}),
 ])  # fmt: skip
