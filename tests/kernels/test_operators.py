@@ -164,6 +164,9 @@ def chain(image, offset, weight, widths):
     patch = bilinear_crop(image, offset, 5)
     feature = fake_quantize(patch, 8, torch.tensor(1.0))
     feature = fake_quant_conv2d(feature, weight, padding="same", num_bits=8)
+    feature = fake_quant_conv2d(
+        feature, weight, padding=1, num_bits=8, input_num_bits=16, input_amax=torch.tensor(1.0)
+    )
     feature = fake_quant_conv2d(feature, weight, padding=1, num_bits=widths, input_num_bits=widths)
     return affine_paste(feature, offset, (7, 8))
 
