@@ -14,6 +14,7 @@ FILES = (
     "test_conv_on_codes.py",
     "test_crop_paste.py",
     "test_head.py",
+    "test_properties.py",
     "test_quantize.py",
     "test_operators.py::test_opcheck",
 )
