@@ -40,7 +40,7 @@ def fake_quant_conv2d_reference(
     per_channel: bool = False,
 ) -> Tensor:
     """Plain PyTorch statement of `fake_quant_conv2d`, sample by sample, autograd's gradient."""
-    _check(input, num_bits, input_num_bits)
+    _check(input, weight, bias, groups, num_bits, input_num_bits)
     if input_num_bits is not None:
         input = _quantised(fake_quantize_reference, input, input_num_bits, input_amax)
     amax = weight_amax(weight, per_channel)
@@ -57,9 +57,19 @@ def fake_quant_conv2d_reference(
     return torch.cat(outputs)
 
 
-def _check(input: Tensor, num_bits: int | Tensor, input_num_bits: int | Tensor | None) -> None:
+def _check(
+    input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, num_bits: int | Tensor,
+    input_num_bits: int | Tensor | None,
+) -> None:  # fmt: skip
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
+    if weight.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
+        raise ValueError(
+            f"weight must be [Cout, {input.shape[1]} / {groups}, kH, kW], as input and groups are, "
+            f"got shape {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
     if not input.is_floating_point():
         raise ValueError(f"input must be a floating-point tensor, got {input.dtype}")
     check_num_bits("num_bits", num_bits, len(input))
@@ -136,11 +146,11 @@ def fake_quant_conv2d(
         [N, Cout, Hout, Wout], differentiable in input, weight, bias and float widths.
 
     Raises:
-        ValueError: If a width is out of range or not one per sample, or input is not 4-D.
+        ValueError: If a width is out of range or not one per sample, or a shape does not fit.
 
     Source: Med-DANet V2, Eq. 6 and 7.
     """
-    _check(input, num_bits, input_num_bits)
+    _check(input, weight, bias, groups, num_bits, input_num_bits)
     if input_num_bits is not None and not _per_sample(input, input_amax):
         # a range that changes inside of a sample cannot be taken out of its sums
         input, input_num_bits = _quantised(fake_quantize, input, input_num_bits, input_amax), None

@@ -50,7 +50,7 @@ def fake_quant_conv2d_op(
     keep: bool,
     mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output and, as far as asked for, the input's byte planes, mask and ranges.
+    """Returns the output and, as far as asked for, the input's byte planes, ranges and mask.
 
     Args:
         input: [N, Cin, H, W].
