@@ -7,11 +7,12 @@ VENV   ?= .venv
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean FORCE
+.PHONY: help demo test test-triton lint bench clean FORCE
 
 help:
 	@echo 'make demo    segment a synthetic case with the shipped weights'
 	@echo 'make test    run the tests'
+	@echo 'make test-triton TRITON=3.6.0   the same for the kernels alone, with another triton'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove the virtual environment, builds and caches'
@@ -26,6 +27,14 @@ test: $(VENV)/.installed-test
 # Triton reads the variable while it decorates a kernel, hence a second process
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
+# in a virtual environment of its own; the interpreter of triton 3.6 needs numpy below 2.4
+OTHER := $(VENV)-triton-$(TRITON)
+test-triton:
+	@test -n '$(TRITON)' || { echo 'name one: make test-triton TRITON=3.6.0' >&2; exit 1; }
+	$(MAKE) VENV=$(OTHER) $(OTHER)/.installed-test
+	$(OTHER)/bin/pip install --no-deps triton==$(TRITON) 'numpy<2.4'
+	$(OTHER)/bin/pytest tests/kernels tests/test_kernel_list.py
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -35,6 +44,7 @@ bench: $(VENV)/.installed-bench
 
 clean:
 	test ! -f $(VENV)/pyvenv.cfg || rm -rf $(VENV)
+	rm -rf $(VENV)-triton-*
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # the last file that venv writes: an interrupted set-up is repeated

@@ -86,27 +86,32 @@ def main() -> None:
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     arch = 10 * gpu[0] + gpu[1] if gpu else options.arch
     rows: dict[str, list[dict[str, float]]] = {"compiled on first use": [], "precompiled": []}
-    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
-        aot.build([arch], Path(home) / "meddanet" / "kernels")
-        homes = dict(zip(rows, (Path(empty), Path(home)), strict=True))
-        for _ in range(options.rounds):
-            for name, folder in homes.items():
-                rows[name].append(fresh_process(SEGMENT if gpu else READY, arch, folder))
-    medians = {
-        name: {key: round(statistics.median(r[key] for r in runs), 3) for key in runs[0]}
-        for name, runs in rows.items()
-    }
-    content = {
+    facts = {
         "command": " ".join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
         "measured": "first and second segment" if gpu else "every listed kernel ready, no GPU",
         "device": torch.cuda.get_device_name() if gpu else f"none, for sm_{arch}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton.__version__, "rounds": options.rounds,
-        "median_seconds": medians, "rows": rows,
+        "triton": triton.__version__,
     }  # fmt: skip
-    options.result.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(medians, indent=1))
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
+        aot.build([arch], Path(home) / "meddanet" / "kernels")
+        homes = dict(zip(rows, (Path(empty), Path(home)), strict=True))
+        for done in range(1, options.rounds + 1):
+            for name, folder in homes.items():
+                rows[name].append(fresh_process(SEGMENT if gpu else READY, arch, folder))
+            write(options.result, facts | {"rounds": done}, rows)
+
+
+def write(path: Path, facts: dict, rows: dict[str, list[dict[str, float]]]) -> None:
+    """Writes and prints the medians of the rounds so far."""
+    medians = {
+        name: {key: round(statistics.median(r[key] for r in runs), 3) for key in runs[0]}
+        for name, runs in rows.items()
+    }
+    content = facts | {"median_seconds": medians, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(medians, indent=1), flush=True)
 
 
 if __name__ == "__main__":

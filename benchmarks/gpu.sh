@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh test       the operations and the engine's plan on the GPU, the precompiled
 #                                kernels found there
 #   benchmarks/gpu.sh sanitize   compute-sanitizer's memcheck and racecheck over a small set
-#   benchmarks/gpu.sh kernels    every kernel against its peers, side by side
+#   benchmarks/gpu.sh kernels    every kernel against its peers, side by side; which forward a
+#                                training convolution should take, as lines for the table
 #   benchmarks/gpu.sh network    the engine's recorded plan and the whole network against the static
 #                                one, and the first call with and without precompiling
 #
@@ -116,7 +117,11 @@ kernels)
   export MEDDANET_RESULTS=$out/${dry_run:+dry-}kernels.json
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1
-  say "results: $MEDDANET_RESULTS"
+  ways=$out/${dry_run:+dry-}forward_way.json
+  left=$((seconds - (SECONDS - began)))
+  timeout "$((left > 5 ? left : 5))" "$python" benchmarks/forward_way.py "$ways" 2>&1 |
+    tee -a "$log" || status=1
+  say "results: $MEDDANET_RESULTS $ways"
   ;;
 
 network)

@@ -1,13 +1,14 @@
 """Times providers of one operation in turn and keeps one JSON of results that grows case by case.
 
-Three numbers per provider, each as median, 20th and 80th percentile over the rounds; every round
+Numbers per provider, each as median, 20th and 80th percentile over the rounds; every round
 times every provider once, in turn, so that a clock that drifts meets all alike:
 
     cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand
     graph  GPU time per replay of a CUDA graph, caches warm; absent where capture fails
     wall   time on the host from the call to the end of its work: what eager code feels
+    cpu    processor time of the same call, where there is no GPU: other work moves it little
 
-On a CPU, in the dry run, there is `wall` alone.
+On a CPU there are the last two alone.
 """
 
 from __future__ import annotations
@@ -156,10 +157,12 @@ class Stopwatch:
                 total = _between_events(lambda: [replay() for _ in range(REPLAYS)])
                 self._add("graph", total / REPLAYS)
         finish()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         self.function()
         finish()
         self._add("wall", 1e3 * (time.perf_counter() - began))
+        if DEVICE.type == "cpu":
+            self._add("cpu", 1e3 * (time.process_time() - busy))
 
     def _add(self, kind: str, milliseconds: float) -> None:
         self.times.setdefault(kind, []).append(milliseconds)
@@ -225,7 +228,7 @@ def compare(
     ratios = {
         name: {
             kind: round(row[kind]["median"] / rows[ours][kind]["median"], 3)
-            for kind in ("cold_ms", "graph_ms", "wall_ms")
+            for kind in ("cold_ms", "graph_ms", "wall_ms", "cpu_ms")
             if kind in row and kind in rows[ours]
         }
         for name, row in rows.items()

@@ -52,6 +52,13 @@ def _widths(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
     return (None, num_bits) if isinstance(num_bits, int) else (num_bits, 0)
 
 
+def _pitch(image: Tensor | None, channels: int) -> int:
+    """Returns the elements from pixel to pixel; those of an output that is not stored."""
+    pitch = channels if image is None else pixel_pitch(image)
+    assert pitch is not None, "laid out by even_planes"
+    return pitch
+
+
 def _stride(amax: Tensor | None) -> int:
     return 0 if amax is None or len(amax) == 1 else 1
 
@@ -78,10 +85,7 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     out_height, out_width = call.output_size
     pixels = height * width if conv.transposed else out_height * out_width
     sizes = blocks(conv, pixels, wide)
-    pitch, out_pitch = (
-        conv.out_channels if image is None else pixel_pitch(image)
-        for image in (call.input[0], out_low)
-    )
+    pitch, out_pitch = (_pitch(image, conv.out_channels) for image in (call.input[0], out_low))
     reach = max(height * width * pitch, out_height * out_width * max(out_pitch, conv.out_channels))
     tiles = triton.cdiv(pixels, sizes["BLOCK_M"])
     columns = triton.cdiv(conv.codes.shape[2], sizes["BLOCK_N"])

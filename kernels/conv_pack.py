@@ -27,12 +27,17 @@ from .per_width import weight_amax
 K_MULTIPLE = 32
 
 
+def bytes_of(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the (low, high) bytes of whole numbers in -32639..32639, int8 of their shape."""
+    codes = codes.to(torch.int32)
+    # the cast keeps the lowest byte
+    return codes.to(torch.int8), (codes + 128 >> 8).to(torch.int8)
+
+
 def split_codes(codes: Tensor) -> Tensor:
     """Splits whole numbers in -32639..32639, [N, C, H, W], into byte planes [2, N, C, H, W]."""
     codes = codes.to(torch.int32).contiguous(memory_format=torch.channels_last)
-    low = (codes + 128 & 255) - 128
-    planes = torch.stack([low, codes - low >> 8]).to(torch.int8)
-    return channels_last_planes(planes)
+    return channels_last_planes(torch.stack(bytes_of(codes)))
 
 
 def join_codes(planes: Tensor) -> Tensor:
@@ -118,6 +123,30 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def pack_weight(
+    weight: Tensor, num_bits: Sequence[int], per_channel: bool = False, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns `PackedConv.codes` and the weights' steps, float64 [V, Cout], asking no device.
+
+    What is not finite has code 0 and makes its step NaN.
+    """
+    weight = weight.detach()
+    channels = weight.shape[1 if transposed else 0]
+    amax = weight_amax(weight, per_channel).reshape(-1)
+    depth = len(weight) if transposed else weight[0].numel()
+    steps, codes = [], []
+    for width in num_bits:
+        step, _, _ = step_size(weight, width, amax)
+        steps.append(step.double().reshape(-1).expand(channels))
+        values = quantize_codes(weight, step, int(qmax(width))).nan_to_num_(0.0)
+        order = (2, 3, 1, 0) if transposed else (0, 2, 3, 1)
+        rows = values.permute(order).reshape(-1, depth)
+        codes.append(F.pad(rows, (0, -rows.shape[1] % K_MULTIPLE)))
+    packed = torch.stack(codes)
+    planes = (packed,) if max(num_bits) <= 8 else bytes_of(packed)
+    return torch.stack([plane.to(torch.int8) for plane in planes], 1), torch.stack(steps)
+
+
 def pack_conv(
     weight: Tensor,
     bias: Tensor | None = None,
@@ -154,29 +183,14 @@ def pack_conv(
         raise ValueError(f"weight must be 4-D and finite, got shape {list(weight.shape)}")
     if transposed and (groups != 1 or per_channel or _pair(dilation) != (1, 1)):
         raise ValueError("a transposed convolution is packed without groups, dilation, per_channel")
-    weight = weight.detach()
-    channels = weight.shape[1 if transposed else 0]
-    amax = weight_amax(weight, per_channel).reshape(-1)
-    depth = len(weight) if transposed else weight[0].numel()
-    steps, codes = [], []
-    for width in widths:
-        step, _, _ = step_size(weight, width, amax)
-        steps.append(step.double().reshape(-1).expand(channels))
-        values = quantize_codes(weight, step, int(qmax(width))).to(torch.int32)
-        order = (2, 3, 1, 0) if transposed else (0, 2, 3, 1)
-        rows = values.permute(order).reshape(-1, depth)
-        codes.append(F.pad(rows, (0, -rows.shape[1] % K_MULTIPLE)))
-    packed = torch.stack(codes)
-    low = (packed + 128 & 255) - 128
-    planes = [low] if widths[-1] <= 8 else [low, packed - low >> 8]
-    scale = torch.stack(steps)
+    codes, scale = pack_weight(weight, widths, per_channel, transposed)
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:
         scale, offset = scale * norm[0].double(), offset * norm[0].double() + norm[1].double()
     if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset])).all()):
         raise ValueError("bias and norm must be finite")
     return PackedConv(
-        torch.stack(planes, 1).to(torch.int8), scale, offset, widths,
+        codes, scale, offset, widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
         (weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation),
         groups, transposed,

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import memory_format, wide_dtype
-from .per_width import by_width, conv_per_width, weight_amax
-from .quantize import LN2, check_num_bits, fake_quantize, fake_quantize_reference
+from .conv_train_op import fake_quant_conv2d_op
+from .grid import amax_of
+from .per_width import weight_amax
+from .quantize import check_num_bits, fake_quantize, fake_quantize_reference
 
 
 def fake_quant_conv2d_reference(
@@ -39,7 +40,9 @@ def fake_quant_conv2d_reference(
     per_channel: bool = False,
 ) -> Tensor:
     """Plain PyTorch statement of `fake_quant_conv2d`, sample by sample, autograd's gradient."""
-    input = _checked_input(fake_quantize_reference, input, num_bits, input_num_bits, input_amax)
+    _check(input, weight, bias, groups, num_bits, input_num_bits)
+    if input_num_bits is not None:
+        input = _quantised(fake_quantize_reference, input, input_num_bits, input_amax)
     amax = weight_amax(weight, per_channel)
     if isinstance(num_bits, int) or len(input) == 0:
         width = num_bits if isinstance(num_bits, int) else 8
@@ -54,128 +57,42 @@ def fake_quant_conv2d_reference(
     return torch.cat(outputs)
 
 
-@torch.library.custom_op("meddanet::fake_quant_conv2d", mutates_args=())
-def _fake_quant_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_bits: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    per_channel: bool,
-) -> Tensor:
-    """Convolution in the input's dtype and layout with one weight width per sample."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach().to(input.dtype)
-
-    def convolve(x: Tensor, w: Tensor) -> Tensor:
-        return F.conv2d(x, w.to(x.dtype), bias, stride, padding, dilation, groups)
-
-    with torch.autocast(input.device.type, enabled=False):
-        if len(input):
-            amax = weight_amax(weight, per_channel)
-            output = conv_per_width(convolve, input.detach(), weight, num_bits.detach(), amax)
-        else:
-            output = convolve(input.detach(), weight)
-    return output.contiguous(memory_format=memory_format(input))
-
-
-@torch.library.custom_op("meddanet::fake_quant_conv2d_backward", mutates_args=())
-def _fake_quant_conv2d_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    num_bits: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    per_channel: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by input, weight and widths, those that are wanted; the others are empty."""
-    grad_input, grad_weight, grad_bits = _empty_gradients(input, weight, num_bits, wanted)
-    grad_weight.zero_()
-    input, weight = input.detach(), weight.detach()
-    amax = weight_amax(weight, per_channel) if len(input) else None
-    for width, samples in by_width(num_bits):
-        x, g = input[samples], grad[samples]
-        quantised = fake_quantize(weight, width, amax)
-        if wanted[0] or wanted[1]:
-            x_grad, w_grad, _ = torch.ops.aten.convolution_backward(
-                g, x, quantised.to(x.dtype), None, stride, padding, dilation, False, [0, 0],
-                groups, [*wanted[:2], False],
-            )  # fmt: skip
-            if wanted[0]:
-                grad_input[samples] = x_grad
-            if wanted[1]:
-                grad_weight += w_grad
-        if wanted[2]:
-            error = (weight - quantised).to(x.dtype)
-            slope = F.conv2d(x, error, None, stride, padding, dilation, groups)
-            total = (g * slope).sum((1, 2, 3), dtype=wide_dtype(x))
-            grad_bits[samples] = (LN2 * total).to(grad_bits.dtype)
-    return grad_input, grad_weight, grad_bits
-
-
-def _empty_gradients(
-    input: Tensor, weight: Tensor, num_bits: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (
-        torch.empty_like(t, memory_format=memory_format(t)) if want else t.new_empty(0)
-        for t, want in zip((input, weight, num_bits), wanted, strict=True)
-    )
-    return first, second, third
-
-
-@_fake_quant_conv2d.register_fake
-def _(input, weight, bias, num_bits, stride, padding, dilation, groups, per_channel):
-    output = F.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation, groups)
-    return torch.empty_like(output, memory_format=memory_format(input))
-
-
-@_fake_quant_conv2d_backward.register_fake
-def _(grad, input, weight, num_bits, stride, padding, dilation, groups, per_channel, wanted):
-    return _empty_gradients(input, weight, num_bits, wanted)
-
-
-def _save(ctx, inputs, output):
-    input, weight, _, num_bits, *ctx.geometry = inputs
-    ctx.save_for_backward(input, weight, num_bits)
-
-
-def _backward(ctx, grad):
-    needs_input, needs_weight, needs_bias, needs_bits = ctx.needs_input_grad[:4]
-    wanted = [needs_input, needs_weight, needs_bits]
-    gradients = _fake_quant_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
-    by_input, by_weight, by_bits = (
-        g if want else None for g, want in zip(gradients, wanted, strict=True)
-    )
-    by_bias = grad.sum((0, 2, 3)) if needs_bias else None
-    return by_input, by_weight, by_bias, by_bits, None, None, None, None, None
-
-
-_fake_quant_conv2d.register_autograd(_backward, setup_context=_save)
-
-
-def _checked_input(
-    quantize: Callable[..., Tensor],
-    input: Tensor,
-    num_bits: int | Tensor,
+def _check(
+    input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, num_bits: int | Tensor,
     input_num_bits: int | Tensor | None,
-    input_amax: Tensor | None,
-) -> Tensor:
-    """Checks the arguments; returns the input, quantised by its own widths if there are any."""
+) -> None:  # fmt: skip
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
+    if weight.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
+        raise ValueError(
+            f"weight must be [Cout, {input.shape[1]} / {groups}, kH, kW], as input and groups are, "
+            f"got shape {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
+    if not input.is_floating_point():
+        raise ValueError(f"input must be a floating-point tensor, got {input.dtype}")
     check_num_bits("num_bits", num_bits, len(input))
-    if input_num_bits is None:
-        return input
-    check_num_bits("input_num_bits", input_num_bits, len(input))
-    if input_amax is None and isinstance(input_num_bits, int):
-        input_num_bits = torch.full((len(input),), input_num_bits, device=input.device)
-    return quantize(input, input_num_bits, input_amax)
+    if input_num_bits is not None:
+        check_num_bits("input_num_bits", input_num_bits, len(input))
+
+
+def _quantised(
+    quantize: Callable[..., Tensor], input: Tensor, num_bits: int | Tensor, amax: Tensor | None
+) -> Tensor:
+    """Fake-quantises the input, by default in each sample's own range."""
+    if amax is None and isinstance(num_bits, int):
+        num_bits = torch.full((len(input),), num_bits, device=input.device)
+    return quantize(input, num_bits, amax)
+
+
+def _per_sample(input: Tensor, amax: Tensor | None) -> bool:
+    """Tells whether each sample has one range."""
+    return amax is None or amax.numel() == 1 or amax.shape == (len(input), 1, 1, 1)
+
+
+def _as_width(num_bits: int | Tensor | None) -> tuple[Tensor | None, int]:
+    return (num_bits, 0) if isinstance(num_bits, Tensor) else (None, num_bits or 0)
 
 
 def _as_pair(value: int | tuple[int, int]) -> list[int]:
@@ -229,18 +146,38 @@ def fake_quant_conv2d(
         [N, Cout, Hout, Wout], differentiable in input, weight, bias and float widths.
 
     Raises:
-        ValueError: If a width is out of range or not one per sample, or input is not 4-D.
+        ValueError: If a width is out of range or not one per sample, or a shape does not fit.
 
     Source: Med-DANet V2, Eq. 6 and 7.
     """
-    input = _checked_input(fake_quantize, input, num_bits, input_num_bits, input_amax)
-    if isinstance(num_bits, int):
+    _check(input, weight, bias, groups, num_bits, input_num_bits)
+    if input_num_bits is not None and not _per_sample(input, input_amax):
+        # a range that changes inside of a sample cannot be taken out of its sums
+        input, input_num_bits = _quantised(fake_quantize, input, input_num_bits, input_amax), None
+    if input_num_bits is None and isinstance(num_bits, int):
         amax = weight_amax(weight, per_channel) if per_channel else None
         weight = fake_quantize(weight, num_bits, amax)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    device = input.device.type
+    dtype, device = input.dtype, input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
+        dtype = torch.get_autocast_dtype(device)
     input, pads = _padded(input, weight, padding, _as_pair(dilation))
-    geometry = (_as_pair(stride), pads, _as_pair(dilation), groups, per_channel)
-    return _fake_quant_conv2d(input, weight, bias, num_bits, *geometry)
+    geometry = [*_as_pair(stride), *pads, *_as_pair(dilation), groups]
+    amax = None
+    if input_num_bits is None:
+        input = input.to(dtype)
+    elif input_amax is None:
+        # its second argument only tells one range per sample from one for all
+        amax = amax_of(input, torch.empty(0))
+    else:
+        amax = input_amax.detach().reshape(-1)
+    learning = [
+        isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()
+        for t in (input_num_bits, input, weight, num_bits)
+    ]
+    keep = amax is not None and not learning[0] and any(learning)
+    mask = keep and learning[1] and input_amax is not None
+    return fake_quant_conv2d_op(
+        input, weight, bias, *_as_width(num_bits), *_as_width(input_num_bits), amax, dtype,
+        geometry, per_channel, keep, mask,
+    )[0]  # fmt: skip

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import conv_int, conv_train, head  # noqa: F401, registers the operators
+from . import conv_int, conv_train_op, head  # noqa: F401, registers the operators
 
 
 @register_flop_formula(torch.ops.meddanet.fake_quant_conv2d)
 def conv_flop(input_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """Counts two operations per product, as for `F.conv2d`, whatever the widths."""
-    return conv_flop_count(input_shape, weight_shape, out_shape)
+    return conv_flop_count(input_shape, weight_shape, out_shape[0])
 
 
 @register_flop_formula(torch.ops.meddanet.fake_quant_conv2d_backward)

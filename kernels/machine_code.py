@@ -2,9 +2,10 @@
 
     python -m meddanet.kernels.machine_code benchmarks/results/kernels_compiled.json
 
-compiles every variant for five architectures and writes the table. The numbers are read from the
-machine code by the disassembler that comes with triton; no GPU takes part, and nothing here says
-how fast a kernel is.
+compiles every variant for five architectures and writes the table. Rows that the file has under the
+same key and the same assembler stay: source, options and triton have not changed since. The numbers
+are read from the machine code by the disassembler that comes with triton; no GPU takes part, and
+nothing here says how fast a kernel is.
 """
 
 from __future__ import annotations
@@ -78,39 +79,58 @@ def spills(row: dict[str, Any]) -> bool:
     return bool(row["local_bytes"] or {"LDL", "STL"} & row["of_these"].keys())
 
 
-def rows(arch: int) -> list[dict[str, Any]]:
-    """Compiles everything for an architecture and describes it."""
-    found: list[dict[str, Any]] = []
-    compile_all(variants(arch), lambda variant, compiled: found.append(describe(variant, compiled)))
-    return found
+def rows(arch: int, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Describes everything for an architecture; compiles what no known row, by key, describes."""
+    listed = variants(arch)
+    found = dict(known)
+
+    def describe_one(variant: Variant, compiled: Any) -> None:
+        found[variant.key] = describe(variant, compiled)
+
+    compile_all([variant for variant in listed if variant.key not in known], describe_one)
+    return [found[variant.key] | {"shape_class": variant.shape_class} for variant in listed]
 
 
-def write(path: Path, found: list[dict[str, Any]]) -> None:
-    """Writes the table, a line per kernel."""
+def _head() -> dict[str, Any]:
     from triton import __version__, knobs
 
-    head = {
+    return {
         "command": "python -m meddanet.kernels.machine_code",
         "triton": __version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,
     }
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the rows of a table by their keys, none if other tools wrote it."""
+    if not path.exists():
+        return {}
+    table = json.loads(path.read_text())
+    kept = table.pop("variants")
+    return {row["key"]: row for row in kept} if table == _head() else {}
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """Writes the table, a line per kernel."""
     lines = ",\n  ".join(json.dumps(row) for row in found)
-    start = json.dumps(head, indent=1).removesuffix("\n}")
+    start = json.dumps(_head(), indent=1).removesuffix("\n}")
     path.write_text(f'{start},\n "variants": [\n  {lines}\n ]\n}}\n')
 
 
 def main(path: str) -> int:
-    """Writes the table arch by arch; returns 1 if a kernel spills or takes too much memory."""
+    """Writes the table; returns 1 if a kernel spills or takes too much memory."""
+    known = read(Path(path))
     found: list[dict[str, Any]] = []
     for arch in ARCHS:
-        found += rows(arch)
-        write(Path(path), found)
-        print(f"sm_{arch}: {len(found)} compiled so far", flush=True)
+        found += rows(arch, known)
+        print(f"sm_{arch}: {len(found)} described so far", flush=True)
+    write(Path(path), found)
     bad = [row for row in found if spills(row) or row["shared_bytes"] > SHARED_LIMIT]
     for row in bad:
         print(f"{row['arch']} {row['kernel']} ({row['shape_class']}): spills or shared memory")
-    print(f"{len(found)} compiled, {len(bad)} bad: {path}")
+    fresh = sum(row["key"] not in known for row in found)
+    print(f"{len(found)} kernels, {fresh} of them compiled now, {len(bad)} bad: {path}")
     return 1 if bad else 0
 
 

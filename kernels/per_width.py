@@ -18,14 +18,27 @@ def weight_amax(weight: Tensor, per_channel: bool) -> Tensor:
     return magnitude.amax(tuple(range(1, weight.dim())), keepdim=True)
 
 
-def by_width(num_bits: Tensor) -> Iterator[tuple[int, Tensor | slice]]:
-    """Yields each distinct width and the samples that chose it; all of them as a slice."""
+def by_width(*num_bits: int | Tensor) -> Iterator[tuple[tuple[int, ...], Tensor | slice]]:
+    """Yields each distinct combination of widths and the samples that chose it; all as a slice.
+
+    Args:
+        *num_bits: Each an int or a tensor [N]; a NaN in it counts as 0.
+    """
+    tensors = {id(bits): bits for bits in num_bits if isinstance(bits, Tensor)}
+    if not tensors:
+        yield tuple(int(bits) for bits in num_bits), slice(None)
+        return
     # a straight-through sum leaves noise on whole numbers
-    nearest = num_bits.detach().round()
-    widths = nearest.unique().tolist()
-    for width in widths:
-        everyone = len(widths) == 1
-        yield int(width), slice(None) if everyone else (nearest == width).nonzero().squeeze(1)
+    columns = [bits.detach().round().float() for bits in tensors.values()]
+    chosen = torch.stack(columns, 1).nan_to_num()
+    distinct = chosen.unique(dim=0)
+    for row, widths in zip(distinct, distinct.tolist(), strict=True):
+        found = dict(zip(tensors, widths, strict=True))
+        everyone = len(distinct) == 1
+        yield (
+            tuple(int(found.get(id(bits), bits)) for bits in num_bits),
+            slice(None) if everyone else (chosen == row).all(1).nonzero().squeeze(1),
+        )
 
 
 def conv_per_width(
@@ -45,7 +58,7 @@ def conv_per_width(
         amax: Range of the weight.
     """
     outputs, order = [], []
-    for width, samples in by_width(num_bits):
+    for (width,), samples in by_width(num_bits):
         quantised = fake_quantize(weight, width, amax)
         output = convolve(input[samples], quantised)
         if num_bits.requires_grad:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import fake_quant_conv2d, fake_quantize
-from .kernels.conv_train import conv_per_width, weight_amax
+from .kernels.per_width import conv_per_width, weight_amax
 
 RANGE_MOMENTUM = 0.05
 
@@ -102,7 +102,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return fake_quant_conv2d(
-            self.quantized_input(input, input_num_bits),
+            input,
             self.weight,
             self.bias,
             self.stride,
@@ -110,6 +110,8 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             self.dilation,
             self.groups,
             num_bits=self.num_bits if num_bits is None else num_bits,
+            input_num_bits=self.input_num_bits if input_num_bits is None else input_num_bits,
+            input_amax=self.input_range(input),
             per_channel=self.per_channel,
         )
 

@@ -12,7 +12,7 @@ from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
 from meddanet.data.phantom import write_phantom
 from meddanet.data.slices import SliceSampler, folds, read_cache, write_cache
-from meddanet.kernels.conv_train import conv_per_width
+from meddanet.kernels.per_width import conv_per_width
 from meddanet.layers import set_quantization
 from meddanet.losses import dice_loss
 from meddanet.med_danet_v2 import TrainingOutput

@@ -62,7 +62,7 @@ for name, method in stages.items():
     setattr(CUDABackend, name, counted(name))
 triton.runtime.driver.set_active(Driver())
 
-from meddanet.kernels import crop_paste_triton, quantize_triton, variants
+from meddanet.kernels import crop_paste_triton, input_codes_triton, quantize_triton, variants
 last = torch.channels_last
 image = torch.ones(3, 4, 152, 184).contiguous(memory_format=last)
 feature = torch.ones(3, 32, 56, 64).contiguous(memory_format=last)
@@ -79,6 +79,13 @@ for x in (image, torch.ones(3, 7, 3)):
             quantize_triton.quantize(x, bits, 16, torch.ones(3), packed, 3)
     quantize_triton.masked_gradient(x, packed)
     quantize_triton.width_gradient(x, x, bits, torch.ones(1))
+for x in (image, torch.ones(3, 7, 3, 1)):
+    for bits, count in ((8, 1), (torch.full((3,), 16.0), 2)):
+        planes = torch.zeros(count, *x.shape, dtype=torch.int8)
+        packed = torch.zeros(3, -(-x[0].numel() // 8), dtype=torch.uint8)
+        for kept, mask in ((planes[:0], None), (planes, None), (planes, packed)):
+            input_codes_triton.encode(x, bits, torch.ones(3), kept, x, mask)
+        input_codes_triton.decode(planes, bits, torch.ones(3), torch.float32)
 for name in sys.argv[2:]:
     variants.shape_classes()[name]()
 print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
@@ -107,8 +114,9 @@ def scratch_cache(tmp_path):
 
 
 LAUNCHED = [
-    "conv_kernel", "head_kernel", "masked_gradient_kernel", "offset_gradient_kernel",
-    "quantize_kernel", "shift_kernel", "width_gradient_kernel",
+    "conv_kernel", "head_kernel", "input_decode_kernel", "input_encode_kernel",
+    "masked_gradient_kernel", "offset_gradient_kernel", "quantize_kernel", "shift_kernel",
+    "width_gradient_kernel",
 ]  # fmt: skip
 KERNELS = {*LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "select_kernel"}
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
@@ -137,7 +145,7 @@ def home(tmp_path_factory):
 
 def test_the_jit_finds_every_entry_and_compiles_nothing(home, tmp_path):
     counts, loaded, stderr = first_launches(89, home, tmp_path / "cache")
-    assert counts == {"launched": 20} and loaded == LAUNCHED
+    assert counts == {"launched": 36} and loaded == LAUNCHED
     assert not (tmp_path / "cache").exists(), "nothing needs the user's own cache"
     assert "triton" not in stderr
 
@@ -171,9 +179,9 @@ print(len(hits), all(hits))
 def test_for_another_architecture_the_jit_compiles(home, tmp_path):
     counts, loaded, _ = first_launches(86, home, tmp_path / "cache")
     assert loaded == LAUNCHED
-    assert counts["launched"] == counts["make_cubin"] == counts["make_ttir"] == 20
+    assert counts["launched"] == counts["make_cubin"] == counts["make_ttir"] == 36
     counts, _, _ = first_launches(86, home, tmp_path / "cache")
-    assert counts == {"launched": 20}, "Triton's own cache still works"
+    assert counts == {"launched": 36}, "Triton's own cache still works"
 
 
 def test_another_triton_is_told_once_and_the_jit_compiles(home, tmp_path):
@@ -181,7 +189,7 @@ def test_another_triton_is_told_once_and_the_jit_compiles(home, tmp_path):
     kernels.mkdir(parents=True)
     (kernels / "0.0.1").symlink_to(home / "meddanet" / "kernels" / triton.__version__)
     counts, _, stderr = first_launches(89, tmp_path / "home", tmp_path / "cache")
-    assert counts["make_cubin"] == 20
+    assert counts["make_cubin"] == 36
     assert stderr.count(f"compiled for triton 0.0.1, but triton {triton.__version__} runs") == 1
 
 

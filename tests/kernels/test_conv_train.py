@@ -279,3 +279,9 @@ def test_wrong_arguments():
         fake_quant_conv2d(input, weight, num_bits=torch.tensor([8, 8, 8, 8, 20]))
     with pytest.raises(ValueError, match=r"input must be \[N, C, H, W\], got shape \[4, 9, 7\]"):
         fake_quant_conv2d(input[0], weight, num_bits=8)
+    with pytest.raises(ValueError, match=r"weight must be \[Cout, 4 / 2, .*\[6, 4, 3, 3\]"):
+        fake_quant_conv2d(input, weight, groups=2, num_bits=8)
+    with pytest.raises(ValueError, match=r"bias must be \[6\], got shape \[4\]"):
+        fake_quant_conv2d(input, weight, torch.zeros(4), num_bits=8)
+    with pytest.raises(ValueError, match="floating-point"):
+        fake_quant_conv2d(input.int(), weight, num_bits=8, input_num_bits=8)

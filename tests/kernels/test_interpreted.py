@@ -11,9 +11,11 @@ import pytest
 FOLDER = Path(__file__).parent
 FILES = (
     "test_conv_int.py",
+    "test_conv_on_codes.py",
     "test_crop_paste.py",
     "test_encode.py",
     "test_head.py",
+    "test_properties.py",
     "test_quantize.py",
     "test_selector.py",
     "test_operators.py::test_opcheck",

@@ -32,7 +32,7 @@ def image(layout=torch.contiguous_format, dtype=torch.float32):
 
 LAST = torch.channels_last
 WIDTHS = torch.tensor([8, 16])
-CONV = ([1, 2], [1, 0], [1, 1], 1, True)
+CONV = ([1, 2, 1, 0, 1, 1, 1], True)
 
 
 def learnt():
@@ -52,6 +52,18 @@ def integer(input, stream=None, transposed=False, **epilogue):
     arguments = {"num_bits": 8, "residual": None, "affine": None, "relu": False, "slots": None,
                  "output_amax": None, "output_num_bits": 8, "count": None, **epilogue}  # fmt: skip
     return *flat(checked_call(input, conv, ONE, stream=stream, **arguments)), stream
+
+
+def training(input, num_bits, input_num_bits, amax, keep=False, mask=False, train=True):
+    """Arguments of the training convolution's operator."""
+    weight, bias = leaf(4, 3, 3, 3), leaf(4)
+    weight, bias = (weight, bias) if train else (weight.detach(), bias.detach())
+
+    def width(bits):
+        return (bits, 0) if isinstance(bits, torch.Tensor) else (None, bits or 0)
+
+    return (input, weight, bias, *width(num_bits), *width(input_num_bits), amax, input.dtype, *CONV,
+            keep, mask)  # fmt: skip
 
 
 def codes_of(num_bits):
@@ -110,16 +122,33 @@ SAMPLES = {
         OPS.fake_quantize_width_gradient,
         (torch.randn(2, 3, 7, 8), image(LAST).detach(), learnt().detach(), torch.ones(2)),
     ),
-    "convolution": lambda: (
-        OPS.fake_quant_conv2d, (image(LAST), leaf(4, 3, 3, 3), leaf(4), WIDTHS, *CONV)
+    "convolution of floats": lambda: (
+        OPS.fake_quant_conv2d, training(image(LAST), WIDTHS, None, None)
     ),
     "convolution, learnt": lambda: (
-        OPS.fake_quant_conv2d, (image(), leaf(4, 3, 3, 3), None, learnt(), *CONV)
+        OPS.fake_quant_conv2d, training(image(), bits := learnt(), bits, torch.ones(2))
+    ),
+    "convolution, weights learnt": lambda: (
+        OPS.fake_quant_conv2d, training(image(), learnt(), 8, torch.ones(1), True, True)
+    ),
+    "convolution, 8 bit": lambda: (
+        OPS.fake_quant_conv2d, training(image(LAST), 8, 8, torch.ones(2), True, True)
+    ),
+    "convolution, per sample": lambda: (
+        OPS.fake_quant_conv2d, training(image(), WIDTHS, WIDTHS, torch.ones(2), True, False)
+    ),
+    "convolution, nothing kept": lambda: (
+        OPS.fake_quant_conv2d, training(image(LAST).detach(), 8, 16, torch.ones(1), train=False)
     ),
     "convolution backward": lambda: (
         OPS.fake_quant_conv2d_backward,
-        (torch.randn(2, 4, 7, 3), image(LAST).detach(), torch.randn(4, 3, 3, 3), WIDTHS, *CONV,
+        (torch.randn(2, 4, 7, 3), image(LAST).detach(), torch.randn(4, 3, 3, 3), WIDTHS, 0, *CONV,
          [True, True, False]),
+    ),
+    "codes read back": lambda: (
+        OPS.decode_input,
+        (torch.ones(2, 2, 7, 8, 3, dtype=torch.int8).permute(0, 1, 4, 2, 3), WIDTHS, 0,
+         torch.ones(2), torch.bfloat16),
     ),
 }  # fmt: skip
 
@@ -135,6 +164,9 @@ def chain(image, offset, weight, widths):
     patch = bilinear_crop(image, offset, 5)
     feature = fake_quantize(patch, 8, torch.tensor(1.0))
     feature = fake_quant_conv2d(feature, weight, padding="same", num_bits=8)
+    feature = fake_quant_conv2d(
+        feature, weight, padding=1, num_bits=8, input_num_bits=16, input_amax=torch.tensor(1.0)
+    )
     feature = fake_quant_conv2d(feature, weight, padding=1, num_bits=widths, input_num_bits=widths)
     return affine_paste(feature, offset, (7, 8))
 
