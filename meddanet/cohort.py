@@ -166,7 +166,7 @@ def segment_cases(
 
 
 def _return_freed_volumes() -> None:
-    """Has glibc hand memory of volumes back once they are freed; other C libraries do by themselves.
+    """Has glibc hand memory of volumes back as soon as they are freed.
 
     Its bound for that rises with what is freed, to 32 MiB, and the arenas of the reading threads
     then keep a few hundred MB more than is in use.
