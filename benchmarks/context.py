@@ -117,7 +117,8 @@ def network_row(name: str, image: Tensor, limit: int | None) -> dict[str, Any]:
         cpu_seconds = time.process_time() - cpu - windows.times[0][1]
         estimated = {}
     except Enough:
-        seconds, cpu_seconds = (count * statistics.median(kind) for kind in zip(*windows.times, strict=True))
+        wall, busy = zip(*windows.times, strict=True)
+        seconds, cpu_seconds = (count * statistics.median(times) for times in (wall, busy))
         estimated = {"estimated_from_windows": len(windows.times)}
     return {
         "network": f"monai {monai.__version__} {kind}", "arguments": arguments,

@@ -127,7 +127,7 @@ def volume_work(
     """Returns all launches of one volume, slices in memory to labels: one batch per route.
 
     Args:
-        routes: How many slices went which way: "skip", "crop-P" or "crop", "whole".
+        routes: How many slices went which way: "skip", "crop-P", "whole".
         num_bits: For each encoder stage, width -> slices that ran at it.
         seen: Slices that the policy sees; 0 for a static network.
         tiles: Of the card's architecture.
@@ -185,25 +185,15 @@ def kernel_rows(card: Card, tiles: Tiles, samples: int = 16) -> list[dict[str, A
     return rows
 
 
-def routes_of(case: dict[str, Any], crop: int) -> tuple[dict[str, int], list[dict[str, int]], int]:
-    """Returns (routes, widths, slices seen) of a case in `brats2021.json`."""
-    named = {
-        f"crop-{crop}" if name == "crop" else name: n
-        for name, n in case["decisions"]["routes"].items()
-    }
-    return named, case["decisions"]["num_bits"], SLICES
-
-
-def predictions(cases: dict[str, Any], variants: list[dict[str, Any]], crop: int) -> dict[str, Any]:
+def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns everything that is predicted, card by card."""
     static = {"whole": SLICES}, [{"8": SLICES}] * 4, 0
     cards = {}
     for name, card in CARDS.items():
         tiles = Tiles(variants, card.arch)
-        volumes = {
-            **{case: routes_of(found, crop) for case, found in cases.items()},
-            "static, every slice whole": static,
-        }
+        decided = {name: case["decisions"] for name, case in cases.items()}
+        volumes = {case: (d["routes"], d["num_bits"], SLICES) for case, d in decided.items()}
+        volumes["static, every slice whole"] = static
         cards[name] = {
             "peaks": vars(card), "kernels": kernel_rows(card, tiles),
             "volumes": {
@@ -252,7 +242,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=Path, default=RESULTS / "brats2021.json")
     parser.add_argument("--compiled", type=Path, default=RESULTS / "kernels_compiled.json")
-    parser.add_argument("--crop", type=int, default=128, help="side of the crops, in pixels")
     parser.add_argument("--card", choices=list(CARDS), help="prints this card's kernels, too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compare", type=Path, nargs="+", default=[])
@@ -265,7 +254,7 @@ def main() -> None:
     if options.compare:
         return
     cases = json.loads(options.cases.read_text())["cases"]
-    cards = predictions(cases, json.loads(options.compiled.read_text())["variants"], options.crop)
+    cards = predictions(cases, json.loads(options.compiled.read_text())["variants"])
     print("predicted, not measured: milliseconds per volume at published peaks")
     for name, found in cards.items():
         for case, volume in found["volumes"].items():
@@ -276,7 +265,7 @@ def main() -> None:
     if options.out:
         content = {
             "prediction": "bounds from published peaks, nothing measured",
-            "command": "python benchmarks/predict.py --out FILE", "crop": options.crop,
+            "command": "python benchmarks/predict.py --out FILE",
             "launch_seconds_assumed": LAUNCH_SECONDS, "cards": cards,
         }
         options.out.write_text(json.dumps(content, indent=1) + "\n")
