@@ -25,7 +25,7 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e3e3e3", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8, "figure.constrained_layout.use": True,
-    "svg.hashsalt": "meddanet", "savefig.facecolor": "white",
+    "svg.hashsalt": "meddanet", "svg.fonttype": "none", "savefig.facecolor": "white",
 }  # fmt: skip
 # row: what it is, colour, marker
 MARKS = {
@@ -104,7 +104,7 @@ def scaling(results: Results) -> Figure | None:
         points = {n: part["times"][str(n)]["cpu_seconds"] for n in part["segmented"]}
         panels.append(("segmented slices, of 155", "CPU seconds per volume", points, "line"))
     for level, xlabel, ylabel in (
-        ("scaling with batch", "slices in one call, all whole", "CPU ms per slice"),
+        ("scaling with batch", "slices in one call, all cropped", "CPU ms per slice"),
         ("scaling with channels", "base channels of the U-Net", "CPU ms per slice"),
         ("scaling with cohort", "cases in a folder run", "seconds per case"),
     ):
@@ -222,7 +222,7 @@ def training_curves(results: Results) -> Figure | None:
 
 def roofline(results: Results) -> Figure | None:
     """Each kernel under the published roofs of four cards: predicted, and measured where it is."""
-    cards = results.read("prediction")["cards"]
+    cards = results.predictions
     shown = [name for name in ("RTX 3090", "RTX 4090", "RTX 5090", "H200") if name in cards]
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, sharey=True)
     for axis, name in zip(axes.flat, shown, strict=False):

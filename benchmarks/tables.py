@@ -25,6 +25,8 @@ PEERS = {
 }
 FLOAT_ROWS = ("static", "whole", "S")
 ROWS = ("static", "whole", "S", "Q", "S+Q", "8", "16", "random")
+# rows: what README calls them
+NAMES = {"S+Q": "Med-DANet V2", "whole": "whole", "static": "plain"}
 COSTS = {"mac": "true MACs, G", "paper": "papers' count, G", "scaled_paper": "b/32, G"}
 
 
@@ -64,6 +66,13 @@ class Results:
     def accuracy(self) -> dict[str, Content]:
         """Scores and decisions by held-out case."""
         return dict(sorted(self.read("brats2021")["cases"].items()))
+
+    @cached_property
+    def predictions(self) -> dict[str, Content]:
+        """What `predict.py` says of every card: computed, so never older than the results."""
+        from predict import predictions
+
+        return predictions(self.accuracy, self.read("kernels_compiled")["variants"])
 
     def ablations(self) -> dict[str, Content]:
         """The files that `ablations.py` wrote, by name."""
@@ -174,9 +183,24 @@ def accuracy(results: Results) -> str:
     )  # fmt: skip
 
 
+def headline(results: Results) -> str:
+    """Med-DANet V2 and its static rivals, means over the held-out cases."""
+    rows = []
+    for row, name in NAMES.items():
+        if row not in present_rows(results):
+            continue
+        cases = scored(results, row)
+        dice = [f"{mean(c['dice'][r] for c in cases):.3f}" for r in ("WT", "TC", "ET")]
+        cost = [f"{mean(c[kind] for c in cases) / 1e9:.1f}" for kind in COSTS]
+        rows.append((name, *dice, *cost))
+    return markdown(
+        [f"mean of {len(results.accuracy)} held-out cases", "WT", "TC", "ET", *COSTS.values()], rows
+    )
+
+
 def accuracy_cases(results: Results) -> str:
     """Dice case by case."""
-    shown = [row for row in ("static", "whole", "S+Q") if row in present_rows(results)]
+    shown = [row for row in NAMES if row in present_rows(results)]
     rows = []
     for name, case in results.accuracy.items():
         cells = [" / ".join(f"{x:.2f}" for x in case["rows"][r]["dice"].values()) for r in shown]
@@ -185,8 +209,8 @@ def accuracy_cases(results: Results) -> str:
             short(name), case["run"], *cells, cost,
             routes(list(case["decisions"]["routes"].values())),
         ))
-    dice = [f"{row}: WT / TC / ET" for row in shown]
-    return markdown(["case", "run", *dice, "S+Q: true MACs, G", "slices"], rows)
+    dice = [f"{NAMES[row]}: WT / TC / ET" for row in shown]
+    return markdown(["case", "run", *dice, "true MACs, G", "slices"], rows)
 
 
 def decisions(results: Results) -> str:
@@ -278,18 +302,22 @@ def context(results: Results) -> str:
 
 
 def prediction(results: Results) -> str:
-    """Predicted milliseconds per volume, card by card."""
-    cards = results.read("prediction")["cards"]
-    cases = list(next(iter(cards.values()))["volumes"])
+    """Predicted milliseconds per volume: least, middle and most work, and the static network."""
+    ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
+           for name, case in results.accuracy.items()}  # fmt: skip
+    ordered = sorted(ran, key=lambda name: ran[name])
+    shown = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    heads = [f"{short(name)}, {ran[name]} slices run" for name in shown]
     rows = []
-    for name, card in cards.items():
+    for name, card in results.predictions.items():
         cells = []
-        for case in cases:
+        for case in [*shown, "static, every slice whole"]:
             volume = card["volumes"][case]
             bound = next(iter(volume["milliseconds_by_bound"]))
             cells.append(f"{volume['milliseconds']:.2f} ({bound})")
         rows.append((name, *cells))
-    return markdown(["predicted ms, most of it bound by", *map(short, cases)], rows)
+    header = ["**predicted** ms, most of it bound by", *heads, "static, every slice whole"]
+    return markdown(header, rows)
 
 
 def ablations(results: Results) -> str:
@@ -322,8 +350,8 @@ def _ablation(found: Content) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "speed": speed, "speed-cases": speed_cases, "files": files, "accuracy": accuracy,
-    "accuracy-cases": accuracy_cases, "decisions": decisions, "hippocampus-v1": hippocampus_v1,
-    "scaling": scaling, "memory": memory, "context": context, "prediction": prediction,
-    "ablations": ablations,
+    "speed": speed, "speed-cases": speed_cases, "files": files, "headline": headline,
+    "accuracy": accuracy, "accuracy-cases": accuracy_cases, "decisions": decisions,
+    "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
+    "prediction": prediction, "ablations": ablations,
 }  # fmt: skip
