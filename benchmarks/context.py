@@ -10,7 +10,8 @@ in the same way, this package's engine with the shipped weights.
 
 "seconds" is wall time, "cpu_seconds" the processor time of all threads, which other work on the
 machine disturbs less. With --windows N only the first N windows run and the volume's seconds are
-those of their median, times the number of windows: such rows say "estimated_from_windows".
+those of their median, times the number of windows: such rows say "estimated_from_windows"; with
+--windows 0 nothing runs and multiply-adds are counted alone.
 Multiply-adds are half of what PyTorch's FlopCounterMode counts, biases and norms left out.
 With --out, the rows measured are put into the file and others that it holds are left alone.
 """
@@ -111,6 +112,14 @@ def network_row(name: str, image: Tensor, limit: int | None) -> dict[str, Any]:
     torch.manual_seed(0)
     network = getattr(monai.networks.nets, kind)(in_channels=4, out_channels=4, **arguments).eval()
     count, macs = windows_of(image), count_macs(network)
+    facts = {
+        "network": f"monai {monai.__version__} {kind}", "arguments": arguments,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "roi": ROI, "overlap": OVERLAP, "windows": count,
+        "macs_per_window": macs, "macs": macs * count,
+    }
+    if limit == 0:
+        return facts
     windows = Windows(network, min(limit or count, count))
     reset_peak()
     began, cpu = time.perf_counter(), time.process_time()
@@ -123,12 +132,9 @@ def network_row(name: str, image: Tensor, limit: int | None) -> dict[str, Any]:
         seconds, cpu_seconds = (count * statistics.median(times) for times in (wall, busy))
         estimated = {"estimated_from_windows": len(windows.times)}
     return {
-        "network": f"monai {monai.__version__} {kind}", "arguments": arguments,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "roi": ROI, "overlap": OVERLAP, "windows": count, **estimated,
-        "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2),
+        **facts, **estimated, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2),
         "window_seconds": [[round(part, 3) for part in pair] for pair in windows.times],
-        "peak_mb": read_memory()["peak_mb"], "macs_per_window": macs, "macs": macs * count,
+        "peak_mb": read_memory()["peak_mb"],
     }
 
 
@@ -162,7 +168,7 @@ def measure(name: str, path: Path, limit: int | None) -> dict[str, Any]:
 def in_own_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs `measure` in a fresh process, whose memory nothing else has touched."""
     command = [sys.executable, __file__, str(options.case), "--threads", str(options.threads)]
-    if options.windows:
+    if options.windows is not None:
         command += ["--windows", str(options.windows)]
     run = subprocess.run([*command, "--here", name], stdout=subprocess.PIPE, text=True)
     if run.returncode:
@@ -190,8 +196,8 @@ def main() -> None:
         parser.error(f"--networks: unknown {', '.join(unknown)}; expected of {', '.join(names)}")
     for name in chosen:
         row = in_own_process(name, options)
-        print(f"{name}: {row['seconds']:.1f} s, {row['cpu_seconds']:.1f} CPU s, "
-              f"{row['macs'] / 1e12:.3f} T MACs, {row['peak_mb']:.0f} MB", flush=True)
+        shown = {key: row[key] for key in ("seconds", "cpu_seconds", "peak_mb", "macs") if key in row}
+        print(f"{name}: {shown}", flush=True)
         if options.out:
             known = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
             known["command"] = f"python benchmarks/context.py CASE --threads {options.threads}"

@@ -287,12 +287,12 @@ def context(results: Results) -> str:
     """The papers' rivals on the same volume."""
     rows = []
     for name, row in results.read("context")["rows"].items():
-        windows = row.get("windows")
-        ran = row.get("estimated_from_windows")
-        how = "" if windows is None else f"{ran or windows} of {windows}"
+        windows, timed = row.get("windows"), "seconds" in row
+        ran = row.get("estimated_from_windows", windows if timed else 0)
         rows.append((
-            name, row["network"], how, f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}",
-            f"{row['macs'] / 1e9:,.0f}", f"{row['peak_mb'] / 1e3:.2f}",
+            name, row["network"], "" if windows is None else f"{ran} of {windows}",
+            *(f"{row[key]:.1f}" if timed else "not timed" for key in ("seconds", "cpu_seconds")),
+            f"{row['macs'] / 1e9:,.0f}", f"{row['peak_mb'] / 1e3:.2f}" if timed else "",
             "" if row["paper_g"] is None else f"{row['paper_g']:,.2f}",
         ))
     return markdown(
