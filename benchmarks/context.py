@@ -196,8 +196,8 @@ def main() -> None:
         parser.error(f"--networks: unknown {', '.join(unknown)}; expected of {', '.join(names)}")
     for name in chosen:
         row = in_own_process(name, options)
-        shown = {key: row[key] for key in ("seconds", "cpu_seconds", "peak_mb", "macs") if key in row}
-        print(f"{name}: {shown}", flush=True)
+        found = ("seconds", "cpu_seconds", "peak_mb", "macs")
+        print(f"{name}: {({key: row[key] for key in found if key in row})}", flush=True)
         if options.out:
             known = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
             known["command"] = f"python benchmarks/context.py CASE --threads {options.threads}"

@@ -87,14 +87,14 @@ def main() -> None:
         if number <= 5 or number % 10 == 0:
             print(f"{number:4} cases: peak {row['peak_mb']:.0f} MB, {row['resident_mb']:.0f} after",
                   flush=True)
-    content = {
-        "machine": machine(), "command": "python benchmarks/memory.py CASES",
-        "executor": predictor.engine.executor, "cases": len(rows),
-        "seconds": round(time.perf_counter() - began, 1), **summary(rows), "rows": rows,
-    }
+        if options.out:
+            # after every case: a run that is interrupted has its numbers, too
+            options.out.write_text(json.dumps({
+                "machine": machine(), "command": "python benchmarks/memory.py CASES",
+                "executor": predictor.engine.executor, "cases": len(rows),
+                "seconds": round(time.perf_counter() - began, 1), **summary(rows), "rows": rows,
+            }) + "\n")
     print(json.dumps(summary(rows)))
-    if options.out:
-        options.out.write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":
