@@ -7,7 +7,7 @@ VENV   ?= .venv
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-triton lint bench clean FORCE
+.PHONY: help demo test test-triton lint bench report clean FORCE
 
 help:
 	@echo 'make demo    segment a synthetic case with the shipped weights'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-triton TRITON=3.6.0   the same for the kernels alone, with another triton'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make report  draw the figures and fill in the tables from benchmarks/results'
 	@echo 'make clean   remove the virtual environment, builds and caches'
 	@echo
 	@echo 'variables    PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH="$(TORCH)"'
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/pytest benchmarks --benchmark-only
+
+report: $(VENV)/.installed-plots
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	test ! -f $(VENV)/pyvenv.cfg || rm -rf $(VENV)

@@ -127,6 +127,7 @@ def evaluate_case(model, plain: nn.Module | None, case) -> dict:
             dynamic(row)
     with in_float(model):
         dynamic("S")
+        rows["S"]["scaled_paper"] = rows["S"]["paper"]
         rows["whole"] = static_row(lambda x: model.whole_branch(x)[0], volume, truth, model)
     rows["Q"] = quantised_row(model, volume, truth)
     if plain is not None:

@@ -30,12 +30,15 @@ BATCH = 8
 Run = Callable[[], object]
 
 
-def time_interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
-    """Times several contestants in turns, each once unmeasured before.
+def time_interleaved(
+    runs: Mapping[str, Run], rounds: int, warm_up: bool = True
+) -> dict[str, dict[str, float]]:
+    """Times several contestants in turns.
 
     Args:
         runs: What to time, by name.
         rounds: How often.
+        warm_up: Whether each runs once unmeasured before; False where all have run already.
 
     Returns:
         For each name "seconds" (median of wall time), "fastest", "slowest" and "cpu_seconds"
@@ -46,7 +49,7 @@ def time_interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
-    for run in runs.values():
+    for run in runs.values() if warm_up else ():
         run()
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from .report import case_report, write_json, write_preview
 # what may be wrong with one case while the others go on
 # (PyTorch's and OpenVINO's own errors, memory that is not there among them, are RuntimeErrors)
 CASE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
+
+# above it arrays are of whole volumes, below it maps of slices, which come and go all the time
+_OWN_MAPPING = 4 << 20
 
 
 def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
@@ -134,6 +139,7 @@ def segment_cases(
     Yields:
         Each case, in order, with its report once it is written, or the error that ended it.
     """
+    _return_freed_volumes()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
         def read(case: Case) -> Future:
@@ -157,6 +163,16 @@ def segment_cases(
             del outcome
         if written is not None:
             yield written[0], _outcome(written[1])
+
+
+def _return_freed_volumes() -> None:
+    """Has glibc hand memory of volumes back as soon as they are freed.
+
+    Its bound for that rises with what is freed, to 32 MiB, and the arenas of the reading threads
+    then keep a few hundred MB more than is in use.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, _OWN_MAPPING)  # M_MMAP_THRESHOLD of malloc.h
 
 
 def _predict(

@@ -30,6 +30,10 @@ def test_contestants_take_turns_and_medians_are_theirs(monkeypatch):
     assert times["slow"] == {"seconds": 6, "fastest": 4, "slowest": 8, "cpu_seconds": 12}
     assert times["quick"] == {"seconds": 2, "fastest": 1, "slowest": 30, "cpu_seconds": 4}
     assert ratios(times, "quick") == {"slow": {"seconds": 3, "cpu_seconds": 3}}
+    durations["slow"], durations["quick"] = iter([3]), iter([1])
+    calls.clear()
+    warm = time_interleaved({name: contestant(name) for name in durations}, 1, warm_up=False)
+    assert calls == ["slow", "quick"] and warm["slow"]["seconds"] == 3
     with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):
         time_interleaved({}, 0)
 

@@ -350,6 +350,22 @@ def test_a_stage_is_exact(executor, num_bits):
 
 
 @needs_openvino
+def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
+    """A cohort in which every volume has another size: old ones go, one that returns is right."""
+    from meddanet.engine import openvino_networks
+
+    monkeypatch.setattr(openvino_networks, "KEPT", 9)
+    engine = compile_engine(model, "cpu", "openvino")
+    small, large = slices_for([3, 0], (40, 48)), slices_for([3], (48, 48))
+    expected = engine.segment(small).labels
+    engine.segment(large)
+    graphs = list(engine._networks._graphs)
+    begun = [shape[2:] for (part, *_), (shape, *_) in graphs if part == "begin"]
+    assert len(graphs) == 9 and begun == [(48, 48)]
+    tolerances.labels(engine.segment(small).labels.numpy(), expected.numpy())
+
+
+@needs_openvino
 def test_no_socket_is_opened(tmp_path):
     """From the import of OpenVINO to labels: Python's audit hook sees every socket call."""
     program = """

@@ -131,7 +131,8 @@ def test_wheel_metadata(wheel):
     metadata = Parser().parsestr((folder / "METADATA").read_text(encoding="utf-8"))
     assert metadata["Version"] == version
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) >= {"test", "cpu", "train", "bench", "dicom"}
+    extras = {"test", "cpu", "train", "bench", "context", "plots"}
+    assert set(metadata.get_all("Provides-Extra")) >= extras
     assert "meddanet = meddanet.cli:main" in (folder / "entry_points.txt").read_text()
 
 
@@ -141,7 +142,7 @@ def test_wheel_metadata(wheel):
         pytest.param((), id="all-installed"),
         pytest.param(("triton",), id="no-triton"),
         pytest.param(
-            ("edt", "cc3d", "scipy", "tensorboard", "openvino", "pydicom", "highdicom", "pytest"),
+            ("edt", "cc3d", "scipy", "tensorboard", "openvino", "matplotlib", "monai", "pytest"),
             id="no-extras",
         ),
     ],

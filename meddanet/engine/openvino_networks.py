@@ -7,7 +7,9 @@ Between graphs lie float32 maps [1, H, W, C], channels last as OpenVINO's convol
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import nn
@@ -18,6 +20,9 @@ from .opset import Node, channels_last, constant, integers, ops, ov, translate
 
 Array = np.ndarray
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
+
+# graphs that a thread keeps: those of crops and of some three sizes of whole slices
+KEPT = 64
 
 
 class _Stage(nn.Module):
@@ -63,7 +68,8 @@ class OpenVINONetworks:
         if not is_exact(self._core):
             raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
         self._lock = threading.Lock()
-        self._graphs: dict[tuple, ov.CompiledModel] = {}
+        # a graph lives as long as a thread has a request of it
+        self._graphs: WeakValueDictionary[tuple, ov.CompiledModel] = WeakValueDictionary()
         self._local = threading.local()
         self._check()
 
@@ -120,24 +126,29 @@ class OpenVINONetworks:
     def _run(self, part: Part, *inputs: Array) -> list[Array]:
         inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
         key = (part, *(x.shape for x in inputs))
-        requests: dict[Any, Any] = self._local.__dict__
+        requests = self._local.__dict__.setdefault("requests", OrderedDict())
         if key not in requests:
-            request = self.compiled(*key).create_infer_request()
-            requests[key] = request, [tensor.data for tensor in request.output_tensors]
-        request, outputs = requests[key]
+            graph = self.compiled(*key)
+            request = graph.create_infer_request()
+            requests[key] = graph, request, [tensor.data for tensor in request.output_tensors]
+            if len(requests) > KEPT:
+                requests.popitem(last=False)
+        requests.move_to_end(key)
+        _, request, outputs = requests[key]
         for index, value in enumerate(inputs):
             request.set_input_tensor(index, ov.Tensor(value, shared_memory=True))
         request.infer()
         return outputs
 
     def compiled(self, part: Part, *shapes: tuple[int, ...]) -> ov.CompiledModel:
-        """Returns the compiled graph of a part, made at the first demand."""
+        """Returns the compiled graph of a part, made where no thread has it."""
         with self._lock:
-            if (part, shapes) not in self._graphs:
-                self._graphs[part, shapes] = self._core.compile_model(
+            graph = self._graphs.get((part, shapes))
+            if graph is None:
+                graph = self._graphs[part, shapes] = self._core.compile_model(
                     self.graph(part, *shapes), "CPU", _configuration(self._threads)
                 )
-            return self._graphs[part, shapes]
+            return graph
 
     def graph(self, part: Part, *shapes: tuple[int, ...]) -> ov.Model:
         """Builds a part's graph for inputs of these shapes."""

@@ -1,0 +1,185 @@
+"""What every kernel launch of the integer route moves and computes, from its shape alone.
+
+A launch reads its codes, residual and weights from memory once and writes stream and codes once:
+taps that overlap are served by the caches, and nothing stays in L2 from one launch to the next.
+Codes out are as wide as codes in: an 8-bit code is one byte, a 16-bit one two, and two of these
+cost four 8-bit products. The tiles, and with them the traffic of shared memory, are those of the
+compiled kernels (`results/kernels_compiled.json`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+WARPS = 4
+SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch, or several alike.
+
+    Attributes:
+        name: What it is.
+        bytes: Read from and written to memory.
+        operations: Integer (or half-precision) operations, two per multiply-add.
+        shared_bytes: Through an SM's L1 and shared memory.
+        half: Whether operations are half-precision ones, at half of the integer rate.
+        launches: How many kernels these are.
+    """
+
+    name: str
+    bytes: float
+    operations: float = 0.0
+    shared_bytes: float = 0.0
+    half: bool = False
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of U-Net-16 as `quant_conv2d` launches it, on square inputs.
+
+    Attributes:
+        name: Its class in `kernels_compiled.json`.
+        c_in, c_out, kernel, side: Channels, taps per side, side of the input in pixels.
+        stride, transposed: As usual; a transposed one doubles the side.
+        stage: The encoder stage whose width it has; None: 8 bit.
+        residual, stream, codes: Whether it reads a residual, stores the stream (half precision
+            both), stores codes.
+        times: How often it runs.
+    """
+
+    name: str
+    c_in: int
+    c_out: int
+    kernel: int
+    side: int
+    stride: int = 1
+    transposed: bool = False
+    stage: int | None = None
+    residual: bool = False
+    stream: bool = False
+    codes: bool = True
+    times: int = 1
+
+    @property
+    def label(self) -> str:
+        """The name as the table of compiled kernels has it, without the routing."""
+        return f"{self.name}, {self.c_in} to {self.c_out} channels, {self.side}"
+
+    def work(self, samples: int, num_bits: int, tile: dict[str, Any] | None) -> Work:
+        """Returns one launch over `samples` slices, all of this width."""
+        width = 2 if num_bits > 8 else 1
+        out_side = 2 * self.side if self.transposed else self.side // self.stride
+        taps = 4 if self.transposed else self.kernel**2
+        # a transposed one has each output pixel from a single tap
+        macs = (1 if self.transposed else taps) * self.c_in * self.c_out * out_side**2
+        outputs = self.c_out * out_side**2
+        moved = width * self.c_in * self.side**2 + outputs * (
+            2 * (self.residual + self.stream) + width * self.codes
+        )
+        weights = width * taps * self.c_in * self.c_out
+        shared = 0.0 if tile is None else samples * self._shared(tile, out_side, width)
+        return Work(
+            f"{self.label}, {num_bits} bit", samples * moved + weights,
+            samples * 2 * macs * width**2, shared,
+        )
+
+    def _shared(self, tile: dict[str, Any], out_side: int, width: int) -> float:
+        """Bytes through L1 and shared memory per slice: tiles in, tiles stored, fragments read."""
+        constants = {key: tile["constants"][key] for key in ("BLOCK_M", "BLOCK_N", "K")}
+        block_m, block_n, depth = (int(value) for value in constants.values())
+        pixels = (self.side if self.transposed else out_side) ** 2
+        rows = self.c_out * (4 if self.transposed else 1)
+        programs = -(-pixels // block_m) * -(-rows // block_n)
+        # asynchronous copies go to shared memory without passing the registers
+        in_and_stored = 1 if "LDGSTS" in tile["of_these"] else 2
+        pixels_read, weights_read = in_and_stored + 1, in_and_stored + WARPS
+        return programs * width * depth * (block_m * pixels_read + block_n * weights_read)
+
+
+def unet(full: int) -> Iterator[Convolution]:
+    """Yields the convolutions of U-Net-16 on slices of one side, up to the last stage."""
+    yield Convolution("first convolution", 4, 16, 3, full, stream=True)
+    for level, blocks in enumerate((1, 2, 2, 4)):
+        c, side = 16 << level, full >> level
+        block = Convolution("encoder block, first", c, c, 3, side, stage=level)
+        yield replace(block, times=blocks)
+        second = replace(block, residual=True, stream=True)
+        if blocks > 1:
+            yield replace(second, name="encoder block, second", times=blocks - 1)
+        yield replace(second, name="encoder block, last of its stage")
+        if level < 3:
+            yield Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
+    for level in (2, 1, 0):
+        c, side = 16 << level, full >> level
+        yield Convolution("up, reduce", 2 * c, c, 1, side // 2)
+        yield Convolution("up, transposed", c, c, 2, side // 2, 2, True)
+        yield Convolution("up, fuse", 2 * c, c, 1, side, stream=True)
+        if level:
+            yield from last_stage(c, side)
+
+
+def last_stage(channels: int, side: int) -> Iterator[Convolution]:
+    """Yields the convolutions of a decoder block."""
+    first = Convolution("decoder block, first", channels, channels, 3, side)
+    yield first
+    yield replace(first, name="decoder block, second", residual=True, stream=True)
+
+
+class Tiles:
+    """Finds the compiled kernel of a convolution; where its size has none, the nearest one's.
+
+    Args:
+        variants: Rows of `kernels_compiled.json`.
+        arch: Such as "sm_89".
+    """
+
+    def __init__(self, variants: list[dict[str, Any]], arch: str) -> None:
+        self.rows: dict[tuple, dict[int, dict[str, Any]]] = {}
+        for row in variants:
+            match = SHAPE_CLASS.fullmatch(row["shape_class"])
+            if row["arch"] == arch and match:
+                name, c_in, c_out, side = match.groups()
+                self.rows.setdefault((name, int(c_in), int(c_out)), {})[int(side)] = row
+
+    def __call__(self, convolution: Convolution) -> dict[str, Any] | None:
+        """Returns the row of the table; None where no such kernel was compiled."""
+        known = self.rows.get((convolution.name, convolution.c_in, convolution.c_out))
+        return known and known[min(known, key=lambda side: abs(side - convolution.side))]
+
+
+def head(samples: int, side: int) -> Work:
+    """The label head on codes of 16 channels: labels out, no tensor cores."""
+    return Work(f"head, {side}", samples * side**2 * 17)
+
+
+def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
+    """A network in half precision, norm and ReLU fused: a launch per convolution or linear layer.
+
+    Args:
+        name: What to call it.
+        network: Any; it runs on the meta device.
+        shape: Of its input.
+    """
+    moved = operations = launches = 0
+
+    def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved, operations, launches
+        launches += 1
+        moved += 2 * (inputs[0].numel() + output.numel() + layer.weight.numel())
+        operations += 2 * output.numel() * layer.weight[0].numel()
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    network.to("meta")(torch.empty(shape, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return Work(name, moved, operations, half=True, launches=launches)

@@ -1,0 +1,357 @@
+"""The tables of README and docs, in Markdown, made of `results/*.json` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Content = dict[str, Any]
+
+# times of the suite: what README calls them
+PEERS = {
+    "engine": "**engine**, network",
+    "predict": "**`VolumePredictor.predict`**, normalisation included",
+    "OpenVINO int8": "static, OpenVINO int8 (this package's codes)",
+    "ONNX Runtime int8": "static, ONNX Runtime int8",
+    "OpenVINO fp32": "static, OpenVINO fp32",
+    "ONNX Runtime fp32": "static, ONNX Runtime fp32",
+    "torch.compile channels_last": "static, `torch.compile` channels_last",
+    "eager channels_last": "static, eager channels_last, batches of 8",
+    "eager slice by slice": "static, eager slice by slice, as the official code runs",
+    "eager batched": "static, eager batches of 8",
+}
+FLOAT_ROWS = ("static", "whole", "S")
+ROWS = ("static", "whole", "S", "Q", "S+Q", "8", "16", "random")
+# rows: what README calls them
+NAMES = {"S+Q": "Med-DANet V2", "whole": "whole", "static": "plain"}
+COSTS = {"mac": "true MACs, G", "paper": "papers' count, G", "scaled_paper": "b/32, G"}
+
+
+class Results:
+    """The committed numbers.
+
+    Args:
+        folder: Holds the JSON files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> Content:
+        """Returns one file's content; the name without its ending."""
+        return json.loads((self.folder / f"{name}.json").read_text())
+
+    @cached_property
+    def speed(self) -> Content:
+        """The CPU suite's numbers: the file of the machine that was measured last."""
+        files = sorted(self.folder.glob("cpu_*.json"))
+        return json.loads(files[-1].read_text())
+
+    @property
+    def speed_machine(self) -> str:
+        """Processor and threads of the CPU suite."""
+        facts = self.networks[0]["machine"]
+        return f"{facts['processor']}, {facts['threads']} threads"
+
+    @cached_property
+    def networks(self) -> list[Content]:
+        """The network level, case by case, the one with all peers first."""
+        found = [part for level, part in self.speed.items() if level.startswith("network ")]
+        return sorted(found, key=lambda part: (-len(part["times"]), part["case"]))
+
+    @cached_property
+    def accuracy(self) -> dict[str, Content]:
+        """Scores and decisions by held-out case."""
+        return dict(sorted(self.read("brats2021")["cases"].items()))
+
+    @cached_property
+    def predictions(self) -> dict[str, Content]:
+        """What `predict.py` says of every card: computed, so never older than the results."""
+        from predict import predictions
+
+        return predictions(self.accuracy, self.read("kernels_compiled")["variants"])
+
+    def ablations(self) -> dict[str, Content]:
+        """The files that `ablations.py` wrote, by name."""
+        files = {path.stem: json.loads(path.read_text()) for path in self.folder.glob("*.json")}
+        return {name: content for name, content in sorted(files.items()) if "results" in content}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a table; cells as they are."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def short(case: str) -> str:
+    """BraTS2021_00024 -> 00024."""
+    return case.rpartition("_")[2]
+
+
+def routes(decisions: Sequence[int]) -> str:
+    """What became of the slices, skip first."""
+    skip, *crops, whole = decisions
+    return f"{skip} skip, {sum(crops)} crop, {whole} whole"
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of at least one value."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# speed ----------------------------------------------------------------------------------------
+
+
+def speed(results: Results) -> str:
+    """Every contestant on the case that all of them ran on."""
+    part = results.networks[0]
+    times = {name: found["seconds"] for name, found in part["times"].items()}
+    ordered = sorted(times, key=lambda name: times[name])
+    rows = [
+        (PEERS.get(name, name), f"{times[name]:.2f}", f"{times[name] / times['engine']:.1f}")
+        for name in ordered
+    ]
+    header = f"{short(part['case'])} ({routes(part['decisions'])})"
+    return markdown([header, "seconds", "times the engine"], rows)
+
+
+def speed_cases(results: Results) -> str:
+    """Seconds of ours, and how many times as long the static network takes, case by case."""
+    rows = []
+    for part in results.networks:
+        times = {name: found["seconds"] for name, found in part["times"].items()}
+        eager, int8 = times["eager slice by slice"], times.get("OpenVINO int8")
+        ratios = [f"{eager / times['engine']:.1f}", f"{eager / times['predict']:.1f}"]
+        if int8 is None:
+            ratios += ["not run", "not run"]
+        else:
+            ratios += [f"{int8 / times['engine']:.1f}", f"{int8 / times['predict']:.1f}"]
+        agreement = part["quality"]["engine with the float32 model"]
+        rows.append((
+            short(part["case"]), routes(part["decisions"]), f"{times['engine']:.2f}",
+            f"{times['predict']:.2f}", *ratios, f"{agreement:.3f}",
+        ))
+    return markdown(
+        ["case", "slices", "engine, s", "`predict`, s", "eager / engine", "eager / `predict`",
+         "OpenVINO int8 / engine", "int8 / `predict`", "Dice with float32"], rows
+    )  # fmt: skip
+
+
+def files(results: Results) -> str:
+    """Files to files."""
+    part = results.speed["end to end"]
+    rows = [
+        (name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}")
+        for name, found in part["times"].items()
+    ]
+    return markdown([f"{short(part['case'])}, .nii.gz to .nii.gz", "seconds", "CPU seconds"], rows)
+
+
+# accuracy -------------------------------------------------------------------------------------
+
+
+def present_rows(results: Results) -> list[str]:
+    """The rows that every case has."""
+    return [row for row in ROWS if all(row in case["rows"] for case in results.accuracy.values())]
+
+
+def scored(results: Results, row: str) -> list[Content]:
+    """One row's scores, case by case; what runs in float32 costs 32 / 32."""
+    found = [case["rows"][row] for case in results.accuracy.values()]
+    if row in FLOAT_ROWS:
+        return [{**scores, "scaled_paper": scores["paper"]} for scores in found]
+    return found
+
+
+def accuracy(results: Results) -> str:
+    """Means over the held-out cases, Med-DANet V2's Table 3a."""
+    rows = []
+    for row in present_rows(results):
+        cases = scored(results, row)
+        dice = [f"{mean(c['dice'][r] for c in cases):.3f}" for r in ("WT", "TC", "ET")]
+        hd95 = [f"{mean(c['hd95_mm'][r] for c in cases):.1f}" for r in ("WT", "TC", "ET")]
+        cost = [f"{mean(c[kind] for c in cases) / 1e9:.1f}" for kind in COSTS]
+        rows.append((row, *dice, *hd95, *cost))
+    count = len(results.accuracy)
+    return markdown(
+        [f"mean of {count} held-out cases", "WT", "TC", "ET", "HD95 WT", "TC", "ET",
+         *COSTS.values()], rows
+    )  # fmt: skip
+
+
+def headline(results: Results) -> str:
+    """Med-DANet V2 and its static rivals, means over the held-out cases."""
+    rows = []
+    for row, name in NAMES.items():
+        if row not in present_rows(results):
+            continue
+        cases = scored(results, row)
+        dice = [f"{mean(c['dice'][r] for c in cases):.3f}" for r in ("WT", "TC", "ET")]
+        cost = [f"{mean(c[kind] for c in cases) / 1e9:.1f}" for kind in COSTS]
+        rows.append((name, *dice, *cost))
+    return markdown(
+        [f"mean of {len(results.accuracy)} held-out cases", "WT", "TC", "ET", *COSTS.values()], rows
+    )
+
+
+def accuracy_cases(results: Results) -> str:
+    """Dice case by case."""
+    shown = [row for row in NAMES if row in present_rows(results)]
+    rows = []
+    for name, case in results.accuracy.items():
+        cells = [" / ".join(f"{x:.2f}" for x in case["rows"][r]["dice"].values()) for r in shown]
+        cost = f"{case['rows']['S+Q']['mac'] / 1e9:.1f}"
+        rows.append((
+            short(name), case["run"], *cells, cost,
+            routes(list(case["decisions"]["routes"].values())),
+        ))
+    dice = [f"{NAMES[row]}: WT / TC / ET" for row in shown]
+    return markdown(["case", "run", *dice, "true MACs, G", "slices"], rows)
+
+
+def decisions(results: Results) -> str:
+    """What the decisions were worth, case by case."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f} %"
+
+    rows = []
+    for name, case in results.accuracy.items():
+        found = case["decisions"]
+        tumour = sum(map(sum, found["confusion"][1:]))
+        empty = sum(found["confusion"][0])
+        widths = ", ".join(
+            "/".join(f"{bits}: {n}" for bits, n in stage.items()) for stage in found["num_bits"]
+        )
+        coverage = found["crop_coverage"]
+        rows.append((
+            short(name), f"{found['missed_slices']} of {tumour}",
+            percent(found["skipped"] / max(found["tumour_voxels"], 1)),
+            f"{sum(found['confusion'][0][1:])} of {empty}",
+            *(percent(coverage[place]) for place in ("model", "image centre", "brain centroid")),
+            widths,
+        ))
+    return markdown(
+        ["case", "tumour slices skipped", "tumour voxels in them", "empty slices run",
+         "tumour inside the crop", "crop at the image's centre", "at the brain's centroid",
+         "widths by stage"], rows
+    )  # fmt: skip
+
+
+def hippocampus_v1(results: Results) -> str:
+    """Med-DANet (V1) and its members on the tested hippocampus cases."""
+    content = results.read("v1_hippocampus")
+    means = content["test"][str(content["chosen_alpha"])]["mean"]
+    names = {"M1": "M1 on every slice", "M2": "M2 on every slice", "Med-DANet": "**Med-DANet**",
+             "skip or M2": "its skips, M2 elsewhere",
+             "oracle": "oracle: Eq. 4 with the labels known"}
+    rows = [
+        (names.get(name, name), *(f"{row[r]:.4f}" for r in ("anterior", "posterior", "mean")),
+         *(f"{row['macs'][kind] / 1e9:.3f}" for kind in ("mac", "paper")))
+        for name, row in means.items()
+    ]  # fmt: skip
+    return markdown(
+        ["", "Dice anterior", "Dice posterior", "mean", "true G MACs", "as the papers count, G"],
+        rows,
+    )
+
+
+# machines -------------------------------------------------------------------------------------
+
+
+def scaling(results: Results) -> str:
+    """Time against the number of slices that are segmented."""
+    part = results.speed["scaling with slices"]
+    rows = [
+        (count, f"{part['times'][str(count)]['seconds']:.3f}",
+         f"{part['times'][str(count)]['cpu_seconds']:.3f}")
+        for count in part["segmented"]
+    ]  # fmt: skip
+    return markdown(["slices segmented, of 155", "seconds", "CPU seconds"], rows)
+
+
+def memory(results: Results) -> str:
+    """Peak memory of a folder run."""
+    content = results.read("memory")
+    peaks = [row["peak_mb"] for row in content["rows"]]
+    shown = [n for n in (1, 3, 10, 20, 50, 100) if n <= len(peaks)]
+    cells = [f"{max(peaks[:n]) / 1e3:.2f}" for n in shown]
+    return markdown(["cases", *map(str, shown)], [("largest resident set so far, GB", *cells)])
+
+
+def context(results: Results) -> str:
+    """The papers' rivals on the same volume."""
+    rows = []
+    for name, row in results.read("context")["rows"].items():
+        windows, timed = row.get("windows"), "seconds" in row
+        ran = row.get("estimated_from_windows", windows if timed else 0)
+        rows.append((
+            name, row["network"], "" if windows is None else f"{ran} of {windows}",
+            *(f"{row[key]:.1f}" if timed else "not timed" for key in ("seconds", "cpu_seconds")),
+            f"{row['macs'] / 1e9:,.0f}", f"{row['peak_mb'] / 1e3:.2f}" if timed else "",
+            "" if row["paper_g"] is None else f"{row['paper_g']:,.2f}",
+        ))
+    return markdown(
+        ["", "run as", "windows run", "seconds", "CPU seconds", "G MACs of the volume",
+         "peak memory, GB", "papers' G per 128^3 block"], rows
+    )  # fmt: skip
+
+
+def prediction(results: Results) -> str:
+    """Predicted milliseconds per volume: least, middle and most work, and the static network."""
+    ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
+           for name, case in results.accuracy.items()}  # fmt: skip
+    ordered = sorted(ran, key=lambda name: ran[name])
+    shown = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    heads = [f"{short(name)}, {ran[name]} slices run" for name in shown]
+    rows = []
+    for name, card in results.predictions.items():
+        cells = []
+        for case in [*shown, "static, every slice whole"]:
+            volume = card["volumes"][case]
+            bound = next(iter(volume["milliseconds_by_bound"]))
+            cells.append(f"{volume['milliseconds']:.2f} ({bound})")
+        rows.append((name, *cells))
+    header = ["**predicted** ms, most of it bound by", *heads, "static, every slice whole"]
+    return markdown(header, rows)
+
+
+def ablations(results: Results) -> str:
+    """Every list of configurations that was trained."""
+    parts = []
+    for name, content in results.ablations().items():
+        parts.append(f"`{name}.json`\n\n{_ablation(content['results'])}")
+    return "\n\n".join(parts) or "None has been committed yet."
+
+
+def _ablation(found: Content) -> str:
+    rows = []
+    for configuration, kinds in found.items():
+        for row, folds in kinds.items():
+            scores = [case for fold in folds.values() for case in fold["dice"].values()]
+            if not scores:
+                continue
+            dice = [f"{mean(s[region] for s in scores):.4f}" for region in scores[0]]
+            cost = [
+                f"{mean(fold['slice_mega'][kind] for fold in folds.values()):.2f}"
+                for kind in ("mac", "scaled_paper")
+            ]
+            rows.append((configuration, row, len(scores), len(folds), *dice, *cost))
+            regions = list(scores[0])
+    dice = [f"Dice {region}" for region in regions]
+    return markdown(
+        ["configuration", "row", "cases", "folds", *dice, "true M MACs per slice",
+         "b/32, M per slice"], rows
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "speed": speed, "speed-cases": speed_cases, "files": files, "headline": headline,
+    "accuracy": accuracy, "accuracy-cases": accuracy_cases, "decisions": decisions,
+    "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
+    "prediction": prediction, "ablations": ablations,
+}  # fmt: skip

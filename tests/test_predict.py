@@ -1,0 +1,144 @@
+"""The prediction model against hand-worked cases, the vendor's arithmetic and the machine code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+gpu_work = pytest.importorskip("gpu_work")
+predict = pytest.importorskip("predict")
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+VARIANTS = json.loads((RESULTS / "kernels_compiled.json").read_text())["variants"]
+# int8 operations per clock and SM, of the four tensor cores together
+PER_CLOCK = {"sm_80": 4096, "sm_86": 2048, "sm_89": 2048, "sm_90": 8192, "sm_120": 2048}
+CARD = predict.Card("sm_89", 100, 2.0, 1000, 400, "made up")
+
+
+@pytest.mark.parametrize("name", predict.CARDS)
+def test_published_peaks_follow_from_clock_and_multiprocessors(name):
+    card = predict.CARDS[name]
+    tera = PER_CLOCK[card.arch] * card.multiprocessors * card.gigahertz / 1e3
+    assert card.tera_ops == pytest.approx(tera, rel=5e-3)
+
+
+@pytest.mark.parametrize(("work", "seconds", "bound"), [
+    (gpu_work.Work("", 1e9), 1e-3, "memory"),
+    (gpu_work.Work("", 1e6, 4e11), 1e-3, "operations"),
+    (gpu_work.Work("", 1e6, 4e11, half=True), 2e-3, "operations"),
+    # 100 SMs, 2 GHz, 128 bytes: 25.6 TB/s
+    (gpu_work.Work("", 1e6, 1e9, 25.6e9), 1e-3, "shared memory"),
+    (gpu_work.Work("", 1e5, launches=7), 14e-6, "launch"),
+])  # fmt: skip
+def test_the_slowest_part_is_the_time(work, seconds, bound):
+    found = predict.predict(work, CARD)
+    assert found.bound == bound and found.seconds == pytest.approx(seconds)
+
+
+def test_a_convolution_by_hand():
+    """16 to 16 channels, 3x3, 240x240: what it moves and computes, at 8 and at 16 bit."""
+    pixels, weights = 240 * 240, 9 * 16 * 16
+    plain = gpu_work.Convolution("decoder block, first", 16, 16, 3, 240)
+    work = plain.work(5, 8, None)
+    assert work.operations == 5 * 2 * weights * pixels
+    assert work.bytes == 5 * pixels * (16 + 16) + weights
+    wide = plain.work(5, 16, None)
+    # two byte planes each way, and four products of bytes
+    assert wide.bytes == 2 * work.bytes and wide.operations == 4 * work.operations
+    added = replace(plain, residual=True, stream=True).work(5, 8, None)
+    assert added.bytes - work.bytes == 5 * pixels * 16 * (2 + 2)
+    down = gpu_work.Convolution("down", 16, 32, 3, 240, stride=2, stream=True).work(1, 8, None)
+    assert down.operations == 2 * 9 * 16 * 32 * 120 * 120
+    assert down.bytes == pixels * 16 + 120 * 120 * 32 * (1 + 2) + 9 * 16 * 32
+    up = gpu_work.Convolution("up", 16, 16, 2, 120, 2, True).work(1, 8, None)
+    # 120 x 120 inputs, each to four outputs of 16 channels from 16
+    assert up.operations == 2 * 120 * 120 * 4 * 16 * 16
+    assert up.bytes == 120 * 120 * 16 + pixels * 16 + 4 * 16 * 16
+
+
+def test_shared_memory_traffic_by_hand():
+    """450 tiles of 128 pixels, 160 bytes of each in, stored, read; weights read by four warps."""
+    convolution = gpu_work.Convolution("decoder block, first", 16, 16, 3, 240)
+    tile = {"constants": {"BLOCK_M": "128", "BLOCK_N": "16", "K": "160"}, "of_these": {}}
+    expected = 450 * 160 * (128 * 3 + 16 * (2 + 4))
+    assert convolution.work(1, 8, tile).shared_bytes == expected
+    copied = {**tile, "of_these": {"LDGSTS": 12}}
+    assert convolution.work(1, 8, copied).shared_bytes == 450 * 160 * (128 * 2 + 16 * (1 + 4))
+
+
+def test_the_list_of_convolutions_is_that_of_the_model():
+    """Operations and launches agree with what PyTorch counts in U-Net-16 itself."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from meddanet.build import build_segmenter
+
+    network = build_segmenter("unet-16").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 4, 48, 48))
+    listed = [c for c in [*gpu_work.unet(48), *gpu_work.last_stage(16, 48)] for _ in range(c.times)]
+    last = 2 * 16 * 4 * 48 * 48  # the head's 1x1, which has its own kernel
+    assert sum(c.work(1, 8, None).operations for c in listed) + last == counter.get_total_flops()
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert len(listed) + 1 == len(layers)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+def test_operations_are_those_of_the_machine_code(arch):
+    """Each IMMA multiplies 16 x 8 x 32 per warp: tiles times instructions give the padded sums."""
+    tiles = gpu_work.Tiles(VARIANTS, arch)
+    checked = 0
+    for convolution in [*gpu_work.unet(240), *gpu_work.last_stage(16, 240)]:
+        tile = tiles(convolution)
+        assert tile is not None, f"{convolution.label} was not compiled"
+        constants = tile["constants"]
+        depth, block = int(constants["K"]), int(constants["BLOCK_K"])
+        if constants["WIDE"] == "True" or not (depth <= 160 or depth == block):
+            continue  # loops and branches: instructions are not executions
+        block_m, block_n = int(constants["BLOCK_M"]), int(constants["BLOCK_N"])
+        products = tile["of_these"]["IMMA"] * gpu_work.WARPS * 16 * 8 * 32
+        assert products == block_m * block_n * depth, convolution.label
+        checked += 1
+    assert checked >= 6
+
+
+def test_half_precision_networks_by_hand():
+    layer = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.ReLU())
+    work = gpu_work.half_precision("net", layer, (3, 4, 10, 10))
+    assert work.operations == 2 * 3 * 5 * 5 * 8 * 4 * 9 and work.half and work.launches == 1
+    assert work.bytes == 2 * (3 * 4 * 100 + 3 * 8 * 25 + 8 * 4 * 9)
+
+
+def test_volumes_cost_as_they_are_routed():
+    tiles = gpu_work.Tiles(VARIANTS, "sm_89")
+
+    def milliseconds(routes, bits):
+        ran = sum(n for route, n in routes.items() if route != "skip")
+        work = predict.volume_work(routes, [{bits: ran}] * 4, 155, tiles)
+        return predict.predict_volume(work, predict.CARDS["RTX 4090"])["milliseconds"]
+
+    skipped = milliseconds({"skip": 155}, "8")
+    crops = milliseconds({"skip": 100, "crop-128": 55}, "8")
+    wide = milliseconds({"skip": 100, "crop-128": 55}, "16")
+    whole = milliseconds({"skip": 100, "whole": 55}, "8")
+    assert skipped < crops < wide < whole
+
+
+def test_measured_kernels_stand_beside_their_roof(tmp_path):
+    case = {
+        "case": "integer convolution 3x3, C=16, 240x240, 8 bit", "ours": "quant_conv2d",
+        "bytes": 4.8e9, "operations": 1e9,
+        "providers": {"quant_conv2d": {"cold_ms": {"median": 2.0}}},
+    }  # fmt: skip
+    unmeasured = {**case, "bytes": None}
+    found = predict.compare({
+        "environment": {"device": "NVIDIA H200"}, "cases": [case, unmeasured],
+    })  # fmt: skip
+    assert len(found) == 1 and found[0]["bound"] == "memory"
+    assert found[0]["predicted_microseconds"] == 1000 and found[0]["share_of_roof"] == 0.5
+    with pytest.raises(ValueError, match="'Tesla T4' has no peaks here; known are RTX 3090"):
+        predict.compare({"environment": {"device": "Tesla T4"}, "cases": []})

@@ -1,0 +1,145 @@
+"""README's and docs' tables are what the committed results give; marks are filled and no more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+report = pytest.importorskip("report")
+tables = pytest.importorskip("tables")
+curves = pytest.importorskip("curves")
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def results(tmp_path) -> tables.Results:
+    """A folder of hand-made numbers."""
+
+    def row(dice: float, mac: float) -> dict:
+        regions = ("WT", "TC", "ET")
+        return {"dice": dict.fromkeys(regions, dice), "hd95_mm": dict.fromkeys(regions, 3.0),
+                "mac": mac, "paper": 2 * mac, "scaled_paper": mac / 2}  # fmt: skip
+
+    def case(dice: float) -> dict:
+        decisions = {
+            "routes": {"skip": 2, "crop-96": 5, "whole": 1}, "confusion": [[1, 1, 0], [1, 4, 1]],
+            "missed_slices": 1, "skipped": 25, "tumour_voxels": 100,
+            "crop_coverage": {"model": 0.5, "image centre": 0.25, "brain centroid": None},
+            "num_bits": [{"8": 4, "16": 2}],
+        }  # fmt: skip
+        rows = {"S": row(dice, 1e9), "S+Q": row(dice, 1e9), "whole": row(1.0, 4e9)}
+        return {"run": "fold0", "rows": rows, "decisions": decisions}
+
+    cases = {"BraTS2021_00002": case(0.75), "BraTS2021_00001": case(0.25)}
+    (tmp_path / "brats2021.json").write_text(json.dumps({"cases": cases}))
+    return tables.Results(tmp_path)
+
+
+def cells(table: str, line: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
+
+
+def test_tables_by_hand(results):
+    table = tables.headline(results)
+    assert cells(table, 0)[0] == "mean of 2 held-out cases"
+    # both cases' mean; 2 G as the papers count, half of the true ones at b / 32
+    assert cells(table, 2) == ["Med-DANet V2", "0.500", "0.500", "0.500", "1.0", "2.0", "0.5"]
+    # float32 is 32 / 32 of the papers' count, whatever the file says
+    assert cells(table, 3) == ["whole", "1.000", "1.000", "1.000", "4.0", "8.0", "8.0"]
+    assert len(table.splitlines()) == 4, "a row that no case has is left out"
+    assert [cells(tables.accuracy(results), n)[0] for n in (2, 3, 4)] == ["whole", "S", "S+Q"]
+    assert cells(tables.decisions(results), 2) == [
+        "00001", "1 of 6", "25.0 %", "1 of 2", "50.0 %", "25.0 %", "", "8: 4/16: 2",
+    ]  # fmt: skip
+    assert cells(tables.accuracy_cases(results), 2)[-1] == "2 skip, 5 crop, 1 whole"
+
+
+def test_ablations_by_hand(tmp_path):
+    fold = {"dice": {"a": {"WT": 0.5}, "b": {"WT": 0.7}},
+            "slice_mega": {"mac": 10.0, "scaled_paper": 4.0}}  # fmt: skip
+    other = {"dice": {"c": {"WT": 0.9}}, "slice_mega": {"mac": 20.0, "scaled_paper": 6.0}}
+    content = {"machine": {}, "results": {"skip-96": {"S": {}, "S+Q": {"0": fold, "1": other}}}}
+    (tmp_path / "policy.json").write_text(json.dumps(content))
+    table = tables.ablations(tables.Results(tmp_path))
+    assert cells(table, 4) == ["skip-96", "S+Q", "3", "2", "0.7000", "15.00", "5.00"]
+
+
+def test_only_the_marked_parts_change(results):
+    text = "a\n<!-- table: headline -->\nold | text\n<!-- end of table -->\nb <!-- no table -->\n"
+    new = report.updated(text, results)
+    assert new == text.replace("old | text", tables.headline(results))
+    assert report.updated(new, results) == new
+    with pytest.raises(ValueError, match="table 'other' is unknown, expected one of speed"):
+        report.updated(text.replace("headline", "other"), results)
+    with pytest.raises(ValueError, match="a table has no <!-- end of table -->"):
+        report.updated(text.replace("<!-- end of table -->", ""), results)
+
+
+def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
+    """A copy of the documents, made anew without matplotlib, is equal to them."""
+    for name in ("README.md", "docs", "benchmarks"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        else:
+            shutil.copy(source, tmp_path)
+    code = (
+        "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv[1:] = ['--tables']; "
+        "sys.path.insert(0, 'benchmarks'); runpy.run_path('benchmarks/report.py', "
+        "run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    marked = 0
+    for path in report.documents(ROOT):
+        committed = path.read_text()
+        assert (tmp_path / path.relative_to(ROOT)).read_text() == committed, (
+            f"{path.name} differs: python benchmarks/report.py"
+        )
+        marked += committed.count("<!-- table: ")
+    assert marked >= 8
+
+
+def test_every_figure_that_documents_show_is_there():
+    for path in report.documents(ROOT):
+        for part in path.read_text().split("](")[1:]:
+            target = part.split(")")[0].split("#")[0]
+            if target.endswith((".svg", ".png")):
+                assert (path.parent / target).is_file(), f"{path.name}: {target} is missing"
+
+
+def test_figures_are_drawn_from_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plots
+
+    drawn = plots.draw(tables.Results(RESULTS), tmp_path)
+    assert {path.stem for path in drawn} >= {"time_per_volume", "accuracy_against_cost", "roofline"}
+    assert all(path.read_text().rstrip().endswith("</svg>") for path in drawn)
+
+
+def test_curves_of_several_runs(tmp_path):
+    for name, losses in (("fold0", [2.0, 1.0]), ("fold1", [3.0])):
+        run = tmp_path / name
+        run.mkdir()
+        lines = [
+            json.dumps({"phase": "static", "step": 50 * (n + 1), "loss": loss, "cpu_seconds": n})
+            for n, loss in enumerate(losses)
+        ]
+        # a killed process leaves half a line
+        (run / "log.jsonl").write_text("\n".join([*lines, '{"phase": "sta']))
+    looked = {"phase": "static", "step": 50, "dice": {"1": 0.2, "2": None, "3": 0.6}}
+    (tmp_path / "fold0" / "validation.jsonl").write_text(json.dumps(looked) + "\n")
+    found = curves.curves(tmp_path / "fold0")
+    assert found == {"static": {"step": [50, 100], "loss": [2.0, 1.0], "cpu_seconds": [0, 1],
+                                "dice": [(50, 0.4)]}}  # fmt: skip
+    assert curves.curves(tmp_path / "fold1")["static"]["loss"] == [3.0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no log.jsonl with steps"):
+        curves.curves(tmp_path / "empty")
