@@ -138,8 +138,8 @@ def accuracy_against_cost(results: Results) -> Figure:
     kinds = {"mac": "true multiply-adds of a case, G", "scaled_paper": "papers' count, b / 32, G"}
     for line, (kind, xlabel) in zip(axes, kinds.items(), strict=True):
         for axis, region in zip(line, ("WT", "TC", "ET"), strict=True):
-            for row in present_rows(results):
-                cases = scored(results, row)
+            for row in present_rows(results.folds):
+                cases = scored(results.folds, row)
                 label, colour, marker = MARKS[row]
                 star = marker == "*"
                 axis.plot(
@@ -152,7 +152,7 @@ def accuracy_against_cost(results: Results) -> Figure:
             axis.set_xticks([30, 100, 300])
             plain_numbers(axis.xaxis)
             if kind == "mac":
-                axis.set_title(f"Dice {region}, mean of {len(results.accuracy)} held-out cases")
+                axis.set_title(f"Dice {region}, mean of {len(results.folds)} held-out cases")
             axis.margins(y=0.15)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

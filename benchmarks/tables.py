@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
+Cases = dict[str, Content]
 
 # times of the suite: what README calls them
 PEERS = {
@@ -63,9 +64,14 @@ class Results:
         return sorted(found, key=lambda part: (-len(part["times"]), part["case"]))
 
     @cached_property
-    def accuracy(self) -> dict[str, Content]:
-        """Scores and decisions by held-out case."""
+    def accuracy(self) -> Cases:
+        """Scores and decisions of the shipped weights by held-out case."""
         return dict(sorted(self.read("brats2021")["cases"].items()))
+
+    @cached_property
+    def folds(self) -> Cases:
+        """The same of the recipe, each fold's weights on the cases it held out."""
+        return dict(sorted(self.read("brats2021_folds")["cases"].items()))
 
     @cached_property
     def predictions(self) -> dict[str, Content]:
@@ -154,55 +160,54 @@ def files(results: Results) -> str:
 # accuracy -------------------------------------------------------------------------------------
 
 
-def present_rows(results: Results) -> list[str]:
+def present_rows(cases: Cases) -> list[str]:
     """The rows that every case has."""
-    return [row for row in ROWS if all(row in case["rows"] for case in results.accuracy.values())]
+    return [row for row in ROWS if all(row in case["rows"] for case in cases.values())]
 
 
-def scored(results: Results, row: str) -> list[Content]:
+def scored(cases: Cases, row: str) -> list[Content]:
     """One row's scores, case by case; what runs in float32 costs 32 / 32."""
-    found = [case["rows"][row] for case in results.accuracy.values()]
+    found = [case["rows"][row] for case in cases.values()]
     if row in FLOAT_ROWS:
         return [{**scores, "scaled_paper": scores["paper"]} for scores in found]
     return found
 
 
-def accuracy(results: Results) -> str:
+def accuracy(cases: Cases) -> str:
     """Means over the held-out cases, Med-DANet V2's Table 3a."""
     rows = []
-    for row in present_rows(results):
-        cases = scored(results, row)
-        dice = [f"{mean(c['dice'][r] for c in cases):.3f}" for r in ("WT", "TC", "ET")]
-        hd95 = [f"{mean(c['hd95_mm'][r] for c in cases):.1f}" for r in ("WT", "TC", "ET")]
-        cost = [f"{mean(c[kind] for c in cases) / 1e9:.1f}" for kind in COSTS]
+    for row in present_rows(cases):
+        found = scored(cases, row)
+        dice = [f"{mean(c['dice'][r] for c in found):.3f}" for r in ("WT", "TC", "ET")]
+        hd95 = [f"{mean(c['hd95_mm'][r] for c in found):.1f}" for r in ("WT", "TC", "ET")]
+        cost = [f"{mean(c[kind] for c in found) / 1e9:.1f}" for kind in COSTS]
         rows.append((row, *dice, *hd95, *cost))
-    count = len(results.accuracy)
     return markdown(
-        [f"mean of {count} held-out cases", "WT", "TC", "ET", "HD95 WT", "TC", "ET",
+        [f"mean of {len(cases)} held-out cases", "WT", "TC", "ET", "HD95 WT", "TC", "ET",
          *COSTS.values()], rows
     )  # fmt: skip
 
 
-def headline(results: Results) -> str:
+def headline(cases: Cases) -> str:
     """Med-DANet V2 and its static rivals, means over the held-out cases."""
     rows = []
     for row, name in NAMES.items():
-        if row not in present_rows(results):
+        if row not in present_rows(cases):
             continue
-        cases = scored(results, row)
-        dice = [f"{mean(c['dice'][r] for c in cases):.3f}" for r in ("WT", "TC", "ET")]
-        cost = [f"{mean(c[kind] for c in cases) / 1e9:.1f}" for kind in COSTS]
+        found = scored(cases, row)
+        dice = [f"{mean(c['dice'][r] for c in found):.3f}" for r in ("WT", "TC", "ET")]
+        cost = [f"{mean(c[kind] for c in found) / 1e9:.1f}" for kind in COSTS]
         rows.append((name, *dice, *cost))
     return markdown(
-        [f"mean of {len(results.accuracy)} held-out cases", "WT", "TC", "ET", *COSTS.values()], rows
+        [f"mean of {len(cases)} held-out cases", "WT", "TC", "ET", *COSTS.values()], rows
     )
 
 
-def accuracy_cases(results: Results) -> str:
+def accuracy_cases(cases: Cases) -> str:
     """Dice case by case."""
-    shown = [row for row in NAMES if row in present_rows(results)]
+    shown = [row for row in NAMES if row in present_rows(cases)]
     rows = []
-    for name, case in results.accuracy.items():
+    for name, case in cases.items():
         cells = [" / ".join(f"{x:.2f}" for x in case["rows"][r]["dice"].values()) for r in shown]
         cost = f"{case['rows']['S+Q']['mac'] / 1e9:.1f}"
         rows.append((
@@ -213,14 +218,14 @@ def accuracy_cases(results: Results) -> str:
     return markdown(["case", "run", *dice, "true MACs, G", "slices"], rows)
 
 
-def decisions(results: Results) -> str:
+def decisions(cases: Cases) -> str:
     """What the decisions were worth, case by case."""
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f} %"
 
     rows = []
-    for name, case in results.accuracy.items():
+    for name, case in cases.items():
         found = case["decisions"]
         tumour = sum(map(sum, found["confusion"][1:]))
         empty = sum(found["confusion"][0])
@@ -332,7 +337,9 @@ def _ablation(found: Content) -> str:
     rows = []
     for configuration, kinds in found.items():
         for row, folds in kinds.items():
-            scores = [case for fold in folds.values() for case in fold["dice"].values()]
+            scores = [
+                case for fold in folds.values() for case in fold.get("dice", {}).values()
+            ]
             if not scores:
                 continue
             dice = [f"{mean(s[region] for s in scores):.4f}" for region in scores[0]]
@@ -350,8 +357,14 @@ def _ablation(found: Content) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "speed": speed, "speed-cases": speed_cases, "files": files, "headline": headline,
-    "accuracy": accuracy, "accuracy-cases": accuracy_cases, "decisions": decisions,
+    "speed": speed, "speed-cases": speed_cases, "files": files,
+    "headline": lambda results: headline(results.accuracy),
+    "accuracy": lambda results: accuracy(results.accuracy),
+    "accuracy-cases": lambda results: accuracy_cases(results.accuracy),
+    "decisions": lambda results: decisions(results.accuracy),
+    "folds": lambda results: accuracy(results.folds),
+    "folds-cases": lambda results: accuracy_cases(results.folds),
+    "folds-decisions": lambda results: decisions(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
     "prediction": prediction, "ablations": ablations,
 }  # fmt: skip

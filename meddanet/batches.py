@@ -35,7 +35,7 @@ class Batches:
         canvas: Height and width that whole slices are padded to.
         device: Where batches lie; augmentation runs there.
         dtype: Of the images.
-        drawn: Case and slice of every sample of the current step.
+        drawn: Case and slice of every sample of the current step, donors of lesions included.
     """
 
     cases: list[CachedCase]
@@ -91,7 +91,6 @@ class Batches:
         whole = -(-size // world()) * world()
         config, windows = self.augment, sampler is not self.slices
         images, labels = self._sample(sampler, whole)
-        self.drawn += sampler.drawn
         draws = Draws(self.generator, len(labels), self.device, rank(), world())
         if config.transplant and windows:
             donors = self._sample(sampler, whole)
@@ -105,6 +104,7 @@ class Batches:
 
     def _sample(self, sampler: SliceSampler, size: int) -> tuple[Tensor, Tensor]:
         images, labels = sampler.batch(self.random, size, slice(rank(), None, world()))
+        self.drawn += sampler.drawn
         return images.to(self.device), labels.to(self.device)
 
 

@@ -47,25 +47,28 @@ def cells(table: str, line: int) -> list[str]:
 
 
 def test_tables_by_hand(results):
-    table = tables.headline(results)
+    table = tables.headline(results.accuracy)
     assert cells(table, 0)[0] == "mean of 2 held-out cases"
     # both cases' mean; 2 G as the papers count, half of the true ones at b / 32
     assert cells(table, 2) == ["Med-DANet V2", "0.500", "0.500", "0.500", "1.0", "2.0", "0.5"]
     # float32 is 32 / 32 of the papers' count, whatever the file says
     assert cells(table, 3) == ["whole", "1.000", "1.000", "1.000", "4.0", "8.0", "8.0"]
     assert len(table.splitlines()) == 4, "a row that no case has is left out"
-    assert [cells(tables.accuracy(results), n)[0] for n in (2, 3, 4)] == ["whole", "S", "S+Q"]
-    assert cells(tables.decisions(results), 2) == [
+    table = tables.accuracy(results.accuracy)
+    assert [cells(table, n)[0] for n in (2, 3, 4)] == ["whole", "S", "S+Q"]
+    assert cells(tables.decisions(results.accuracy), 2) == [
         "00001", "1 of 6", "25.0 %", "1 of 2", "50.0 %", "25.0 %", "", "8: 4/16: 2",
     ]  # fmt: skip
-    assert cells(tables.accuracy_cases(results), 2)[-1] == "2 skip, 5 crop, 1 whole"
+    assert cells(tables.accuracy_cases(results.accuracy), 2)[-1] == "2 skip, 5 crop, 1 whole"
 
 
 def test_ablations_by_hand(tmp_path):
     fold = {"dice": {"a": {"WT": 0.5}, "b": {"WT": 0.7}},
             "slice_mega": {"mac": 10.0, "scaled_paper": 4.0}}  # fmt: skip
     other = {"dice": {"c": {"WT": 0.9}}, "slice_mega": {"mac": 20.0, "scaled_paper": 6.0}}
-    content = {"machine": {}, "results": {"skip-96": {"S": {}, "S+Q": {"0": fold, "1": other}}}}
+    seconds = {"0": {"0-static": 9.0}}
+    kinds = {"S": {}, "S+Q": {"0": fold, "1": other}, "training CPU seconds": seconds}
+    content = {"machine": {}, "results": {"skip-96": kinds}}
     (tmp_path / "policy.json").write_text(json.dumps(content))
     table = tables.ablations(tables.Results(tmp_path))
     assert cells(table, 4) == ["skip-96", "S+Q", "3", "2", "0.7000", "15.00", "5.00"]
@@ -74,7 +77,7 @@ def test_ablations_by_hand(tmp_path):
 def test_only_the_marked_parts_change(results):
     text = "a\n<!-- table: headline -->\nold | text\n<!-- end of table -->\nb <!-- no table -->\n"
     new = report.updated(text, results)
-    assert new == text.replace("old | text", tables.headline(results))
+    assert new == text.replace("old | text", tables.headline(results.accuracy))
     assert report.updated(new, results) == new
     with pytest.raises(ValueError, match="table 'other' is unknown, expected one of speed"):
         report.updated(text.replace("headline", "other"), results)

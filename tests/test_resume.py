@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from meddanet.training import train
 
 KILLED_IN_ITS_FIFTH_CHECKPOINT = """
 import os, signal, sys, json
-from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
 
 sync, written = os.fsync, 0
@@ -35,6 +35,8 @@ def fsync(descriptor):
 os.fsync = fsync
 values = json.loads(sys.argv[1])
 values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
+values["augment"] = AugmentConfig(**values["augment"])
+values["decision"] = DecisionConfig(**values["decision"])
 train(TrainConfig(**values))
 """
 
@@ -72,7 +74,7 @@ def assert_same_bits(one, other):
 def test_a_run_killed_in_the_middle_of_a_write_goes_on_bit_for_bit(config, tmp_path):
     straight = replace(config, out=str(tmp_path / "straight"))
     train(straight)
-    arguments = json.dumps({**vars(config), "phases": [vars(phase) for phase in config.phases]})
+    arguments = json.dumps(asdict(config))
     child = subprocess.run(
         [sys.executable, "-c", KILLED_IN_ITS_FIFTH_CHECKPOINT, arguments],
         capture_output=True, text=True,
