@@ -21,7 +21,7 @@ from .recipe import (
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help
-EXECUTORS = ("auto", "openvino", "torch", "eager")
+EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 LABEL_CONVENTIONS = ("brats2021", "brats2023", "msd")
 Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
 

@@ -19,7 +19,7 @@ from meddanet.build import build_decision_network, build_med_danet, build_med_da
 from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.decisions import frozen
 from meddanet.engine.routing import Tile, shrink
-from meddanet.kernels import affine_paste, use_backend
+from meddanet.kernels import affine_paste, forward_way, use_backend
 from meddanet.layers import QuantLinear, quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.routing import channels_last
@@ -106,13 +106,16 @@ def exact_labels(model: MedDANetV2, slices: torch.Tensor) -> torch.Tensor:
 
 
 def assert_as_exact_as_the_model(labels, model, slices, tolerances) -> None:
-    """Against float64: at most twice the share of voxels that the model itself gets wrong.
+    """Against float64: at most twice the share of voxels that the model gets wrong in float32.
 
     An untrained network is all near-ties: one code decided by a tie goes on to turn others over.
+    The model convolves in float32 here throughout; where it convolves codes its sums are exact.
     """
     exact = exact_labels(model, slices).numpy()
-    own = float(np.mean(model.segment(slices).labels.numpy() != exact))
-    print(f"the model's own arithmetic differs in {own:.2e}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_way, "SPEED_UP", {})
+        own = float(np.mean(model.segment(slices).labels.numpy() != exact))
+    print(f"the model's own float32 differs in {own:.2e}")
     tolerances.labels(labels.numpy(), exact, share=2 * own)
 
 
