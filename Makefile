@@ -24,9 +24,9 @@ demo: $(VENV)/.installed
 	$(BIN)/meddanet demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 # Triton reads the variable while it decorates a kernel, hence a second process
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels
 
 # in a virtual environment of its own; the interpreter of triton 3.6 needs numpy below 2.4
 OTHER := $(VENV)-triton-$(TRITON)

@@ -33,19 +33,21 @@ from meddanet.data import Volume, canonical, find_cases, load_labels, load_volum
 from meddanet.data.slices import CachedCase, folds, read_cache, write_cache
 from meddanet.med_danet import MedDANet
 from meddanet.metrics import dice_score
+from meddanet.monitor import Monitor
+from meddanet.objectives_v1 import DecisionObjective, bank
+from meddanet.phase import run_phase
 from meddanet.predictor import VolumePredictor
-from meddanet.training_v1 import (
-    BankConfig,
-    DecisionConfig,
-    train_bank,
-    train_decision,
-)
+from meddanet.recipe import DecisionConfig, PhaseConfig
 from meddanet.weights import load_model, save_model
 
 BANK = ("unet-4", "unet-12")
-BANK_CONFIG = BankConfig(steps=3000, batch=16, learning_rate=2e-3, stay=(0.75, 1.0),
-                         windows=False, bfloat16=True)
-DECISION_CONFIG = DecisionConfig(steps=1200, batch=16, learning_rate=5e-3)
+BANK_PHASE = PhaseConfig(
+    "bank", steps=3000, batch=16, learning_rate=2e-3, stay=(0.75, 1.0), windows=False,
+    autocast="bfloat16", parts=("bank",),
+)
+DECISION_PHASE = PhaseConfig(
+    "decision", steps=1200, batch=16, learning_rate=5e-3, windows=False, parts=("decision",)
+)
 ALPHAS = (0.001,)
 SEED = 0
 TRAINED_SIZE = (48, 64)  # every hippocampus slice fits, a multiple of the stride
@@ -87,13 +89,12 @@ def split_patients(names: list[str]) -> dict[str, list[str]]:
 def train(cases: dict, split: dict[str, list[str]], run: Path) -> dict[float, MedDANet]:
     """Trains the bank once and a decision network per alpha."""
     training = prepare(cases, split["trained_on"], run / "cache")
-    log = run / "log.jsonl"
     facts = {"modalities": MODALITIES, "label_convention": "brats2023", "split": split}
     path = run / "bank.safetensors"
     if not path.exists():
         torch.manual_seed(SEED)
         model = build_med_danet(BANK, in_channels=1, num_classes=3)
-        train_bank(model, Batches(training, seed=SEED), BANK_CONFIG, log)
+        run_phase(model, bank, BANK_PHASE, Batches(training, seed=SEED), None, Monitor(run))
         save_model(model, path, **facts)
     models = {}
     for alpha in ALPHAS:
@@ -103,16 +104,13 @@ def train(cases: dict, split: dict[str, list[str]], run: Path) -> dict[float, Me
             model = load_model(path)
             fresh = build_med_danet(BANK, in_channels=1, num_classes=3)
             model.decision.load_state_dict(fresh.decision.state_dict())
-            config = decision_config(alpha)
-            counts = train_decision(model, Batches(training, seed=SEED + 10), config, log)
+            objective = DecisionObjective(model, DecisionConfig(alpha=alpha))
+            batches = Batches(training, seed=SEED + 10)
+            run_phase(model, objective, DECISION_PHASE, batches, None, Monitor(run))
+            counts = dict(zip(model.routes, objective.counts.tolist(), strict=True))
             save_model(model, trained, **facts, label_distribution=counts)
         models[alpha] = load_model(trained)
     return models
-
-
-def decision_config(alpha: float) -> DecisionConfig:
-    """Returns the decision network's configuration with this alpha."""
-    return DecisionConfig(**{**vars(DECISION_CONFIG), "metric": ChoiceMetric(alpha=alpha)})
 
 
 @dataclass
@@ -286,8 +284,8 @@ def main() -> None:
     content = {
         "machine": {"cpu": cpu_name(), "torch": torch.__version__, "threads": args.threads},
         "command": "python benchmarks/v1_hippocampus.py DATA RUN",
-        "bank": BANK, "bank_config": asdict(BANK_CONFIG),
-        "decision_config": asdict(DECISION_CONFIG), "alphas": ALPHAS, "chosen_alpha": alpha,
+        "bank": BANK, "bank_phase": asdict(BANK_PHASE),
+        "decision_phase": asdict(DECISION_PHASE), "alphas": ALPHAS, "chosen_alpha": alpha,
         "label_distribution": {a: m.metadata["label_distribution"] for a, m in models.items()},
         "training_log": log,
         "split": split, "validation": validation, "test": test,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from torch import Tensor
 # the same examples on every run, and no deadline: a busy machine is no failure
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+# several workers share the cores instead of each taking all of them
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

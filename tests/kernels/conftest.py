@@ -1,6 +1,6 @@
 """The operations' tests run on the references, and once more on Triton, interpreted.
 
-`test_interpreted.py` starts that process with TRITON_INTERPRET=1, which must be set before a kernel
+`make test` starts that process with TRITON_INTERPRET=1, which must be set before a kernel
 is decorated.
 """
 
