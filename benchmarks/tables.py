@@ -362,6 +362,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "accuracy": lambda results: accuracy(results.accuracy),
     "accuracy-cases": lambda results: accuracy_cases(results.accuracy),
     "decisions": lambda results: decisions(results.accuracy),
+    "folds-headline": lambda results: headline(results.folds),
     "folds": lambda results: accuracy(results.folds),
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
