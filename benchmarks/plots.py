@@ -189,7 +189,8 @@ def training_curves(results: Results) -> Figure | None:
     if not path.exists():
         return None
     runs = json.loads(path.read_text())
-    phases = list(dict.fromkeys(phase for run in runs.values() for phase in run))
+    # numbered in the order of training; the baseline comes last
+    phases = sorted({phase for run in runs.values() for phase in run})
     looked = any("dice" in phase for run in runs.values() for phase in run.values())
     figure, axes = plt.subplots(
         1 + looked, len(phases), figsize=(2.4 * len(phases) + 0.4, 2.6 * (1 + looked)),
