@@ -115,8 +115,11 @@ def unet(full: int) -> Iterator[Convolution]:
         second = replace(block, residual=True, stream=True)
         if blocks > 1:
             yield replace(second, name="encoder block, second", times=blocks - 1)
-        yield replace(second, name="encoder block, last of its stage")
-        if level < 3:
+        if level == 3:
+            # nothing is concatenated with it
+            yield replace(second, name="encoder block, last", stream=False)
+        else:
+            yield replace(second, name="encoder block, last of its stage")
             yield Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
     for level in (2, 1, 0):
         c, side = 16 << level, full >> level
