@@ -57,6 +57,9 @@ def _scratch_cache() -> Iterator[None]:
 def compile_all(wanted: list[Variant], done: Callable[[Variant, Any], object]) -> None:
     """Compiles in as many threads as there are processors and calls `done(variant, compiled)`.
 
+    Triton's front end keeps state of its own that two threads rarely, but do, spoil for each other:
+    what fails is compiled once more, alone.
+
     Raises:
         ValueError: If one does not compile; its name and architecture are told.
     """
@@ -64,19 +67,32 @@ def compile_all(wanted: list[Variant], done: Callable[[Variant, Any], object]) -
     def work(variant: Variant) -> tuple[Variant, Any]:
         try:
             return variant, variant.compile()
+        except Exception:
+            return variant, None
+
+    def again(variant: Variant) -> Any:
+        try:
+            return variant.compile()
         except Exception as error:
             raise ValueError(
                 f"{variant.name} ({variant.shape_class}) does not compile for sm_{variant.arch}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error} {error.__cause__ or ''}"
             ) from error
 
-    with _scratch_cache(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for variant, compiled in pool.map(work, wanted):
-                done(variant, compiled)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with _scratch_cache():
+        failed = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                for variant, compiled in pool.map(work, wanted):
+                    if compiled is None:
+                        failed.append(variant)
+                    else:
+                        done(variant, compiled)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        for variant in failed:
+            done(variant, again(variant))
 
 
 def build(

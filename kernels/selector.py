@@ -114,6 +114,10 @@ def _checked(
         slots is not None and slots.shape != (samples,)
     ):
         raise ValueError(f"{samples} features meet {len(image)} images: give slots [{samples}]")
+    if size is not None and any(
+        side > own for side, own in zip(as_pair(size), image.shape[2:], strict=True)
+    ):
+        raise ValueError(f"size {size} is larger than the image, {tuple(image.shape[2:])}")
     whole = (None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count))
     return (
         image.detach().float(), feature.detach(), weight.detach().float().contiguous(),

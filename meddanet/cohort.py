@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from .report import case_report, write_json, write_preview
 CASE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
 
 # above it arrays are of whole volumes, below it maps of slices, which come and go all the time
-_OWN_MAPPING = 4 << 20
+_OWN_MAPPING = 16 << 20
 
 
 def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
@@ -131,7 +132,9 @@ def segment_cases(
 ) -> Iterator[tuple[Case, dict | Exception]]:
     """Segments many cases: the next one is read and the former one written meanwhile.
 
-    At most three volumes are in memory: one read ahead, one at work, one being written.
+    At most three volumes are in memory: one read ahead, one at work, one being written. Where the
+    C library is glibc and MALLOC_MMAP_THRESHOLD_ is not set, the process's threshold for mapping
+    arrays one by one becomes 16 MiB, so that their memory goes back.
 
     Args:
         cases, predictor, out, weights, preview, modalities: As for `segment_case`.
@@ -171,6 +174,8 @@ def _return_freed_volumes() -> None:
     Its bound for that rises with what is freed, to 32 MiB, and the arenas of the reading threads
     then keep a few hundred MB more than is in use.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, _OWN_MAPPING)  # M_MMAP_THRESHOLD of malloc.h
 

@@ -142,7 +142,7 @@ class _Run:
         )
         run_phase(
             model, objective, phase, batches, file, self.monitor,
-            predict=_prediction(model, phase.objective),
+            predict=_prediction(model, phase),
             minutes=self.config.checkpoint_minutes, every=self.config.checkpoint_steps,
         )
         return objective
@@ -184,15 +184,17 @@ def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
     )
 
 
-def _prediction(model: Any, objective: str) -> Predict:
+def _prediction(model: Any, phase: PhaseConfig) -> Predict:
     """Returns what a phase is judged by: a plain segmenter, or what the decisions make of it."""
     plain: Callable[[Tensor], Tensor] = getattr(model, "segmenter", model)
-    if objective == "bank":
-        plain = model.bank[-1]
+    if phase.objective == "bank":
+        # the last member that trains to the end
+        last = [index for index, share in enumerate(phase.stay) if share == 1]
+        plain = model.bank[last[-1] if last else -1]
 
     def predict(slices: Tensor) -> Tensor:
         model.eval()
-        if objective in ("static", "segmenter", "bank"):
+        if phase.objective in ("static", "segmenter", "bank"):
             return plain(slices).argmax(1)
         return model.segment(slices).labels
 

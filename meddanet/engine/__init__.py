@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -63,8 +64,9 @@ def compile_engine(
             TRITON_INTERPRET=1 "triton" runs on the CPU too, very slowly, for tests.
 
     Returns:
-        An engine whose `segment` answers as the model's own does, up to rounding at ties. On a
-        CPU it works on as many slices at a time as `torch.get_num_threads()` says now.
+        An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
+        rounds the decision networks and the residual stream to float16. On a CPU it works on as
+        many slices at a time as `torch.get_num_threads()` says now.
 
     Raises:
         ValueError: If the device is not there, or the executor unknown, not installed or not able
@@ -99,7 +101,8 @@ def compile_engine(
 def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
     try:
         return _triton_engine(model, place)
-    except ValueError:
+    except ValueError as error:
+        logging.getLogger("meddanet").info("%s; the model's own layers run instead", error)
         return EagerEngine(model.to(place), place)
 
 
@@ -153,5 +156,6 @@ def _check_ranges(model: MedDANetV2) -> None:
     for name, layer in quantized_layers(model).items():
         if layer.quantize and not 0 < float(layer.input_amax) < float("inf"):
             raise ValueError(
-                f"layer {name} has no input range; train the model before it is compiled"
+                f"layer {name} has no input range; train the model before it is compiled, or "
+                "use executor eager"
             )

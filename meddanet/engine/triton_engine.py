@@ -6,6 +6,7 @@ computed, and labels go back without waiting; the host waits once, for the last 
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ from .plan import Plan, PlannedModel
 
 # slices of a chunk: a few, an L2 cache's worth, a head; not yet measured on a GPU
 CAPACITIES = (8, 32, 160)
-# sizes of slices whose buffers are kept
+# plans, of one capacity and size of slices each, whose buffers are kept
 KEPT = 2
+# a capture sees what every thread of the process does on its device
+_CAPTURING = threading.Lock()
 
 
 class TritonEngine:
@@ -77,12 +80,15 @@ class TritonEngine:
         if key not in self._plans:
             while len(self._plans) >= KEPT:
                 self._plans.popitem(last=False)
+                # launches and buffers refer to each other
+                gc.collect()
             self._plans[key] = self._make(*key)
         self._plans.move_to_end(key)
         return self._plans[key]
 
     def _make(self, capacity: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
         smaller = [c for c in self.capacities if c < capacity]
+        plan = None
         try:
             # buffers outlive the mode in which the first volume happens to be segmented
             with torch.inference_mode(False):
@@ -91,6 +97,8 @@ class TritonEngine:
         except torch.OutOfMemoryError:
             if not smaller:
                 raise
+        plan = None
+        gc.collect()
         torch.cuda.empty_cache()
         return self._make(smaller[-1], height, width)
 
@@ -114,23 +122,26 @@ class TritonEngine:
         plan, run = self.plan(len(images), *images.shape[2:])
         compute, upload = torch.cuda.Stream(), torch.cuda.Stream()
         staged = [torch.empty_like(plan.images) for _ in range(2)]
-        taken, finished = [torch.cuda.Event() for _ in staged], torch.cuda.Event()
+        taken = [torch.cuda.Event() for _ in staged]
         compute.wait_stream(torch.cuda.current_stream())
         upload.wait_stream(torch.cuda.current_stream())
-        for number, (part, chunk) in enumerate(_chunks(images, len(plan.images))):
-            stage, done = staged[number % 2], taken[number % 2]
-            with torch.cuda.stream(upload):
-                upload.wait_event(done)
-                stage[: len(chunk)].copy_(chunk.pin_memory(), non_blocking=True)
-                stage[len(chunk) :].zero_()
-            compute.wait_stream(upload)
-            with torch.cuda.stream(compute):
-                plan.images.copy_(stage)
-                done.record(compute)
-                run()
-                _copy_out(plan, result, part)
-        finished.record(compute)
-        finished.synchronize()
+        try:
+            for number, (part, chunk) in enumerate(_chunks(images, len(plan.images))):
+                stage, done = staged[number % 2], taken[number % 2]
+                with torch.cuda.stream(upload):
+                    upload.wait_event(done)
+                    stage[: len(chunk)].copy_(chunk.pin_memory(), non_blocking=True)
+                    stage[len(chunk) :].zero_()
+                compute.wait_stream(upload)
+                with torch.cuda.stream(compute):
+                    plan.images.copy_(stage)
+                    done.record(compute)
+                    run()
+                    _copy_out(plan, result, part)
+        finally:
+            # buffers are free for the next volume, whatever happened
+            upload.synchronize()
+            compute.synchronize()
         return result
 
 
@@ -143,7 +154,8 @@ def captured(plan: Plan) -> Callable[[], None]:
         plan.run()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # PyTorch's own default stream lies on the device that captured first
+    with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         plan.run()
     return graph.replay
 
