@@ -25,6 +25,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto
+	$(BIN)/pytest tests/test_cli.py -k test_info_kernels
 # Triton reads the variable while it decorates a kernel, hence a second process
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels
 
