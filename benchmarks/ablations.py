@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accuracy import training_seconds
 from torch import Tensor
 
 from meddanet.arguments import command_parser, train_config
@@ -89,7 +90,8 @@ def run_configs(options: argparse.Namespace) -> dict[str, Any]:
                 run = (load_v1_row if config.bank else load_row)(config, data, row)
                 if run is not None:
                     rows.setdefault(row, {})[str(fold)] = score(run, data, config)
-            rows.setdefault("training CPU seconds", {})[str(fold)] = cpu_seconds(Path(config.out))
+            seconds = rows.setdefault("training CPU seconds", {})
+            seconds[str(fold)] = training_seconds(Path(config.out))
     return results
 
 
@@ -164,12 +166,6 @@ def wanted_routes(model: Any, slices: Tensor, labels: Tensor, config: TrainConfi
     objective = DecisionObjective(model, config.decision)
     macs = objective.member_macs(model, tuple(slices.shape[1:]))
     return decision_labels(model, slices, labels, macs, objective.metric, objective.regions)
-
-
-def cpu_seconds(run: Path) -> dict[str, float]:
-    """Returns the CPU seconds of each phase, as the log of a run says."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["phase"]: line["cpu_seconds"] for line in lines if "cpu_seconds" in line}
 
 
 def _whole(model: Any, slices: Tensor) -> Routed:

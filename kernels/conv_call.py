@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conv_pack import PackedConv, channels_last_planes, split_codes
+from .conv_pack import PackedConv, byte_planes, channels_last_planes, split_codes
 from .grid import qmax
 from .quantize import check_num_bits
 
@@ -69,8 +69,7 @@ class ConvCall:
     @property
     def output_planes(self) -> int:
         """Byte planes of the output codes: 2 where a sample may have more than 8 bits."""
-        width = self.output_num_bits
-        return 2 if isinstance(width, Tensor) or width > 8 else 1
+        return byte_planes(self.output_num_bits)
 
     def new_stream(self, dtype: torch.dtype) -> Tensor:
         """Allocates the sum's tensor [M, Cout, Hout, Wout], channels last; zeros if unused."""

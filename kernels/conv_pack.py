@@ -27,6 +27,11 @@ from .per_width import weight_amax
 K_MULTIPLE = 32
 
 
+def byte_planes(num_bits: int | Tensor) -> int:
+    """Returns how many planes hold codes of a width, or of any width that a tensor may hold."""
+    return 1 if isinstance(num_bits, int) and num_bits <= 8 else 2
+
+
 def bytes_of(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the (low, high) bytes of whole numbers in -32639..32639, int8 of their shape."""
     codes = codes.to(torch.int32)

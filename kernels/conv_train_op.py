@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_on_codes import conv_on_codes
+from .conv_pack import byte_planes
 from .forward_way import takes_integers
-from .input_codes import InputCodes, byte_planes, decode_input, encode_input, new_packed, new_planes
+from .input_codes import InputCodes, decode_input, encode_input, new_packed, new_planes
 from .layout import memory_format, wide_dtype
 from .per_width import by_width, weight_amax
 from .quantize import LN2, _fake_quantize, _masked_gradient, _width_gradient, fake_quantize

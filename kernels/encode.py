@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
-from .conv_pack import split_codes
+from .conv_pack import byte_planes, split_codes
 from .crop_paste import as_pair, overlap
 from .encode_call import EncodeCall
 from .grid import qmax, quantize_codes
 from .layout import wide_dtype
 from .quantize import check_num_bits
+from .slots import check_offset, integers
 
 
 def _window(call: EncodeCall, slot: int) -> Tensor:
@@ -106,7 +107,7 @@ def _encode(
 @_encode.register_fake
 def _(input, amax, height, width, num_bits, one_width, *others):
     samples = len(input) if others[-2] is None else len(others[-2])
-    planes = 2 if num_bits is not None or one_width > 8 else 1
+    planes = byte_planes(one_width if num_bits is None else num_bits)
     shape = (planes, samples, height, width, input.shape[1])
     return input.new_empty(shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)
 
@@ -129,17 +130,14 @@ def _checked(
         )
     if affine is not None and any(t.shape != (channels,) for t in affine):
         raise ValueError(f"affine must be (gain, shift) of shape [{channels}] each")
-    if offset is not None and (offset.shape != (samples, 2) or offset.is_floating_point()):
-        raise ValueError(
-            f"offset must be whole numbers (y, x), [{samples}, 2], got {offset.dtype} "
-            f"{list(offset.shape)}"
-        )
+    if offset is not None:
+        check_offset(offset, samples)
     widths = num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
     return EncodeCall(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
         (input.shape[2], input.shape[3]) if size is None else as_pair(size), widths,
         None if affine is None else (affine[0].detach().double(), affine[1].detach().double()),
-        relu, *(None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count)),
+        relu, *integers(offset, slots, count),
     )  # fmt: skip
 
 

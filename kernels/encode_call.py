@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .conv_pack import byte_planes
+
 
 @dataclass(frozen=True)
 class EncodeCall:
@@ -42,7 +44,7 @@ class EncodeCall:
     @property
     def planes(self) -> int:
         """Byte planes: 2 where a slot may have more than 8 bits."""
-        return 2 if isinstance(self.num_bits, Tensor) or self.num_bits > 8 else 1
+        return byte_planes(self.num_bits)
 
     def new_codes(self) -> Tensor:
         """Allocates byte planes [P, M, C, height, width], channels last; zeros if unused."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import PackedConv
+from .slots import check_offset, integers
 
 MAX_CLASSES = 256
 
@@ -142,17 +143,13 @@ def _checked(
         raise ValueError(f"margin must be at least 0, got {margin}")
     if not 1 <= len(rows) <= MAX_CLASSES:
         raise ValueError(f"labels are bytes: 1 to {MAX_CLASSES} classes, got {len(rows)}")
-    if offset.shape != (samples, 2) or offset.is_floating_point():
-        raise ValueError(
-            f"offset must be whole numbers (y, x), [{samples}, 2], got {offset.dtype} "
-            f"{list(offset.shape)}"
-        )
+    check_offset(offset, samples)
     if slots is not None and slots.shape != (samples,):
         raise ValueError(f"slots must be [{samples}], got shape {list(slots.shape)}")
     if slots is None and slices is not None and slices < samples:
         raise ValueError(f"{samples} regions need as many slices, got {slices}: give slots")
     height, width = (size, size) if isinstance(size, int) else size
-    whole = (None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count))
+    whole = integers(offset, slots, count)
     return (input.detach(), rows, scale, bias, amax, num_bits, *whole,
             samples if slices is None else slices, height, width, margin)  # fmt: skip
 

@@ -36,11 +36,6 @@ class InputCodes(NamedTuple):
     ranges: Tensor
 
 
-def byte_planes(num_bits: int | Tensor) -> int:
-    """Returns how many planes hold codes of a width, or of any width that a tensor may hold."""
-    return 1 if isinstance(num_bits, int) and num_bits <= 8 else 2
-
-
 def new_planes(input: Tensor, planes: int) -> Tensor:
     """Allocates byte planes [P, N, C, H, W] for an input, in its layout."""
     shape = (planes, *input.shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch
 from .crop_paste import as_pair
+from .slots import check_offset, integers
 
 
 def gradients_reference(image: Tensor) -> Tensor:
@@ -105,11 +106,8 @@ def _checked(
             f"widths, got {list(weight.shape)} and {list(bias.shape)}"
         )
     samples = len(feature)
-    if offset is not None and (offset.shape != (samples, 2) or offset.is_floating_point()):
-        raise ValueError(
-            f"offset must be whole numbers (y, x), [{samples}, 2], got {offset.dtype} "
-            f"{list(offset.shape)}"
-        )
+    if offset is not None:
+        check_offset(offset, samples)
     if (slots is None and len(image) != samples) or (
         slots is not None and slots.shape != (samples,)
     ):
@@ -118,11 +116,11 @@ def _checked(
         side > own for side, own in zip(as_pair(size), image.shape[2:], strict=True)
     ):
         raise ValueError(f"size {size} is larger than the image, {tuple(image.shape[2:])}")
-    whole = (None if t is None else t.detach().to(torch.int32) for t in (offset, slots, count))
     return (
         image.detach().float(), feature.detach(), weight.detach().float().contiguous(),
         bias.detach().float(), widths.detach().round().to(torch.int32),
-        *((image.shape[2], image.shape[3]) if size is None else as_pair(size)), *whole,
+        *((image.shape[2], image.shape[3]) if size is None else as_pair(size)),
+        *integers(offset, slots, count),
     )  # fmt: skip
 
 

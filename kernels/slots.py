@@ -1,0 +1,20 @@
+"""Which slot of an operation reads what: offsets, sources and their number, all on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_offset(offset: Tensor, samples: int) -> None:
+    """Raises ValueError unless an offset is whole numbers (y, x) per slot."""
+    if offset.shape != (samples, 2) or offset.is_floating_point():
+        raise ValueError(
+            f"offset must be whole numbers (y, x), [{samples}, 2], got {offset.dtype} "
+            f"{list(offset.shape)}"
+        )
+
+
+def integers(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns tensors as int32, as kernels read them; None stays."""
+    return tuple(None if value is None else value.detach().to(torch.int32) for value in values)
