@@ -148,14 +148,15 @@ def joint(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor
     of_logits, of_probability = LOSSES[phase.loss]
     images, labels = batches.window_batch(phase.batch, max(model.crop_sizes, default=0) + _RIM)
     output = model(channels_last(images))
-    costs = route_costs(model, output.num_bits, (images.shape[2], images.shape[3]))
-    loss = (phase.cost_weight or 0) * global_mean((output.choice * costs).sum(1))
+    size = images.shape[2], images.shape[3]
+    loss = (phase.cost_weight or 0) * global_mean(relative_cost(model, output, size))
     if phase.branch_weight:
         branches = [of_logits(logits, labels) for logits in output.branch_logits]
         loss = loss + phase.branch_weight * sum(branches) / len(branches)
     if phase.mixed_weight:
         loss = loss + phase.mixed_weight * of_probability(output.mixed, labels)
     if phase.branch_cost_weight:
+        costs = route_costs(model, output.num_bits, size)
         loss = loss + phase.branch_cost_weight * global_mean(costs[:, 1:].sum(1))
     if phase.oracle_weight:
         loss = loss + phase.oracle_weight * decision_loss(model, batches, step, phase)

@@ -177,7 +177,7 @@ class VolumePredictor:
         for chunk in slices.split(CHUNK):
             part = self.model.segment_windows(channels_last(chunk.to(self.device)), self.window)
             parts.append([tensor.cpu() for tensor in part])
-        return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+        return Segmentation.joined(parts)
 
     def pad(self, slices: Tensor) -> Tensor:
         """Pads slices [N, C, H, W] at their ends where the network takes larger ones only."""

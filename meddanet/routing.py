@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,22 @@ class Segmentation(NamedTuple):
     decisions: Tensor
     offsets: Tensor
     num_bits: Tensor
+
+    @classmethod
+    def skipped(cls, slices: Tensor, stages: int) -> Segmentation:
+        """Returns, on the CPU, what slices [N, C, H, W] get that are all skipped."""
+        count, _, height, width = slices.shape
+        return cls(
+            torch.zeros(count, height, width, dtype=torch.uint8),
+            torch.zeros(count, dtype=torch.long),
+            torch.zeros(count, 2),
+            torch.zeros(count, stages, dtype=torch.long),
+        )
+
+    @classmethod
+    def joined(cls, parts: Iterable[Iterable[Tensor]]) -> Segmentation:
+        """Returns one of all slices from those of some."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class RoutedSegmenter(nn.Module, ABC):

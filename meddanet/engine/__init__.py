@@ -45,7 +45,7 @@ class EagerEngine:
         """Segments slices [N, C, H, W] on the CPU; see `RoutedSegmenter.segment`."""
         chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
         parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
-        return Segmentation(*map(torch.cat, zip(*parts, strict=True)))
+        return Segmentation.joined(parts)
 
 
 def compile_engine(

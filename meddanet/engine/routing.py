@@ -114,13 +114,7 @@ class SliceEngine:
             ValueError: If the shape does not fit.
         """
         self._model.check(slices)
-        count, _, height, width = slices.shape
-        result = Segmentation(
-            torch.zeros(count, height, width, dtype=torch.uint8),
-            torch.zeros(count, dtype=torch.long),
-            torch.zeros(count, 2),
-            torch.zeros(count, len(self._selectors), dtype=torch.long),
-        )
+        result = Segmentation.skipped(slices, len(self._selectors))
         images = slices.detach().float().contiguous().numpy()
         seen = np.flatnonzero(list(self._pool.map(np.any, images)))
         if not len(seen):
@@ -131,7 +125,7 @@ class SliceEngine:
         if cropped.any():
             places = self._in_batches(self._networks.locate, images, seen[cropped])
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
-            offsets = _offsets(places, sizes, (height, width))
+            offsets = _offsets(places, sizes, images.shape[2:])
             result.offsets[seen[cropped]] = torch.from_numpy(offsets)
         labels, decisions, offsets, num_bits = (part.numpy() for part in result)
 

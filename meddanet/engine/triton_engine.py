@@ -104,7 +104,7 @@ class TritonEngine:
 
     def _segment_here(self, images: Tensor) -> Segmentation:
         """The chunks one after the other, by plain copies."""
-        result = _empty(self._model, images)
+        result = Segmentation.skipped(images, self._model.num_stages)
         if len(images):
             plan, run = self.plan(len(images), *images.shape[2:])
             for part, chunk in _chunks(images, len(plan.images)):
@@ -116,7 +116,8 @@ class TritonEngine:
 
     def _segment_on_gpu(self, images: Tensor) -> Segmentation:
         """The next chunk's upload, this one's work and the last one's download side by side."""
-        result = Segmentation(*(part.pin_memory() for part in _empty(self._model, images)))
+        empty = Segmentation.skipped(images, self._model.num_stages)
+        result = Segmentation(*(part.pin_memory() for part in empty))
         if not len(images):
             return result
         plan, run = self.plan(len(images), *images.shape[2:])
@@ -158,16 +159,6 @@ def captured(plan: Plan) -> Callable[[], None]:
     with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         plan.run()
     return graph.replay
-
-
-def _empty(model: MedDANetV2, images: Tensor) -> Segmentation:
-    count, _, height, width = images.shape
-    return Segmentation(
-        torch.zeros(count, height, width, dtype=torch.uint8),
-        torch.zeros(count, dtype=torch.int64),
-        torch.zeros(count, 2),
-        torch.zeros(count, model.num_stages, dtype=torch.int64),
-    )
 
 
 def _chunks(images: Tensor, capacity: int) -> Iterator[tuple[slice, Tensor]]:
