@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from accuracy import training_seconds
 from torch import Tensor
 
 from meddanet.arguments import command_parser, train_config
+from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.checkpoint import load_checkpoint
 from meddanet.cost import cost_table
@@ -51,7 +51,6 @@ from meddanet.objectives_v1 import DecisionObjective, decision_labels
 from meddanet.recipe import TrainConfig
 from meddanet.routing import channels_last
 from meddanet.training import train
-from meddanet.version import __version__
 from meddanet.weights import load_model
 
 _FULL = 32.0
@@ -280,12 +279,7 @@ def main() -> None:
     if options.table:
         options.table.write_text(table + "\n")
     if options.json:
-        machine = {
-            "meddanet": __version__, "torch": torch.__version__,
-            "python": platform.python_version(), "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
-        content = {"machine": machine, "results": results}
+        content = {"machine": machine(), "results": results}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 from decisions import decision_report
 from torch import Tensor, nn
 
+from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.cost import CONVENTIONS, cost_table, count_macs
 from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_classes, to_slices
@@ -218,10 +218,7 @@ def main() -> None:
         return
     before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     result: dict = {
-        "machine": {
-            "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "training_cpu_seconds": {run.name: training_seconds(run) for run in args.runs},
         "cases": {},
     }

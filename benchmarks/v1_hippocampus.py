@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from meddanet.activation import activation_ratio
 from meddanet.batches import Batches
+from meddanet.bench import machine
 from meddanet.build import build_med_danet
 from meddanet.choice import ChoiceMetric, slice_dice
 from meddanet.cost import CONVENTIONS, CostTable, cost_table
@@ -282,7 +282,7 @@ def main() -> None:
         show(f"alpha {other}{' (chosen)' if other == alpha else ''}, tested cases", result)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     content = {
-        "machine": {"cpu": cpu_name(), "torch": torch.__version__, "threads": args.threads},
+        "machine": machine(),
         "command": "python benchmarks/v1_hippocampus.py DATA RUN",
         "bank": BANK, "bank_phase": asdict(BANK_PHASE),
         "decision_phase": asdict(DECISION_PHASE), "alphas": ALPHAS, "chosen_alpha": alpha,
@@ -293,14 +293,6 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content) + "\n")
-
-
-def cpu_name() -> str:
-    """Returns the processor's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {os.cpu_count()} cores" if names else "unknown"
 
 
 if __name__ == "__main__":
