@@ -44,6 +44,7 @@ class Card:
         gigabytes_per_second: Memory bandwidth.
         tera_ops: int8 on tensor cores, without sparsity; half precision has half of it.
         source: Where the vendor says so.
+        devices: What PyTorch calls it, whole: a "Laptop GPU" or "D" is another card.
     """
 
     arch: str
@@ -52,21 +53,28 @@ class Card:
     gigabytes_per_second: float
     tera_ops: float
     source: str
+    devices: tuple[str, ...] = ()
 
 
 CARDS = {
     "RTX 3090": Card("sm_86", 82, 1.695, 936, 284,
-                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A"),
+                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A",
+                     ("NVIDIA GeForce RTX 3090",)),
     "RTX 4090": Card("sm_89", 128, 2.52, 1008, 660.6,
-                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A"),
+                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A",
+                     ("NVIDIA GeForce RTX 4090",)),
     "RTX 5090": Card("sm_120", 170, 2.407, 1792, 838,
-                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A"),
+                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A",
+                     ("NVIDIA GeForce RTX 5090",)),
     "L40S": Card("sm_89", 142, 2.52, 864, 733,
-                 "NVIDIA L40S datasheet; clock and SMs: NVIDIA Ada GPU Architecture, whitepaper"),
+                 "NVIDIA L40S datasheet; clock and SMs: NVIDIA Ada GPU Architecture, whitepaper",
+                 ("NVIDIA L40S",)),
     "A100 80 GB": Card("sm_80", 108, 1.41, 2039, 624,
-                       "NVIDIA A100 datasheet; NVIDIA A100 Architecture, whitepaper V1, Table 4"),
+                       "NVIDIA A100 datasheet; NVIDIA A100 Architecture, whitepaper V1, Table 4",
+                       ("NVIDIA A100-SXM4-80GB",)),
     "H200": Card("sm_90", 132, 1.83, 4800, 1979,
-                 "NVIDIA H200 datasheet; clock and SMs: NVIDIA H100 Architecture, whitepaper"),
+                 "NVIDIA H200 datasheet; clock and SMs: NVIDIA H100 Architecture, whitepaper",
+                 ("NVIDIA H200",)),
 }  # fmt: skip
 
 
@@ -217,9 +225,10 @@ def compare(measured: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: If the card's peaks are not known here.
     """
     device = measured["environment"]["device"]
-    card = next((card for name, card in CARDS.items() if name.split()[-1] in device.split()), None)
+    card = next((card for card in CARDS.values() if device in card.devices), None)
     if card is None:
-        raise ValueError(f"device {device!r} has no peaks here; known are {', '.join(CARDS)}")
+        known = ", ".join(name for card in CARDS.values() for name in card.devices)
+        raise ValueError(f"device is {device!r}, whose peaks are not known here; known: {known}")
     rows = []
     for case in measured["cases"]:
         times = case["providers"].get(case["ours"], {})
@@ -247,7 +256,11 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, nargs="+", default=[])
     options = parser.parse_args()
     for path in options.compare:
-        for row in compare(json.loads(path.read_text())):
+        try:
+            rows = compare(json.loads(path.read_text()))
+        except ValueError as error:
+            parser.error(f"{path}: {error}")
+        for row in rows:
             print(f"{row['case']:60} measured {row['measured_microseconds']:9.2f} us, predicted "
                   f"{row['predicted_microseconds']:9.2f} ({row['bound']}): "
                   f"{row['share_of_roof']:.0%} of the roof")

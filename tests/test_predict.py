@@ -140,5 +140,14 @@ def test_measured_kernels_stand_beside_their_roof(tmp_path):
     })  # fmt: skip
     assert len(found) == 1 and found[0]["bound"] == "memory"
     assert found[0]["predicted_microseconds"] == 1000 and found[0]["share_of_roof"] == 0.5
-    with pytest.raises(ValueError, match="'Tesla T4' has no peaks here; known are RTX 3090"):
-        predict.compare({"environment": {"device": "Tesla T4"}, "cases": []})
+
+
+@pytest.mark.parametrize("device", ["Tesla T4", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+def test_a_card_without_peaks_is_named(device, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "kernels.json"
+    file.write_text(json.dumps({"environment": {"device": device}, "cases": []}))
+    monkeypatch.setattr("sys.argv", ["predict.py", "--compare", str(file)])
+    with pytest.raises(SystemExit):
+        predict.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(file) in error and repr(device) in error and "NVIDIA A100-SXM4-80GB" in error
