@@ -91,7 +91,8 @@ def meddanet_phases() -> list[PhaseConfig]:
     """Returns the schedule of the shipped weights: the labels teach the decisions first."""
     return [
         PhaseConfig("static", steps=900, decay=False, autocast="bfloat16"),
-        PhaseConfig("segmenter", steps=600, autocast="bfloat16"),
+        PhaseConfig("static", steps=1640, autocast="bfloat16"),
+        PhaseConfig("segmenter", steps=400, learning_rate=5e-4, autocast="bfloat16"),
         PhaseConfig("decisions", steps=1000, batch=16, learning_rate=2e-3),
         PhaseConfig(
             "quantised", steps=100, learning_rate=3e-4, oracle_weight=0,
@@ -167,7 +168,7 @@ RECIPES: dict[str, Callable[[], list[PhaseConfig]]] = {
 
 
 def _baseline() -> PhaseConfig:
-    return PhaseConfig("static", steps=1640, autocast="bfloat16")
+    return PhaseConfig("static", steps=1700, learning_rate=5e-4, autocast="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,8 @@ class TrainConfig:
         cost_weight: Lambda of the joint phase.
         bit_weight: Weight of the mean width in the quantised phase.
         phases: What is trained, in this order; a finished phase is not repeated.
-        baseline: A plain segmenter trained beside, to compare with; it continues a first phase
-            "static", so that both have that in common. None = none.
+        baseline: A plain segmenter trained beside, to compare with; it continues the first phases
+            "static", so that both have those in common. None = none.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 = all.
         compile: Compile the networks' parts by torch.compile.

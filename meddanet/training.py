@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ class _Run:
             plain = build_segmenter(
                 self.config.segmenter, len(self.data.modalities), self.data.num_classes
             )
-            if phases and phases[0].objective == "static":
-                _start_from(plain, files[0])
+            common = list(takewhile(lambda phase: phase.objective == "static", phases))
+            if common:
+                _start_from(plain, files[len(common) - 1])
             self._phase(self._place(plain), self.config.baseline, 100, self.out / "baseline.pt", [])
         return path
 

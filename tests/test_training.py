@@ -228,7 +228,7 @@ def test_a_phase_that_another_continues_keeps_its_rate():
 
 
 def test_the_whole_recipe_on_a_phantom(tmp_path):
-    """Two steps a phase; the baseline continues the first, and a second call repeats nothing."""
+    """Two steps a phase; the baseline continues the static ones, and a second call repeats nothing."""
     for seed in (1, 2):
         write_phantom(tmp_path / "data", seed=seed, name=f"case_{seed}")
     config = TrainConfig(
@@ -241,12 +241,12 @@ def test_the_whole_recipe_on_a_phantom(tmp_path):
     model = load_model(path)
     assert model.decision_scale == 2 and model.metadata["held_out"] == ["case_1"]
     assert model.metadata["modalities"] == ["flair", "t1ce", "t1", "t2"]
-    names = ["0-static", "1-segmenter", "2-decisions", "3-quantised", "baseline"]
+    names = ["0-static", "1-static", "2-segmenter", "3-decisions", "4-quantised", "baseline"]
     for file in ("log.jsonl", "validation.jsonl"):
         assert [json.loads(line)["phase"] for line in (path.parent / file).open()] == names
     first, last = (
         torch.load(path.with_name(name), weights_only=True)["model"]
-        for name in ("0-static.pt", "baseline.pt")
+        for name in ("1-static.pt", "baseline.pt")
     )
     # two steps of Adam at a hundredth of the rate move no weight far
     moved = (last["init.weight"] - first["segmenter.init.weight"]).abs().max()
