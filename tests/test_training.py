@@ -228,7 +228,7 @@ def test_a_phase_that_another_continues_keeps_its_rate():
 
 
 def test_the_whole_recipe_on_a_phantom(tmp_path):
-    """Two steps a phase; the baseline continues the static ones, and a second call repeats nothing."""
+    """Two steps a phase; the baseline continues the static ones; a second call repeats nothing."""
     for seed in (1, 2):
         write_phantom(tmp_path / "data", seed=seed, name=f"case_{seed}")
     config = TrainConfig(
