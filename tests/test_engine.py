@@ -274,7 +274,8 @@ def test_work_follows_the_decisions(model):
     engine.segment(slices)
     # `last` once more: the labels of the empty canvas, which are kept
     assert counting.calls == {
-        "decide": 1, "locate": 1, "begin": 3, "stage": 12, "decode": 2, "finish": 1, "last": 3,
+        "decide": 1, "locate": 1, "at_once": 1, "begin": 3, "stage": 12, "decode": 2, "finish": 1,
+        "last": 3,
     }
     counting.calls.clear()
     engine.segment(slices_for([0] * 9))
@@ -303,6 +304,43 @@ def test_neighbours_and_threads_change_nothing(model, executor):
             assert torch.equal(one[0], many[index])
 
 
+@needs_openvino
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (4, 8, 4, 4), (16, 8, 8, 8), None])
+def test_the_uninterrupted_way_answers_to_the_bit(widths, monkeypatch):
+    """Usual widths run in one graph; all others, and none in float, stage by stage."""
+    model = build(num_bits=(4, 8, 16))
+    slices = slices_for([1, 3, 2, 3, 1, 2] * 5)
+    if widths is None:  # the first stage's differ from slice to slice
+        selector = model.bit_selectors[0].linear
+        with torch.no_grad():
+            selector.weight[0, 0] = 40.0
+            selector.bias.copy_(torch.tensor([-40 * 0.375, 0.0, -99.0]))
+    else:
+        choose(model, widths)
+    engine = compile_engine(model, "cpu", "openvino")
+    asked, one_by_one = Counter(), Counter()
+    at_once, begin = engine._networks.at_once, engine._networks.begin
+    monkeypatch.setattr(
+        engine._networks, "at_once",
+        lambda widths, *rest: asked.update([widths]) or at_once(widths, *rest),
+    )
+    monkeypatch.setattr(
+        engine._networks, "begin", lambda image: one_by_one.update([0]) or begin(image)
+    )
+    fast = [engine.segment(slices) for _ in range(2)][1]
+    found = Counter(map(tuple, fast.num_bits.tolist()))
+    if widths is None:
+        assert len(found) == 2 and min(found.values()) > 3
+    else:
+        assert set(found) == {widths}
+        usual = asked[widths], one_by_one[0]
+        # the narrowest count as one slice: after nine others nine tenths are sure
+        assert usual == ((0, 60) if max(widths) > 8 else (51, 9))
+    engine._networks.at_once = lambda *arguments: None
+    for one, other in zip(fast, engine.segment(slices), strict=True):
+        assert torch.equal(one, other)
+
+
 # integers --------------------------------------------------------------------------------------
 
 
@@ -313,20 +351,23 @@ def test_openvino_runs_the_widths_for_real(model):
 
     networks = OpenVINONetworks(model, 1)
 
-    def multiplied(*key) -> set[str]:
+    def multiplied(*key) -> Counter[str]:
         operations = networks.compiled(*key).get_runtime_model().get_ops()
         facts = [operation.get_rt_info() for operation in operations]
-        return {
+        return Counter(
             fact["runtimePrecision"].astype(str) for fact in facts
             if fact["layerType"].astype(str) in ("Convolution", "Deconvolution")
-        }
+        )
 
-    assert multiplied(("stage", 0, 8), (1, 40, 48, 12)) <= {"u8", "i8"}
-    assert multiplied(("stage", 0, 16), (1, 40, 48, 12)) == {"f32"}
-    assert multiplied(("last", 0), (1, 24, 24, 12)) <= {"u8", "i8"}
-    assert multiplied(("locate",), (1, 2, 40, 48)) <= {"u8", "i8"}
+    assert set(multiplied(("stage", 0, 8), (1, 40, 48, 12))) <= {"u8", "i8"}
+    assert multiplied(("stage", 0, 16), (1, 40, 48, 12)).keys() == {"f32"}
+    assert set(multiplied(("last", 0), (1, 24, 24, 12))) <= {"u8", "i8"}
+    assert set(multiplied(("locate",), (1, 2, 40, 48))) <= {"u8", "i8"}
     maps = (1, 5, 6, 96), (1, 40, 48, 12), (1, 20, 24, 24), (1, 10, 12, 48)
-    assert multiplied(("decode",), *maps) <= {"u8", "i8"}
+    assert set(multiplied(("decode",), *maps)) <= {"u8", "i8"}
+    whole_way = multiplied(("at once", (8,) * 4, True), (1, 2, 40, 48))
+    assert whole_way["f32"] == 1, "the image's gradients"
+    assert set(whole_way) <= {"u8", "i8", "f32"} and whole_way["u8"] > 10
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from torch import nn
 
-from ..layers import sobel_kernel
+from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
 from .opset import Node, channels_last, constant, integers, ops, ov, translate
 
@@ -64,6 +64,10 @@ class OpenVINONetworks:
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         self._threads = threads
+        layers: list[Any] = list(quantized_layers(self._model.segmenter).values())
+        self._integers = all(
+            layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
+        )
         self._core = ov.Core()
         if not is_exact(self._core):
             raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
@@ -108,6 +112,15 @@ class OpenVINONetworks:
         """Returns (skip, input of the next stage, its spread)."""
         skip, *rest = self._run(("stage", index, num_bits), input)
         return (skip, rest[0], rest[1][0]) if rest else (skip, skip, None)
+
+    def at_once(
+        self, widths: tuple[int, ...], image: Array, finish: bool
+    ) -> tuple[Array, Array, list[Array]] | None:
+        """Returns (features [H, W, b] or labels [H, W], image gradients, spreads)."""
+        if not self._integers:  # floats round another way in another graph
+            return None
+        result, gradients, *spreads = self._run(("at once", widths, finish), image)
+        return result[0], gradients[0], [spread[0] for spread in spreads]
 
     def decode(self, input: Array, skips: list[Array]) -> Array:
         """Returns the features [H, W, b]."""
@@ -163,9 +176,10 @@ class OpenVINONetworks:
         if name == "locate":
             return translate(model.position, inputs)
         if name == "begin":
-            (feature,) = translate(nn.Sequential(segmenter.init, segmenter.dropout), inputs)
-            gradients = _gradients(inputs[0], model.in_channels)
+            feature, gradients = self._begin(inputs)
             return [channels_last(feature), _spread(feature), gradients]
+        if name == "at once":
+            return self._whole_way(*rest, inputs)
         if name == "stage":
             index, num_bits = rest
             stage = segmenter.encoder[index]
@@ -181,6 +195,28 @@ class OpenVINONetworks:
         follower = nn.Identity() if name == "decode" else segmenter.last_stage
         (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
         return [channels_last(result) if name == "decode" else _labels(result)]
+
+
+    def _begin(self, inputs: list[Node]) -> tuple[Node, Node]:
+        """The input of the first stage and the image's gradients."""
+        segmenter = self._model.segmenter
+        (feature,) = translate(nn.Sequential(segmenter.init, segmenter.dropout), inputs)
+        return feature, _gradients(inputs[0], self._model.in_channels)
+
+    def _whole_way(
+        self, widths: tuple[int, ...], finish: bool, inputs: list[Node]
+    ) -> list[Node]:
+        """Features or labels, the image's gradients and the spreads, in one graph."""
+        segmenter = self._model.segmenter
+        feature, gradients = self._begin(inputs)
+        skips, spreads = [], []
+        for stage, num_bits in zip(segmenter.encoder, widths, strict=True):
+            spreads.append(_spread(feature))
+            skip, feature = translate(_Stage(stage, num_bits), [feature])
+            skips.append(skip)
+        follower = segmenter.last_stage if finish else nn.Identity()
+        (result,) = translate(_Decoder(segmenter, follower), [feature, *skips[:-1]])
+        return [_labels(result) if finish else channels_last(result), gradients, *spreads]
 
 
 def is_exact(core: ov.Core) -> bool:

@@ -4,12 +4,15 @@
 
 The small decision networks see slices by eights, always eight, blank ones making up the number.
 After that every thread takes one slice at a time through the whole way: no barriers, activations
-stay in the core's cache. No result depends on a slice's neighbours.
+stay in the core's cache. Where nearly all slices chose the same widths so far, the next one runs
+with them uninterrupted and its selectors are asked afterwards; another answer sends it through the
+stages one by one. No result depends on a slice's neighbours.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,6 +29,8 @@ Array = np.ndarray
 
 
 DECISIONS = 8  # slices that are decided on at a time
+# an uninterrupted run saves a seventh of the way, a wrong guess costs all of it
+_SURE = 0.9
 
 
 class Networks(Protocol):
@@ -46,6 +51,16 @@ class Networks(Protocol):
 
     def stage(self, index: int, num_bits: int, input: Any) -> tuple[Any, Any, Array | None]:
         """Returns (skip, input of the next stage, its spread; None after the last stage)."""
+
+    def at_once(
+        self, widths: tuple[int, ...], image: Array, finish: bool
+    ) -> tuple[Array, Array, list[Array]] | None:
+        """Runs everything up to `decode`, or `finish`, with widths of at most 8 bit.
+
+        Returns:
+            (features or labels, image gradients, every stage's spread), to the bit what the parts
+            return one by one; None where this saves nothing.
+        """
 
     def decode(self, input: Any, skips: list[Any]) -> Array:
         """Returns the features before the last stage, float32 [H, W, b]."""
@@ -96,6 +111,8 @@ class SliceEngine:
         self._model: Any = model
         self._networks = networks
         self._selectors = [_selector(selector) for selector in self._model.bit_selectors]
+        # how many slices chose which widths; at first the narrowest are expected
+        self._chosen = Counter([tuple(min(widths) for _, _, widths in self._selectors)])
         self._halos = [halo(stage) for stage in model.crop_last_stages]
         self._pool = _single_threaded_workers(threads)
         self._background = cache(self._label_background)
@@ -163,22 +180,50 @@ class SliceEngine:
     ) -> None:
         """Fills in labels and widths of one slice that is not skipped."""
         if route == len(self._model.routes) - 1:
-            labels[...] = self._networks.finish(*self._encode(image, num_bits))
+            labels[...] = self._run(image, num_bits, finish=True)
             return
         (y, x), size = offset, self._model.crop_sizes[route - 1]
         crop = np.ascontiguousarray(image[:, y : y + size, x : x + size])
-        features = self._networks.decode(*self._encode(crop, num_bits))
-        self._paste(labels, features, (y, x), route - 1)
+        self._paste(labels, self._run(crop, num_bits, finish=False), (y, x), route - 1)
+
+    def _run(self, image: Array, num_bits: Array, finish: bool) -> Array:
+        """Returns the labels, or the features before the last stage, and fills in the widths."""
+        result = self._guess(image, finish)
+        if result is None:
+            ends = self._networks.finish if finish else self._networks.decode
+            result = ends(*self._encode(image, num_bits))
+        else:
+            result, num_bits[:] = result
+        # threads may lose a count to each other: only the pace depends on it
+        self._chosen[tuple(num_bits.tolist())] += 1
+        return result
+
+    def _guess(self, image: Array, finish: bool) -> tuple[Array, tuple[int, ...]] | None:
+        """Runs with the usual widths; None if there are none, or these are not the right ones."""
+        ((widths, count),) = self._chosen.most_common(1)
+        if max(widths) > 8 or count < _SURE * self._chosen.total():
+            return None
+        found = self._networks.at_once(widths, image, finish)
+        if found is None:
+            return None
+        result, gradients, spreads = found
+        chosen = map(self._width, range(len(widths)), [gradients] * len(widths), spreads)
+        return (result, widths) if tuple(chosen) == widths else None
+
+    def _width(self, stage: int, gradients: Array, spread: Array) -> int:
+        """Returns the width that a stage's selector chooses."""
+        weight, bias, widths = self._selectors[stage]
+        logits = weight @ np.concatenate([gradients, spread]) + bias
+        return widths[logits.argmax()]
 
     def _encode(self, image: Array, num_bits: Array) -> tuple[Any, list[Any]]:
         """Returns (the coarsest feature, the skips) and fills in the chosen widths."""
         spread: Array | None
         x, spread, gradients = self._networks.begin(image)
         skips = []
-        for index, (weight, bias, widths) in enumerate(self._selectors):
+        for index in range(len(self._selectors)):
             assert spread is not None, "every stage but the last leaves the next one's input"
-            logits = weight @ np.concatenate([gradients, spread]) + bias
-            num_bits[index] = widths[logits.argmax()]
+            num_bits[index] = self._width(index, gradients, spread)
             skip, x, spread = self._networks.stage(index, int(num_bits[index]), x)
             skips.append(skip)
         return x, skips

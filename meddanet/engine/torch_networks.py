@@ -74,6 +74,9 @@ class TorchNetworks:
         skip, feature = stage(input, num_bits)
         return skip, feature, None if stage.down is None else _spread(feature)
 
+    def at_once(self, widths: tuple[int, ...], image: Array, finish: bool) -> None:
+        """Returns None: nothing is saved by it here."""
+
     @torch.inference_mode()
     def decode(self, input: Tensor, skips: list[Tensor]) -> Array:
         """Returns the features [H, W, b]."""
