@@ -11,7 +11,6 @@ import sys
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
-from setuptools.errors import SetupError
 
 VARIABLE = "MEDDANET_CUDA_ARCHS"
 
@@ -40,9 +39,10 @@ def compile_kernels(archs, folder):
         aot = importlib.import_module("meddanet.kernels.aot")
         aot.build(aot.parse_archs(archs), aot.PACKAGED)
     except (ImportError, ValueError) as error:
-        raise SetupError(
-            f"{VARIABLE}={archs}: {' '.join(str(error).split())}. The build must see the torch and "
-            "triton that will run: pip install --no-build-isolation . or, after an installation "
+        # an editable build only warns of what is an Exception
+        raise SystemExit(
+            f"error: {VARIABLE}={archs}: {' '.join(str(error).split())}. The build must see the "
+            "torch and triton that will run: pip install --no-build-isolation . or, after an installation "
             "without the variable, meddanet info --kernels --build 8.6,8.9"
         ) from error
 

@@ -184,6 +184,7 @@ def test_kernels_compiled_at_install_are_found_where_they_are_installed(sdist, t
     assert not (again / "meddanet" / "kernels" / "compiled").exists(), "left by the build before"
 
 
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 @pytest.mark.parametrize(
     ("absent", "archs", "message"),
     [
@@ -193,12 +194,12 @@ def test_kernels_compiled_at_install_are_found_where_they_are_installed(sdist, t
     ],
 )
 def test_an_install_that_cannot_compile_fails_and_names_both_commands(
-    sdist, tmp_path, absent, archs, message
+    sdist, tmp_path, absent, archs, message, hook
 ):
     source = tmp_path / "source"
     shutil.copytree(sdist, source)
     code = f"import sys; sys.modules[{absent!r}] = None\n{BUILD}"
-    run = run_python(code, "build_wheel", tmp_path, cwd=source, MEDDANET_CUDA_ARCHS=archs)
+    run = run_python(code, hook, tmp_path, cwd=source, MEDDANET_CUDA_ARCHS=archs)
     assert run.returncode == 1 and not list(tmp_path.glob("*.whl"))
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
