@@ -46,16 +46,16 @@ def encode_kernel(
 
     first = sample * height_in * width_in
     if PITCH == 0:
-        offs = channel * (height_in * width_in) + (row * width_in + column)[:, None]
+        offs = channel.to(tl.int64) * (height_in * width_in) + (row * width_in + column)[:, None]
         in_ptr += first * CHANNELS
     else:
-        offs = (row * width_in + column)[:, None] * PITCH + channel
+        offs = (row * width_in + column).to(tl.int64)[:, None] * PITCH + channel
         in_ptr += first * PITCH
     x = tl.load(in_ptr + offs, mask=mask & inside[:, None], other=0.0)
 
     first = slot * height * width
     if copy_ptr is not None:
-        offs = pixel[:, None] * CHANNELS + channel
+        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel
         copy_ptr += first * CHANNELS
         tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
 
@@ -73,7 +73,7 @@ def encode_kernel(
     bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
     step, largest = step_of(amax_ptr + slot * amax_stride, bits)
     codes = codes_of(value, step, largest)
-    offs = pixel[:, None] * OUT_PITCH + channel
+    offs = pixel.to(tl.int64)[:, None] * OUT_PITCH + channel
     # the cast keeps the lowest byte
     tl.store(low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
     if high_ptr is not None and bits > 8:

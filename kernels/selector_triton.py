@@ -56,7 +56,7 @@ def gradients_kernel(
     if offset_ptr is not None:
         y, x = tl.load(offset_ptr + 2 * slot), tl.load(offset_ptr + 2 * slot + 1)
         ptr += y * width_in + x
-    ptr = ptr + channel[None, :] * (height_in * width_in)
+    ptr = ptr + channel.to(tl.int64)[None, :] * (height_in * width_in)
 
     by_x = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     by_y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -96,14 +96,15 @@ def moments_kernel(
     in_ptr += slot * pixels * CHANNELS
     begin, end = chunk * length, tl.minimum((chunk + 1) * length, pixels)
     # sums about one of the values: what is subtracted later is small
-    about = tl.load(in_ptr + begin * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
+    about = tl.load(in_ptr + begin.to(tl.int64) * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
 
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_M):
         pixel = start + tl.arange(0, BLOCK_M)
         mask = (pixel < end)[:, None] & known[None, :]
-        x = tl.load(in_ptr + pixel[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
+        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(in_ptr + offs, mask=mask, other=0.0)
         distance = tl.where(mask, x.to(tl.float32) - about[None, :], 0.0)
         total += distance
         squares += distance * distance

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 
-from meddanet.kernels import aot, machine_code, variants  # noqa: E402
+from meddanet.kernels import aot, conv_int_triton, machine_code, variants  # noqa: E402
 from meddanet.kernels.precompiled import entries  # noqa: E402
 
 # launches kernels, most on tensors of sizes that no list names; argv: the architecture of the
@@ -28,6 +29,7 @@ from meddanet.kernels.precompiled import entries  # noqa: E402
 FIRST_LAUNCHES = """
 import json, sys
 from collections import Counter
+from functools import partial
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -286,6 +288,15 @@ def one_per_class(arch):
     return [variants.record(arch, name, launch)[0] for name, launch in kinds.values()]
 
 
+def assert_lean(row):
+    """Nothing is spilled, every GPU has the room, and convolutions run on integer tensor cores."""
+    assert not machine_code.spills(row), row
+    assert row["shared_bytes"] <= 99 * 1024, row
+    assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
+    products = {"IMMA", "IGMMA"} & row["of_these"].keys()
+    assert products if row["kernel"] == "conv_kernel" else not products, row
+
+
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch):
     rows = []
@@ -293,18 +304,40 @@ def test_machine_code(arch):
     assert {variant.name for variant in chosen} == KERNELS
     aot.compile_all(chosen, lambda *compiled: rows.append(machine_code.describe(*compiled)))
     for row in rows:
-        assert not machine_code.spills(row), row
-        assert row["shared_bytes"] <= 99 * 1024, row
-        assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
-        products = {"IMMA", "IGMMA"} & row["of_these"].keys()
-        assert products if row["kernel"] == "conv_kernel" else not products, row
+        assert_lean(row)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["8 bit", "8 and 16 bit"])
+@pytest.mark.parametrize("channels", [256, 512])
+def test_machine_code_of_wide_layers(channels, wide):
+    """More channels than the shipped networks have: no spill, and room on the smallest GPU."""
+    epilogue = {"mixed": wide, "mixed_out": wide, "residual": True, "stream": True, "relu": True}
+    launch = partial(conv_int_triton._launch_meta, channels, channels, 3, 30, **epilogue)
+    assert_lean(machine_code_of(86, "", launch))
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "index"), [(8192, 16, "int32"), (16384, 8, "int64"), (8192, 64, "int64")]
+)
+def test_maps_beyond_two_to_the_31_have_long_indices(side, channels, index):
+    """By the elements of one slot's map; slots themselves are always 64-bit."""
+    launch = partial(conv_int_triton._launch_meta, channels, channels, 1, side)
+    (variant,) = variants.record(86, "", launch)
+    assert str(variant.constants["INDEX"]) == index
 
 
 def test_the_table_of_results_lists_every_variant():
     path = os.path.join(os.path.dirname(__file__), "../../benchmarks/results/kernels_compiled.json")
     with open(path) as stream:
-        rows = json.load(stream)["variants"]
+        table = json.load(stream)
+    rows = table["variants"]
     listed = {(row["arch"], row["kernel"], row["shape_class"]) for row in rows}
-    wanted = {(f"sm_{arch}", v.name, v.shape_class) for arch in (80, 120) for v in
+    wanted = {(f"sm_{arch}", v.name, v.shape_class): v.key for arch in machine_code.ARCHS for v in
               variants.variants(arch)}  # fmt: skip
-    assert wanted <= listed, "run python -m meddanet.kernels.machine_code FILE"
+    advice = "run python -m meddanet.kernels.machine_code FILE"
+    assert wanted.keys() == listed, advice
+    for row in rows:
+        assert_lean(row)
+    if triton.__version__ == table["triton"]:
+        # the key changes with the kernel's source
+        assert set(wanted.values()) == {row["key"] for row in rows}, advice

@@ -17,15 +17,22 @@ from meddanet.kernels import (
     bilinear_crop,
     bilinear_crop_reference,
     encode,
+    encode_reference,
     fake_quant_conv2d,
     fake_quant_conv2d_reference,
     fake_quantize,
     fake_quantize_reference,
+    label_head,
+    label_head_reference,
     pack_conv,
     quant_conv2d,
     quant_conv2d_reference,
+    select_bits,
+    select_bits_reference,
     use_backend,
 )
+from meddanet.kernels.bitmask import unpack_bits
+from meddanet.kernels.input_codes import decode_input, encode_input
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
@@ -165,6 +172,91 @@ def test_integer_convolution(device, name, num_bits, tolerances):
     expected = run(quant_conv2d_reference, torch.device("cpu"))
     tolerances.elementwise(actual.stream.cpu(), expected.stream)
     assert torch.equal(actual.codes.cpu(), expected.codes)
+
+
+@pytest.mark.parametrize("num_bits", [8, [8, 16, 5]], ids=["one width", "per sample"])
+def test_training_codes(device, num_bits):
+    """What a training convolution keeps of its input, and reads back: float32 on the CPU is right."""
+    bits = num_bits if isinstance(num_bits, int) else torch.tensor(num_bits)
+    planes = 1 if isinstance(num_bits, int) else 2
+    x, amax = torch.randn(3, 5, 13, 17).contiguous(memory_format=LAST), torch.tensor([1.5])
+
+    def run(where):
+        on = [v.to(where) if isinstance(v, torch.Tensor) else v for v in (x, bits, amax)]
+        made = encode_input(*on, planes=planes, values=torch.float32, mask=True)
+        widths = (on[1], 0) if planes == 2 else (None, bits)
+        # bits beyond the last element say nothing
+        mask = unpack_bits(made.packed, on[0])
+        read = decode_input(made.planes, *widths, made.ranges, torch.float32)
+        return made.planes, made.values, mask, made.ranges, read
+
+    actual = run(device)
+    with use_backend("reference"):
+        expected = run(torch.device("cpu"))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize("layout", [DENSE, LAST])
+@pytest.mark.parametrize("num_bits", [8, [8, 16, 5, 8]], ids=["one width", "per slot"])
+def test_encode_of_shifted_slots(device, layout, num_bits):
+    """Views that reach beyond every side of their slice, some slots not in use."""
+    x = torch.randn(3, 5, 13, 17).contiguous(memory_format=layout)
+    bits = num_bits if isinstance(num_bits, int) else torch.tensor(num_bits)
+    routing = {
+        "offset": torch.tensor([[-2, 3], [5, 11], [0, -4], [1, 1]]),
+        "slots": torch.tensor([2, 0, 0, 1]), "count": torch.tensor([3]),
+    }
+    amax = torch.tensor([2.0])
+
+    def run(op, where):
+        to = {name: value.to(where) for name, value in routing.items()}
+        width = bits if isinstance(bits, int) else bits.to(where)
+        affine = torch.linspace(0.5, 1.5, 5).to(where), torch.linspace(-1, 1, 5).to(where)
+        return op(x.to(where), amax.to(where), width, size=(9, 11), affine=affine, relu=True, **to)
+
+    actual, expected = run(encode, device), run(encode_reference, torch.device("cpu"))
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("quantised", [True, False], ids=["codes", "floats"])
+def test_label_head(device, quantised):
+    """Regions that overhang their slice; labels of integers are exact, floats have no ties here."""
+    x = torch.randn(3, 16, 9, 11).contiguous(memory_format=LAST)
+    conv = pack_conv(torch.randn(4, 16, 1, 1), torch.randn(4))
+    weights = (conv,) if quantised else (torch.randn(4, 16), torch.randn(4))
+    input = encode(x, torch.tensor([2.0])) if quantised else x
+    amax = {"amax": torch.tensor([2.0])} if quantised else {}
+    routing = {
+        "offset": torch.tensor([[-2, 3], [12, 10], [4, 0]]), "slots": torch.tensor([1, 0, 1]),
+        "count": torch.tensor([2]),
+    }
+
+    def run(op, where):
+        to = {name: value.to(where) for name, value in {**routing, **amax}.items()}
+        return op(input.to(where), *(w.to(where) for w in weights), size=20, slices=2, **to)
+
+    assert torch.equal(
+        run(label_head, device).cpu(), run(label_head_reference, torch.device("cpu"))
+    )
+
+
+def test_select_bits(device):
+    """Views of few pixels and of several chunks; logits lie far apart."""
+    image, feature = torch.randn(2, 4, 48, 56), torch.randn(3, 16, 37, 41)
+    feature *= torch.tensor([0.2, 1.0, 5.0])[:, None, None, None]
+    weight, bias = torch.zeros(2, 24), torch.tensor([0.0, -1.7])
+    weight[1, 8:] = 1 / 16
+    routing = {"offset": torch.tensor([[0, 0], [8, 15], [3, 2]]),
+               "slots": torch.tensor([1, 0, 1]), "count": torch.tensor([3])}  # fmt: skip
+
+    def run(op, where):
+        to = {name: value.to(where) for name, value in routing.items()}
+        fixed = (v.to(where) for v in (image, feature, weight, bias, torch.tensor([8, 16])))
+        return op(*fixed, size=(40, 41), **to)
+
+    actual = run(select_bits, device).cpu()
+    assert actual.tolist() == [8, 8, 16] and torch.equal(actual, run(select_bits_reference, "cpu"))
 
 
 def test_the_second_gpu(tolerances):

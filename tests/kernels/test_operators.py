@@ -70,7 +70,26 @@ def codes_of(num_bits):
     return encode(image(LAST).detach(), ONE, num_bits)
 
 
+SLOTS = torch.tensor([1, 0], dtype=torch.int32)
 SAMPLES = {
+    "encode": lambda: (
+        OPS.encode, (image().detach(), ONE, 7, 8, None, 8, None, None, False, None, None, None)
+    ),
+    "encode, everything": lambda: (
+        OPS.encode,
+        (image(LAST).detach(), ONE, 4, 5, WIDTHS.int(), 0, torch.ones(3), torch.zeros(3), True,
+         OFFSET, SLOTS, SLOTS[:1]),
+    ),
+    "selector": lambda: (
+        OPS.select_bits,
+        (image().detach(), image(LAST).detach(), torch.ones(2, 9), ONE.expand(2).contiguous(),
+         WIDTHS.int(), 7, 8, None, None, None),
+    ),
+    "selector, routed": lambda: (
+        OPS.select_bits,
+        (image().detach(), image(LAST).detach(), torch.ones(2, 9), torch.zeros(2), WIDTHS.int(),
+         4, 5, OFFSET, SLOTS, SLOTS[:1]),
+    ),
     "integer convolution, stream": lambda: (
         OPS.quant_conv2d, integer(codes_of(8), torch.float16)
     ),
