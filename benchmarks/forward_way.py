@@ -5,8 +5,8 @@
 For every class of shapes, on U-Net-16's own sizes: the forward that autograd records, quantisation
 of input and weights included, on codes and on values (PyTorch's convolution), in turns; beside
 them PyTorch's `fake_quantize_per_tensor_affine` + convolution, and whole steps. Outputs are
-compared first. On a GPU classes are named by its architecture and the table has ratios of wall
-time; on a CPU they are oneDNN's, and ratios are of processor time with one thread.
+compared first; the table has the ratios of steps. On a GPU classes are named by its architecture
+and ratios are of wall time; on a CPU they are oneDNN's, and of processor time with one thread.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
             results.add(row)
             ratio = row["forward"]["ratios"]["values"][KIND]
             step = row["step"]["ratios"]["values"][KIND]
-            lines.append(f"    {ShapeClass(*row['class'])!r}: {ratio:.2f},".replace("'", '"'))
+            lines.append(f"    {ShapeClass(*row['class'])!r}: {step:.2f},".replace("'", '"'))
             print(f"{ShapeClass(*row['class'])}: forward {ratio:.2f}, step {step:.2f}", flush=True)
     print("SPEED_UP of kernels/forward_way.py:", *(lines or ["no integer kernel runs"]), sep="\n")
 
