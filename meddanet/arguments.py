@@ -122,8 +122,10 @@ def train_config(options: Namespace) -> TrainConfig:
     if recipe is not None and values["phases"] == TrainConfig("", "").phases:
         # named in a file; the option itself has put the phases in place
         values["phases"] = RECIPES[recipe]()
-        if recipe != "meddanet" and values["augment"] == asdict(AugmentConfig()):
-            values["augment"] = asdict(PAPERS_AUGMENTATION)
+        if recipe != "meddanet":
+            values["position_network"] = None
+            if values["augment"] == asdict(AugmentConfig()):
+                values["augment"] = asdict(PAPERS_AUGMENTATION)
     if values["baseline"] is not None:
         values["baseline"] = PhaseConfig(**values["baseline"])
     values["decision"] = DecisionConfig(**values["decision"])
@@ -132,7 +134,7 @@ def train_config(options: Namespace) -> TrainConfig:
 
 
 class _Recipe(Action):
-    """Puts the phases of a named schedule in place, and the papers' augmentation to theirs."""
+    """Puts a named schedule in place; with the papers' go their augmentation and networks."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -141,6 +143,7 @@ class _Recipe(Action):
         if values != "meddanet":
             for name, value in asdict(PAPERS_AUGMENTATION).items():
                 namespace[f"augment.{name}"] = value
+            namespace["position_network"] = None
 
 
 def _evaluate_parser() -> ArgumentParser:

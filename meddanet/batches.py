@@ -78,7 +78,10 @@ class Batches:
         return self._batch(sampler, size)
 
     def slice_batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Returns augmented whole slices in their natural mix."""
+        """Returns augmented whole slices in their natural mix; lesions keep their look.
+
+        A decision network that learns on fainter lesions takes more empty slices for lesions.
+        """
         return self._batch(self.slices, size, shift=0.06)
 
     def jitter(self, count: int, reach: int) -> Tensor:
@@ -95,9 +98,9 @@ class Batches:
         if config.transplant and windows:
             donors = self._sample(sampler, whole)
             images, labels = transplant(images, labels, donors, draws, config.transplant)
-        if config.contrast:
+        if config.contrast and windows:
             images = change_contrast(images, labels, draws, config.contrast)
-        if config.texture:
+        if config.texture and windows:
             images = change_texture(images, draws, config.texture)
         images, labels = augment(images, labels, draws, intensity=config.intensity, **ranges)
         return images.to(self.dtype), labels

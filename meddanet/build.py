@@ -14,6 +14,7 @@ from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .networks.decision import MobileNetV2, ShuffleNetV2
 from .networks.ghostnet import GhostNet
+from .networks.heatmap import HeatmapLocator
 from .networks.transbts import TransBTS
 from .networks.unet import UNet
 
@@ -78,6 +79,26 @@ def build_decision_network(name: str, num_classes: int, in_channels: int = 4) ->
     return model
 
 
+def build_position_network(name: str, in_channels: int = 4) -> nn.Module:
+    """Builds a network that says where a crop goes, in full precision.
+
+    Args:
+        name: "heatmap", or a name for `build_decision_network`, as in the paper.
+        in_channels: Channels of the image.
+
+    Returns:
+        A module that maps [N, in_channels, H, W] to logits [N, 2], (y, x).
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name != "heatmap":
+        return build_decision_network(name, 2, in_channels)
+    model = HeatmapLocator((12, 24, 48, 96, 256), in_channels)
+    set_quantization(model, quantize=False, update_range=True)
+    return model
+
+
 def build_med_danet(
     bank: Sequence[str] = ("unet-12", "unet-16", "transbts-light", "transbts"),
     in_channels: int = 4,
@@ -121,6 +142,7 @@ def build_med_danet_v2(
     decision_network: str = "shufflenetv2-m",
     decision_scale: int = 1,
     quantize_decisions: bool = True,
+    position_network: str | None = None,
 ) -> MedDANetV2:
     """Builds Med-DANet V2 with everything on the quantisation grid.
 
@@ -133,10 +155,12 @@ def build_med_danet_v2(
         num_classes: Classes, background included.
         crop_sizes: Sides of the crops in pixels, ascending multiples of 8.
         num_bits: Widths the selectors choose from.
-        decision_network: Name for `build_decision_network`, of policy and position network.
+        decision_network: Name for `build_decision_network`, of the policy network, and of the
+            position network unless that has another.
         decision_scale: Both see the slice averaged over squares of this many pixels.
         quantize_decisions: False keeps both in float: on depthwise layers a range per tensor is
             coarse enough to change decisions.
+        position_network: Name for `build_position_network`; None = as in the paper.
 
     Raises:
         ValueError: If a name is unknown, or a crop size or the scale does not fit.
@@ -156,7 +180,7 @@ def build_med_danet_v2(
     model = MedDANetV2(
         segmenter=network,
         policy=build_decision_network(decision_network, 2 + len(crop_sizes), in_channels),
-        position=build_decision_network(decision_network, 2, in_channels),
+        position=build_position_network(position_network or decision_network, in_channels),
         bit_selectors=nn.ModuleList(
             BitSelector(channels, in_channels, num_bits) for channels in network.stage_channels
         ),
@@ -168,7 +192,7 @@ def build_med_danet_v2(
         "segmenter": segmenter, "in_channels": in_channels, "num_classes": num_classes,
         "crop_sizes": list(crop_sizes), "num_bits": list(num_bits),
         "decision_network": decision_network, "decision_scale": decision_scale,
-        "quantize_decisions": quantize_decisions,
+        "quantize_decisions": quantize_decisions, "position_network": position_network,
     }
     for network in (model.policy, model.position):
         for layer in quantized_layers(network).values():

@@ -27,7 +27,7 @@ class TrainingOutput(NamedTuple):
         mixed: [N, K, H, W] probabilities of the chosen route; gradient by straight-through.
         choice: [N, R] one-hot of the chosen route, straight-through to the Gumbel-softmax.
         route_logits: [N, R].
-        position: [N, 2] in [0, 1], (y, x) share of the free play of the crop.
+        position: [N, 2] in [0, 1], (y, x) share of the free play of the smallest crop.
         num_bits: B tensors [N, S] of float widths.
     """
 
@@ -83,20 +83,24 @@ class MedDANetV2(RoutedSegmenter):
 
     def decide(self, slices: Tensor) -> Tensor:
         """Returns route logits [N, R] of slices [N, C, H, W]."""
-        return self.policy(self._at_a_glance(slices))
+        return self.policy(self.at_a_glance(slices))
 
     def locate(self, slices: Tensor) -> Tensor:
-        """Returns where crops go, [N, 2] in [0, 1]: (y, x) share of the free play H - P, W - P."""
-        return self.position(self._at_a_glance(slices)).sigmoid()
+        """Returns where crops go, [N, 2] in [0, 1]: (y, x) share of the free play H - P, W - P.
 
-    def _at_a_glance(self, slices: Tensor) -> Tensor:
+        P is the smallest crop's side; larger ones have the same centre, as far as the slice goes.
+        """
+        return self.position(self.at_a_glance(slices)).sigmoid()
+
+    def at_a_glance(self, slices: Tensor) -> Tensor:
+        """Returns slices [N, C, H, W] as policy and position network see them."""
         if self.decision_scale == 1:
             return slices
         return channels_last(F.avg_pool2d(slices, self.decision_scale))
 
     def offset(self, position: Tensor, size: int, height: int, width: int) -> Tensor:
         """Turns `locate`'s shares into the (y, x) offset in pixels of a P x P crop, [N, 2]."""
-        return position * position.new_tensor([height - size, width - size])
+        return place(position, self.crop_sizes[0], size, position.new_tensor([height, width]))
 
     def features(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the segmenter before its last stage, widths chosen per sample and stage.
@@ -185,3 +189,17 @@ class MedDANetV2(RoutedSegmenter):
                 f"slices of {slices.shape[2]}x{slices.shape[3]} are smaller than the crop of "
                 f"{self.smallest_side}; pad them, or build the model with smaller crop_sizes"
             )
+
+
+def place(position: Tensor, smallest: int, size: int | Tensor, sides: Tensor) -> Tensor:
+    """Returns the (y, x) offset [N, 2] of crops by the shares [N, 2] that `locate` returns.
+
+    Args:
+        position: Shares of the free play of the smallest crop.
+        smallest: Side of the smallest crop, in pixels.
+        size: Side of the crop, or of each, [N, 1] or [N, 2].
+        sides: [2], height and width of the slice.
+    """
+    last = sides - size
+    offset = (position - 0.5) * (sides - smallest) + last / 2
+    return torch.minimum(offset.clamp_min(0), last)

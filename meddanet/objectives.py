@@ -15,6 +15,7 @@ from .cost import CostTable, cost_table
 from .distributed import global_mean, global_sum
 from .losses import LOSSES
 from .med_danet_v2 import TrainingOutput
+from .networks.heatmap import HeatmapLocator
 from .recipe import PhaseConfig
 from .routing import channels_last
 
@@ -96,8 +97,8 @@ def branch_loss(
 def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Cross-entropy of the policy with the oracle's route, and the crop's distance in crop sizes.
 
-    A slice weighs up to four times as much as an empty one by the lesion it holds, which is what a
-    wrong skip loses.
+    A position network with a map also learns where the lesion's box lies. A slice weighs up to four
+    times as much as an empty one by the lesion it holds, which is what a wrong skip loses.
     """
     images, labels = batches.slice_batch(phase.batch)
     return oracle_loss(model, channels_last(images), labels, batches.margin)
@@ -108,7 +109,8 @@ def oracle_loss(model: Any, images: Tensor, labels: Tensor, margin: int = 0) -> 
     # never in half precision: oneDNN's bfloat16 depthwise weight gradient is garbage on maps of
     # one column, and the networks are tiny
     with torch.autocast(images.device.type, enabled=False):
-        route_logits, position = model.decide(images), model.locate(images)
+        glance = model.at_a_glance(images)
+        route_logits, (position, heat) = model.policy(glance), _located(model, glance)
     route = oracle_route(labels, model.crop_sizes, margin)
     area = (labels > 0).flatten(1).sum(1).to(images.dtype)
     mean_area = global_sum(area.sum()) / global_sum((area > 0).to(area).sum()).clamp_min(1)
@@ -121,7 +123,33 @@ def oracle_loss(model: Any, images: Tensor, labels: Tensor, margin: int = 0) -> 
         wanted = centred_offset(labels, crop).to(offset.dtype)
         miss = F.smooth_l1_loss(offset / crop, wanted / crop, beta=0.05, reduction="none").mean(1)
         loss = loss + 2 * global_sum((miss * fits).sum()) / global_sum(fits.sum()).clamp_min(1)
+    if heat is not None:
+        present = (route > 0).to(images.dtype)
+        missed = global_sum((heat_loss(heat, labels) * present).sum())
+        loss = loss + missed / global_sum(present.sum()).clamp_min(1) / 2
     return loss
+
+
+def _located(model: Any, glance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns where crops go [N, 2] and, where the network has one, its map [N, 1, h, w]."""
+    if not isinstance(model.position, HeatmapLocator):
+        return model.position(glance).sigmoid(), None
+    heat = model.position.heat(glance)
+    return model.position.centre(heat).sigmoid(), heat
+
+
+def heat_loss(heat: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [N] of a map [N, 1, h, w] with even heat over the lesion's box in [N, H, W]."""
+    first, last, _ = lesion_box(labels)
+    inside = [
+        (at >= first[:, axis, None]) & (at <= last[:, axis, None])
+        for axis, side in enumerate(labels.shape[1:])
+        for at in [torch.arange(side, device=labels.device)]
+    ]
+    box = (inside[0][:, :, None] & inside[1][:, None]).to(heat.dtype)
+    wanted = F.adaptive_avg_pool2d(box[:, None], list(heat.shape[2:])).flatten(1)
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    return -(wanted * heat.flatten(1).log_softmax(1)).sum(1)
 
 
 def segmenter(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:

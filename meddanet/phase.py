@@ -104,9 +104,8 @@ def run_phase(
     device = next(model.parameters()).device
     name = name or (checkpoint.stem if checkpoint else phase.objective)
     train_parts(model, phase.parts)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(
-        trained, lr=phase.learning_rate, weight_decay=1e-5, amsgrad=True
+        _groups(model, phase), lr=phase.learning_rate, weight_decay=1e-5, amsgrad=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=phase.autocast == "float16")
     stateful: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler}
@@ -130,7 +129,7 @@ def run_phase(
         batches.seek(step)
         progress.share = phase_share(step, phase, progress)
         for group in optimizer.param_groups:
-            group["lr"] = phase.learning_rate * progress.share
+            group["lr"] = phase.learning_rate * progress.share * group.get("factor", 1)
         loss = _make_step(step_of, optimizer, scaler, phase, batches, step, name)
         average_(ranges)
         progress.smooth = loss if progress.smooth is None else 0.98 * progress.smooth + 0.02 * loss
@@ -151,6 +150,18 @@ def run_phase(
                 states = {key: value.state_dict() for key, value in stateful.items()}
                 save_checkpoint(checkpoint, model, progress, **states)
     barrier()
+
+
+def _groups(model: nn.Module, phase: PhaseConfig) -> list[dict[str, Any]]:
+    """Returns what trains, the bit selectors by themselves where they have another rate."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = [name for name in trained if name.startswith("bit_selectors.")]
+    if phase.selector_rate == 1 or not own:
+        return [{"params": list(trained.values())}]
+    selectors = [trained.pop(name) for name in own]
+    return [
+        {"params": list(trained.values())}, {"params": selectors, "factor": phase.selector_rate}
+    ]
 
 
 def _resume(

@@ -35,6 +35,7 @@ class PhaseConfig:
         oracle_weight: Weight of what the labels teach policy and position network.
         cost_weight: Weight of the chosen route's cost; None = the run's.
         branch_cost_weight: Weight of the cost of all branches together, chosen or not.
+        selector_rate: Learning rate of the bit selectors, as a multiple of the phase's.
         stay: In "bank", the share of the steps each member takes part in, cheapest first; empty =
             all of them. A phase per member, (1, 0), then (0, 1), trains each on its own.
         windows: In "bank" and "decision", train on windows, two thirds with a lesion (V1's setting
@@ -59,6 +60,7 @@ class PhaseConfig:
     oracle_weight: float = 1.0
     cost_weight: float | None = None
     branch_cost_weight: float = 0.0
+    selector_rate: float = 1.0
     stay: tuple[float, ...] = ()
     windows: bool = True
 
@@ -92,10 +94,11 @@ def meddanet_phases() -> list[PhaseConfig]:
     return [
         PhaseConfig("static", steps=900, decay=False, autocast="bfloat16"),
         PhaseConfig("static", steps=1640, autocast="bfloat16"),
-        PhaseConfig("segmenter", steps=400, learning_rate=5e-4, autocast="bfloat16"),
-        PhaseConfig("decisions", steps=1000, batch=16, learning_rate=2e-3),
+        PhaseConfig("segmenter", steps=600, learning_rate=5e-4, autocast="bfloat16"),
+        PhaseConfig("decisions", steps=1600, batch=16, learning_rate=2e-3),
+        # Adam moves a selector by the rate a step: at that of the rest none leaves where it starts
         PhaseConfig(
-            "quantised", steps=100, learning_rate=3e-4, oracle_weight=0,
+            "quantised", steps=120, learning_rate=3e-4, oracle_weight=0, selector_rate=10,
             parts=("segmenter", "crop_last_stages", "bit_selectors"),
         ),
     ]
@@ -240,6 +243,8 @@ class TrainConfig:
         decision: What V1's decision network learns.
         segmenter: Name for `build_segmenter`.
         decision_network: Name for `build_decision_network`.
+        position_network: Name for `build_position_network`; None = a decision network, as in the
+            paper.
         decision_scale: The decision networks see slices averaged over squares of so many pixels.
         quantize_decisions: Whether the decision networks have 8 bits too.
         crop_sizes: Sides of the crops in pixels.
@@ -277,9 +282,10 @@ class TrainConfig:
     decision: DecisionConfig = field(default_factory=DecisionConfig)
     segmenter: str = "unet-16"
     decision_network: str = "shufflenetv2-m"
+    position_network: str | None = "heatmap"
     decision_scale: int = 2
     quantize_decisions: bool = False
-    crop_sizes: tuple[int, ...] = (128,)
+    crop_sizes: tuple[int, ...] = (96, 128)
     margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
     cost_weight: float = 0.06

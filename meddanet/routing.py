@@ -157,7 +157,8 @@ class RoutedSegmenter(nn.Module, ABC):
                 index = (decisions == route).nonzero().squeeze(1)
                 if len(index):
                     group = channels_last(slices[index])
-                    logits, offsets[index], num_bits[index] = self.run(route, group)
+                    logits, offset, num_bits[index] = self.run(route, group)
+                    offsets[index] = offset.float()
                     yield index, logits
 
         return decisions, offsets, num_bits, groups()

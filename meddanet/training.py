@@ -183,6 +183,7 @@ def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
     return build_med_danet_v2(
         config.segmenter, channels, classes, config.crop_sizes, config.num_bits,
         config.decision_network, config.decision_scale, config.quantize_decisions,
+        config.position_network,
     )
 
 

@@ -159,7 +159,7 @@ def test_the_selectors_see_what_the_models_see(executor):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("network", ["shufflenetv2-m", "mobilenetv2", "ghostnet"])
-def test_decision_networks_at_half_size(executor, network, tolerances):
+def test_decision_networks_at_half_size(executor, network):
     model = build(decision_network=network, decision_scale=2, crop_sizes=(16,))
     model.policy = build_med_danet_v2("unet-12", 2, 3, (16,), decision_network=network).policy
     for layer in quantized_layers(model.policy).values():
@@ -180,6 +180,25 @@ def test_decision_networks_at_half_size(executor, network, tolerances):
         # one step of the classifier's input, where a code before it was decided by a tie
         step = 4.0 / 127 * network.classifier.weight.abs().max().item()
         assert np.abs(found - expected).max() <= step
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("quantize", [False, True])
+def test_crops_where_a_heat_map_says(executor, quantize):
+    """Crops of two sizes about one centre, the place from a map; some are stopped by the border."""
+    model = build(position_network="heatmap", quantize_decisions=quantize)
+    slices = slices_for([1, 2] * 10)
+    with torch.no_grad():  # an untrained map is flat
+        model.position.train()
+        for _ in range(40):
+            model.position.heat(slices)
+        model.position.eval().map.weight.mul_(4 / model.position.heat(slices).std())
+        model.position.centre.gain.fill_(3.0)
+    expected, found = model.segment(slices), compile_engine(model, "cpu", executor).segment(slices)
+    assert len(expected.offsets.unique(dim=0)) > 5
+    moved = (found.offsets - expected.offsets).abs()
+    assert torch.equal(found.offsets, found.offsets.round()) and moved.max() <= 1
+    assert (moved > 0).float().mean() < (0.2 if quantize else 0.05)
 
 
 def test_shrinking_is_the_mean(tolerances):

@@ -47,8 +47,11 @@ def expected_labels(model: MedDANetV2, slices: torch.Tensor, decision: int) -> t
         return model.segmenter(slices).argmax(1).to(torch.uint8)
     size = model.crop_sizes[decision - 1]
     share = model.position(slices).sigmoid()[0]
-    y = int((share[0] * (height - size)).round())
-    x = int((share[1] * (width - size)).round())
+    # the centre of the smallest crop, and what keeps a larger one inside
+    y, x = (
+        min(max(int((part * (side - 16) + 8 - size / 2).round()), 0), side - size)
+        for part, side in zip(share, (height, width), strict=True)
+    )
     features = model.segmenter.features(slices[:, :, y : y + size, x : x + size])
     canvas = torch.zeros(1, features.shape[1], height, width)
     canvas[:, :, y : y + size, x : x + size] = features
@@ -201,6 +204,15 @@ def test_d5_a_batch_holds_every_sample_asked_for(tmp_path):
     sampler = SliceSampler([read_cache("a", tmp_path)])
     images, labels = sampler.batch(np.random.default_rng(0), 15)
     assert images.shape == (15, 2, 16, 16) and labels.shape == (15, 16, 16)
+
+
+def test_crops_of_all_sizes_share_their_centre():
+    model = build_med_danet_v2("unet-12", crop_sizes=(16, 24))
+    position = torch.tensor([[0.0, 1.0], [0.25, 0.5]])
+    # 40 x 48: a crop of 16 has 24 x 32 pixels of play; (6, 16) is its corner, (14, 24) its centre
+    assert model.offset(position, 16, 40, 48).tolist() == [[0, 32], [6, 16]]
+    # one of 24 around (8, 40) would leave the slice
+    assert model.offset(position, 24, 40, 48).tolist() == [[0, 24], [2, 12]]
 
 
 @torch.no_grad()

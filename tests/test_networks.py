@@ -4,6 +4,7 @@ Parameters and multiply-adds have their own file, test_paper_costs.py.
 """
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from meddanet.build import (
     SEGMENTERS,
     build_decision_network,
     build_med_danet_v2,
+    build_position_network,
     build_segmenter,
 )
 from meddanet.layers import QuantLinear, quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleUnit
+from meddanet.networks.heatmap import EDGE
 from meddanet.networks.transbts import TransBTS, TransformerLayer
 
 
@@ -219,6 +222,27 @@ def test_decision_networks_take_any_channels_and_size(name):
     torch.testing.assert_close(together, alone.expand(4, 3))
 
 
+@torch.no_grad()
+def test_the_place_is_where_the_map_is_hot():
+    heat = torch.zeros(2, 1, 8, 10)
+    heat[0, 0, 1, 9] = 50.0
+    network = build_position_network("heatmap", in_channels=2)
+    network.centre.gain.copy_(torch.tensor([1.0, 1.25]))
+    # rows: cell 1 of 8, centre 1.5 / 8; columns: 9.5 / 10, of which the gain makes 0.5 + 0.45 * 1.25
+    place = network.centre(heat).sigmoid()
+    assert place[0].tolist() == pytest.approx([0.1875, 1 - EDGE], abs=1e-6)
+    assert place[1].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [(32, 48), (120, 128), (130, 144)])
+def test_a_map_has_a_cell_per_16_pixels(side):
+    network = build_position_network("heatmap", in_channels=2).eval()
+    image = torch.randn(3, 2, *side)
+    assert network.heat(image).shape == (3, 1, *(-(-length // 16) for length in side))
+    assert network(image).shape == (3, 2)
+
+
 def test_unknown_decision_networks_are_named():
     with pytest.raises(ValueError, match="'resnet'; known are shufflenetv2-m, shufflenetv2"):
         build_decision_network("resnet", 3)
@@ -268,9 +292,12 @@ def test_v2_around_transbts_segments_slice_by_slice_alike(dynamic):
     dynamic.eval()
     for layer in quantized_layers(dynamic).values():
         layer.input_amax.fill_(3.0)
-    policy = dynamic.policy
+    # in float64, where no code hangs on the rounding that differs with the batch
+    dynamic = deepcopy(dynamic).double()
     dynamic.policy = Decide()
-    slices = torch.randn(6, 2, 16, 24)
+    for selector in dynamic.bit_selectors:
+        selector.widths = selector.widths.double()
+    slices = torch.randn(6, 2, 16, 24, dtype=torch.float64)
     slices[:, 0, 0, 0] = torch.tensor([0.0, 1, 2, 2, 1, 0])
     together, again = dynamic.segment(slices), dynamic.segment(slices)
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
@@ -280,9 +307,7 @@ def test_v2_around_transbts_segments_slice_by_slice_alike(dynamic):
         alone = dynamic.segment(slices[index : index + 1])
         assert torch.equal(alone.num_bits[0], together.num_bits[index])
         assert torch.equal(alone.offsets[0], together.offsets[index])
-        # rounding differs with the batch only where two logits tie
-        assert (alone.labels[0] != together.labels[index]).float().mean() < 1e-3
-    dynamic.policy = policy
+        assert torch.equal(alone.labels[0], together.labels[index])
 
 
 class Decide(nn.Module):

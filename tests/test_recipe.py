@@ -109,6 +109,7 @@ def test_recipe_on_the_command_line(tmp_path, capsys):
         main(["train", "--data", "a", "--out", "b", "--recipe", "official", "--print-config"])
     text = capsys.readouterr().out
     assert text.count("objective: joint") == 3 and "steps: 150" in text
+    assert "position_network: null" in text
     with pytest.raises(SystemExit):
         main(["train", "--data", "a", "--out", "b", "--recipe", "mine"])
     assert "choose from" in capsys.readouterr().err
@@ -127,6 +128,7 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
     assert seen[0] == TrainConfig(
         "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"](),
         augment=AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0),
+        position_network=None,
     )
     # what is asked for stays
     path.write_text("data: a\nout: b\nrecipe: paper\naugment: {texture: 0.5}\n")

@@ -1,6 +1,8 @@
 """Objectives, sampling and phases of training, on hand-made cases small enough to reason about."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,13 +22,15 @@ from meddanet.monitor import Monitor
 from meddanet.objectives import (
     OBJECTIVES,
     centred_offset,
+    heat_loss,
     inside_crop,
     lesion_box,
+    oracle_loss,
     oracle_route,
     relative_cost,
 )
 from meddanet.phase import run_phase, schedule
-from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.recipe import AugmentConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
 from meddanet.weights import load_model
 
@@ -72,6 +76,64 @@ def test_lesion_box_route_and_offset_by_hand():
     # centred: (10 + 15 - 24) / 2 = 0.5, (20 + 28 - 24) / 2 = 12; at the far edge kept inside
     assert centred_offset(labels, 24)[0].tolist() == [0.5, 12.0]
     assert centred_offset(labels, 24)[2].tolist() == [3.0, 40.0]
+
+
+def test_the_heat_belongs_into_the_lesions_box_by_hand():
+    labels = torch.zeros(2, 32, 48, dtype=torch.long)
+    labels[0, 0, 16], labels[0, 15, 31] = 1, 3
+    heat = torch.zeros(2, 1, 2, 3)
+    assert heat_loss(heat, labels).tolist() == pytest.approx([math.log(6)] * 2)
+    heat[0, 0, 0, 1] = 20.0
+    assert heat_loss(heat, labels)[0].item() == pytest.approx(0, abs=1e-6)
+    # half of the box in another cell: half of the heat is in the wrong place
+    labels[0, 15, 31], labels[0, 31, 31] = 0, 1
+    assert heat_loss(heat, labels)[0].item() == pytest.approx(10, rel=1e-6)
+
+
+def test_a_position_network_with_a_map_learns_from_it(cases):
+    model = build_med_danet_v2(
+        "unet-12", in_channels=2, num_classes=2, crop_sizes=(24,), position_network="heatmap"
+    ).train()
+    set_quantization(model, quantize=False, update_range=True)
+    batches = Batches(cases)
+    batches.seek(0)
+    images, labels = batches.slice_batch(8)
+    assert (labels > 0).any()
+    oracle_loss(model, images, labels).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.position.parameters()
+               if p is not model.position.map.bias)  # fmt: skip
+
+
+def test_the_bit_selectors_may_learn_faster(model, cases, tmp_path):
+    """Adam's first step moves a weight by its rate, whatever the gradient."""
+    set_quantization(model, quantize=True, update_range=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    phase = PhaseConfig(
+        "quantised", 1, batch=2, learning_rate=1e-3, warm_up=0, selector_rate=10,
+        parts=("segmenter", "crop_last_stages", "bit_selectors"),
+    )  # fmt: skip
+    run_phase(
+        model, OBJECTIVES["quantised"], replace(phase, oracle_weight=0),
+        Batches(cases, window=32, bit_weight=1.0), tmp_path / "0.pt", Monitor(tmp_path),
+    )
+    moved = {
+        name: (value - before[name]).abs().max().item()
+        for name, value in model.state_dict().items() if name.endswith("weight")
+    }
+    assert moved["bit_selectors.0.linear.weight"] == pytest.approx(1e-2, rel=1e-2)
+    assert moved["segmenter.init.weight"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_decisions_see_lesions_as_they_are(cases):
+    """Windows may get other contrasts and textures; the slices of the decision networks do not."""
+    strong = AugmentConfig(intensity=0.0, transplant=1.0, contrast=1.0, texture=1.0)
+    plain = Batches(cases, augment=replace(strong, transplant=0, contrast=0, texture=0))
+    varied = Batches(cases, augment=strong)
+    for batches in (plain, varied):
+        batches.seek(3)
+    for one, other in zip(plain.slice_batch(4), varied.slice_batch(4), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(plain.window_batch(4)[0], varied.window_batch(4)[0])
 
 
 def test_inside_crop_keeps_the_crop_alone():

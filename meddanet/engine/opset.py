@@ -24,6 +24,7 @@ from torch import fx, nn
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
+from ..networks.heatmap import EDGE, HeatCentre
 
 try:
     import openvino as ov  # type: ignore[import-untyped]
@@ -37,7 +38,7 @@ Node = Any
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantizedInput) or super().is_leaf_module(module, name)
+        return isinstance(module, (QuantizedInput, HeatCentre)) or super().is_leaf_module(module, name)
 
 
 def translate(
@@ -299,6 +300,16 @@ def _hard_sigmoid(input: Node, inplace: bool = False) -> Node:
     return ops.hard_sigmoid(input, constant(1 / 6), constant(0.5))
 
 
+def _heat_centre(module: HeatCentre, heat: Node) -> Node:
+    _, _, height, width = heat.get_output_shape(0)
+    share = ops.softmax(ops.reshape(heat, integers(0, -1), True), 1)
+    rows, columns = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
+    places = np.stack([np.repeat(rows, width), np.tile(columns, height)])
+    centre = ops.matmul(share, constant(places * module.gain.detach().numpy()[:, None]), False, True)
+    position = ops.clamp(ops.add(centre, constant(0.5)), EDGE, 1 - EDGE)
+    return ops.log(ops.divide(position, ops.subtract(constant(1), position)))
+
+
 def _same(module: nn.Module, input: Node) -> Node:
     return input
 
@@ -311,6 +322,7 @@ _OPERATIONS: dict[Any, Callable[..., Node]] = {
     nn.MaxPool2d: _max_pool,
     nn.ReLU: _relu,
     nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
+    HeatCentre: _heat_centre,
     nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
     operator.add: lambda a, b: ops.add(a, b),
     operator.mul: lambda a, b: ops.multiply(a, b),

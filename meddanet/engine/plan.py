@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..med_danet_v2 import MedDANetV2
+from ..med_danet_v2 import MedDANetV2, place
 from .decisions import frozen
 from .lowering import STREAM, Group, Launch, Level, lower_features, lower_last, lower_tile
 from .packed_unet import Last, PackedUNet
@@ -84,10 +84,10 @@ class Plan:
         self._routes, self._places = zeros(capacity, routes), zeros(capacity, 2)
         self._index = torch.arange(capacity, dtype=torch.int32, device=device)
         self._backgrounds = zeros(routes, *size, dtype=torch.uint8)
-        # the free play of each route's view; whole slices have none, skipped ones no view
-        play = [[side - view for side, view in zip(size, views, strict=True)]
-                for views in (size, *((p, p) for p in model.crop_sizes), size)]  # fmt: skip
-        self._play = torch.tensor(play, dtype=torch.float32, device=device)
+        # each route's view; a skipped slice has none, and no play either
+        views = [size, *((p, p) for p in model.crop_sizes), size]
+        self._views = torch.tensor(views, dtype=torch.float32, device=device)
+        self._smallest = min(model.crop_sizes, default=0)
         self.groups = [
             Group.empty(name, (crop, crop), capacity, device)
             for name, crop in zip(model.routes[1:], model.crop_sizes, strict=False)
@@ -127,8 +127,8 @@ class Plan:
     def _route(self) -> None:
         """Turns logits into decisions, offsets and the slots of every group."""
         self.decisions.copy_(self._routes.argmax(1) * self._seen)
-        play = self._play.index_select(0, self.decisions)
-        self.offsets.copy_((self._places.sigmoid() * play).round())
+        view, sides = self._views.index_select(0, self.decisions), self._views[0]
+        self.offsets.copy_(place(self._places.sigmoid(), self._smallest, view, sides).round())
         # a slice of NaN has a place all the same
         corners = self.offsets.nan_to_num().to(torch.int32)
         for route, group in enumerate(self.groups, 1):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..med_danet_v2 import MedDANetV2
+from ..med_danet_v2 import MedDANetV2, place
 from ..routing import Segmentation
 
 Array = np.ndarray
@@ -142,8 +142,7 @@ class SliceEngine:
         if cropped.any():
             places = self._in_batches(self._networks.locate, images, seen[cropped])
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
-            offsets = _offsets(places, sizes, images.shape[2:])
-            result.offsets[seen[cropped]] = torch.from_numpy(offsets)
+            result.offsets[seen[cropped]] = self._offsets(places, sizes, images.shape[2:])
         labels, decisions, offsets, num_bits = (part.numpy() for part in result)
 
         def run(index: int) -> None:
@@ -152,6 +151,12 @@ class SliceEngine:
 
         list(self._pool.map(run, seen[routes > 0]))
         return result
+
+    def _offsets(self, places: Array, sizes: Array, image: tuple[int, int]) -> Tensor:
+        """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset`."""
+        smallest, size = self._model.crop_sizes[0], torch.from_numpy(sizes)[:, None]
+        position = torch.from_numpy(places).sigmoid()
+        return place(position, smallest, size, position.new_tensor(image)).round()
 
     def _in_batches(
         self, network: Callable[[Array], Array], images: Array, indices: Array
@@ -284,12 +289,6 @@ def shrink(image: Array, scale: int) -> Array:
     summed = sum(rows[:, :, index] for index in range(1, scale)) + rows[:, :, 0]
     columns = [summed[..., index::scale] for index in range(scale)]
     return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
-
-
-def _offsets(places: Array, sizes: Array, image: tuple[int, int]) -> Array:
-    """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset` and round."""
-    play = np.array(image, np.float32) - sizes[:, None]
-    return np.rint(1 / (1 + np.exp(-places)) * play).astype(np.float32)
 
 
 def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
