@@ -24,7 +24,7 @@ from typing import Any
 
 from gpu_work import Tiles, Work, half_precision, head, last_stage, unet
 
-from meddanet.build import build_decision_network
+from meddanet.build import build_decision_network, build_position_network
 
 RESULTS = Path(__file__).parent / "results"
 SLICES, SIDE, HALO = 155, 240, 2
@@ -144,7 +144,7 @@ def volume_work(
     view = (4, SIDE // 2, SIDE // 2)
     work = [Work("background", SLICES * SIDE**2)]
     if seen:
-        policy = build_decision_network("shufflenetv2-m", 3)
+        policy = build_decision_network("shufflenetv2-m", len(routes))
         work.append(Work("slices at half size", seen * 4 * (4 * SIDE**2 + 2 * (SIDE // 2) ** 2)))
         work.append(half_precision("policy", policy, (seen, *view)))
     for route, count in routes.items():
@@ -155,7 +155,7 @@ def volume_work(
         canvas = SIDE if whole else side + 4 * HALO
         shares = [{int(b): round(n * count / ran) for b, n in stage.items()} for stage in num_bits]
         if not whole:
-            position = build_decision_network("shufflenetv2-m", 2)
+            position = build_position_network("heatmap")
             work.append(half_precision(f"{route}: position", position, (count, *view)))
         # four channels of float32 in, codes out
         work.append(Work(f"{route}: slices to codes", count * 4 * side**2 * (4 + 1)))

@@ -132,7 +132,7 @@ def test_slices_to_labels(measure):
         "slices to labels", next(iter(providers)), providers, shape=list(slices.shape),
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
-        decisions=dict(zip(model.routes, decisions.bincount(minlength=3).tolist(), strict=True)),
+        decisions=dict(zip(model.routes, decisions.bincount(minlength=len(model.routes)).tolist(), strict=True)),
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_network(benchmark, held_out, index, tmp_path):
     prediction = benchmark.pedantic(lambda: predictor.predict(volume), rounds=ROUNDS)
     content = {
         "case": case.name, "shape": list(fitting.shape), "executor": predictor.engine.executor,
-        "decisions": np.bincount(prediction.decisions, minlength=3).tolist(),
+        "decisions": np.bincount(prediction.decisions, minlength=len(prediction.routes)).tolist(),
         "quality": found, "static_agreement": agreement, "not_run": not_run, "times": times,
         "ratios": {base: ratios(times, base) for base in ("engine", "predict")},
     }
