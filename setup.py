@@ -38,12 +38,12 @@ def compile_kernels(archs, folder):
         spec.loader.exec_module(sys.modules[spec.name])
         aot = importlib.import_module("meddanet.kernels.aot")
         aot.build(aot.parse_archs(archs), aot.PACKAGED)
-    except (ImportError, ValueError) as error:
-        # an editable build only warns of what is an Exception
+    except Exception as error:
+        # an editable build only warns of these
         raise SystemExit(
             f"error: {VARIABLE}={archs}: {' '.join(str(error).split())}. The build must see the "
-            "torch and triton that will run: pip install --no-build-isolation . or, after an installation "
-            "without the variable, meddanet info --kernels --build 8.6,8.9"
+            "torch and triton that will run: pip install --no-build-isolation . or, after an "
+            "installation without the variable, meddanet info --kernels --build 8.6,8.9"
         ) from error
 
 

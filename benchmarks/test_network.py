@@ -128,11 +128,12 @@ def test_slices_to_labels(measure):
         "static fp16, batched, compiled": lambda: labels_of(compiled, slices16, CHUNK),
     }
     decisions = torch.cat([model.segment(part).decisions for part in slices.split(CHUNK)])
+    counts = decisions.bincount(minlength=len(model.routes))
     measure(
         "slices to labels", next(iter(providers)), providers, shape=list(slices.shape),
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
-        decisions=dict(zip(model.routes, decisions.bincount(minlength=len(model.routes)).tolist(), strict=True)),
+        decisions=dict(zip(model.routes, counts.tolist(), strict=True)),
     )  # fmt: skip
 
 

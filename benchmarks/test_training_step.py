@@ -39,7 +39,7 @@ class OneBatch:
         noise = torch.randn(BATCH, 4, SIDE, SIDE, generator=generator)
         self.images = noise + 3 * self.labels[:, None]
 
-    def window_batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def window_batch(self, size: int, at_least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the batch."""
         return self.images, self.labels
 

@@ -34,8 +34,8 @@ class ShapeClass(NamedTuple):
     channels: int
 
 
-# time of a step (forward and gradients) on values over that of one whose forward is on codes, weights
-# quantised anew in both; a forward alone gains more
+# time of a step (forward and gradients) on values over that of one whose forward is on codes,
+# weights quantised anew in both; a forward alone gains more
 SPEED_UP: dict[ShapeClass, float] = {
     ShapeClass("cpu", 1, 3, 1, 4): 1.04,
     ShapeClass("cpu", 1, 3, 1, 16): 1.06,

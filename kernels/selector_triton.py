@@ -96,15 +96,16 @@ def moments_kernel(
     in_ptr += slot * pixels * CHANNELS
     begin, end = chunk * length, tl.minimum((chunk + 1) * length, pixels)
     # sums about one of the values: what is subtracted later is small
-    about = tl.load(in_ptr + begin.to(tl.int64) * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
+    offs = begin.to(tl.int64) * CHANNELS + channel
+    about = tl.load(in_ptr + offs, mask=known, other=0.0).to(tl.float32)
 
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_M):
         pixel = start + tl.arange(0, BLOCK_M)
         mask = (pixel < end)[:, None] & known[None, :]
-        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(in_ptr + offs, mask=mask, other=0.0)
+        places = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(in_ptr + places, mask=mask, other=0.0)
         distance = tl.where(mask, x.to(tl.float32) - about[None, :], 0.0)
         total += distance
         squares += distance * distance

@@ -123,7 +123,8 @@ def train_config(options: Namespace) -> TrainConfig:
         # named in a file; the option itself has put the phases in place
         values["phases"] = RECIPES[recipe]()
         if recipe != "meddanet":
-            values["position_network"] = None
+            if values["position_network"] == TrainConfig("", "").position_network:
+                values["position_network"] = None
             if values["augment"] == asdict(AugmentConfig()):
                 values["augment"] = asdict(PAPERS_AUGMENTATION)
     if values["baseline"] is not None:

@@ -79,12 +79,13 @@ def build_decision_network(name: str, num_classes: int, in_channels: int = 4) ->
     return model
 
 
-def build_position_network(name: str, in_channels: int = 4) -> nn.Module:
+def build_position_network(name: str, in_channels: int = 4, size: float = 48) -> nn.Module:
     """Builds a network that says where a crop goes, in full precision.
 
     Args:
         name: "heatmap", or a name for `build_decision_network`, as in the paper.
         in_channels: Channels of the image.
+        size: Side of the smallest crop, in pixels of the image that the network sees.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, 2], (y, x).
@@ -94,7 +95,7 @@ def build_position_network(name: str, in_channels: int = 4) -> nn.Module:
     """
     if name != "heatmap":
         return build_decision_network(name, 2, in_channels)
-    model = HeatmapLocator((12, 24, 48, 96, 256), in_channels)
+    model = HeatmapLocator((12, 24, 48, 96, 256), in_channels, size)
     set_quantization(model, quantize=False, update_range=True)
     return model
 
@@ -180,7 +181,10 @@ def build_med_danet_v2(
     model = MedDANetV2(
         segmenter=network,
         policy=build_decision_network(decision_network, 2 + len(crop_sizes), in_channels),
-        position=build_position_network(position_network or decision_network, in_channels),
+        position=build_position_network(
+            position_network or decision_network, in_channels,
+            min(crop_sizes, default=0) / decision_scale,
+        ),
         bit_selectors=nn.ModuleList(
             BitSelector(channels, in_channels, num_bits) for channels in network.stage_channels
         ),

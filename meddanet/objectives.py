@@ -135,7 +135,7 @@ def _located(model: Any, glance: Tensor) -> tuple[Tensor, Tensor | None]:
     if not isinstance(model.position, HeatmapLocator):
         return model.position(glance).sigmoid(), None
     heat = model.position.heat(glance)
-    return model.position.centre(heat).sigmoid(), heat
+    return model.position.centre(heat, glance).sigmoid(), heat
 
 
 def heat_loss(heat: Tensor, labels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class PhaseConfig:
         oracle_weight: Weight of what the labels teach policy and position network.
         cost_weight: Weight of the chosen route's cost; None = the run's.
         branch_cost_weight: Weight of the cost of all branches together, chosen or not.
-        selector_rate: Learning rate of the bit selectors, as a multiple of the phase's.
+        selector_rate: Learning rate of the bit selectors, as a multiple of the phase's; above 0.
         stay: In "bank", the share of the steps each member takes part in, cheapest first; empty =
             all of them. A phase per member, (1, 0), then (0, 1), trains each on its own.
         windows: In "bank" and "decision", train on windows, two thirds with a lesion (V1's setting
@@ -66,6 +66,8 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         self.parts, self.stay = tuple(self.parts), tuple(self.stay)
+        if self.selector_rate <= 0:
+            raise ValueError(f"selector_rate is {self.selector_rate}, expected more than 0")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known)

@@ -226,12 +226,15 @@ def test_decision_networks_take_any_channels_and_size(name):
 def test_the_place_is_where_the_map_is_hot():
     heat = torch.zeros(2, 1, 8, 10)
     heat[0, 0, 1, 9] = 50.0
-    network = build_position_network("heatmap", in_channels=2)
-    network.centre.gain.copy_(torch.tensor([1.0, 1.25]))
-    # rows: cell 1 of 8, centre 1.5 / 8; columns: 9.5 / 10, of which the gain makes 0.5 + 0.45 * 1.25
-    place = network.centre(heat).sigmoid()
-    assert place[0].tolist() == pytest.approx([0.1875, 1 - EDGE], abs=1e-6)
+    network = build_position_network("heatmap", in_channels=2, size=32)
+    # rows: cell 1 of 8, centre 24 of 128 pixels, a crop from 8 on, of 96 possible; columns: centre
+    # 152 of 160, a crop that would leave the image
+    place = network.centre(heat, torch.zeros(2, 2, 128, 160)).sigmoid()
+    assert place[0].tolist() == pytest.approx([8 / 96, 1 - EDGE], abs=1e-6)
     assert place[1].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    # the same centre of a larger image, and one that the crop fills
+    place = network.centre(heat, torch.zeros(2, 2, 256, 32)).sigmoid()
+    assert place[0].tolist() == pytest.approx([(48 - 16) / 224, 1 - EDGE], abs=1e-6)
 
 
 @torch.no_grad()

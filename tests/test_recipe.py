@@ -100,6 +100,8 @@ def test_branch_costs_are_the_routes_costs(model):
 def test_unknown_choices_are_named():
     with pytest.raises(ValueError, match="autocast is 'half', expected one of none, bfloat16"):
         PhaseConfig("static", 1, autocast="half")
+    with pytest.raises(ValueError, match="selector_rate is 0, expected more than 0"):
+        PhaseConfig("quantised", 1, selector_rate=0)
     with pytest.raises(ValueError, match="parts holds decoder, expected some of segmenter"):
         train_parts(build_med_danet_v2("unet-12"), ("decoder",))
 

@@ -22,7 +22,7 @@ Array = np.ndarray
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
 
 # graphs that a thread keeps: those of crops and of some three sizes of whole slices
-KEPT = 64
+KEPT = 96
 
 
 class _Stage(nn.Module):

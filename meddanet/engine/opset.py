@@ -24,7 +24,7 @@ from torch import fx, nn
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
-from ..networks.heatmap import EDGE, HeatCentre
+from ..networks.heatmap import EDGE, HeatCentre, play_shares
 
 try:
     import openvino as ov  # type: ignore[import-untyped]
@@ -38,7 +38,8 @@ Node = Any
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (QuantizedInput, HeatCentre)) or super().is_leaf_module(module, name)
+        whole = isinstance(module, (QuantizedInput, HeatCentre))
+        return whole or super().is_leaf_module(module, name)
 
 
 def translate(
@@ -300,12 +301,14 @@ def _hard_sigmoid(input: Node, inplace: bool = False) -> Node:
     return ops.hard_sigmoid(input, constant(1 / 6), constant(0.5))
 
 
-def _heat_centre(module: HeatCentre, heat: Node) -> Node:
+def _heat_centre(module: HeatCentre, heat: Node, image: Node) -> Node:
     _, _, height, width = heat.get_output_shape(0)
     share = ops.softmax(ops.reshape(heat, integers(0, -1), True), 1)
     rows, columns = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
     places = np.stack([np.repeat(rows, width), np.tile(columns, height)])
-    centre = ops.matmul(share, constant(places * module.gain.detach().numpy()[:, None]), False, True)
+    play = np.array(play_shares(list(image.get_output_shape(0))[2:], module.size))
+    gain = (module.gain.detach().numpy() / play)[:, None]
+    centre = ops.matmul(share, constant(places * gain), False, True)
     position = ops.clamp(ops.add(centre, constant(0.5)), EDGE, 1 - EDGE)
     return ops.log(ops.divide(position, ops.subtract(constant(1), position)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,16 +14,24 @@ from .decision import ShuffleNetV2, pointwise
 class HeatCentre(nn.Module):
     """The centre of mass of a map's softmax, as logits of the crop's place.
 
-    A centre is a share of the image's side, a place one of the smaller free play of a crop: a
-    learnt gain per axis lies between them.
+    A centre is a share of the image's side; a place is one of the crop's free play, which is
+    smaller.
+
+    Args:
+        size: Side of the smallest crop, in pixels of the image that the network sees.
+
+    Attributes:
+        gain: [2], learnt, per axis: how far the crop's centre lies from the image's for a heat's
+            centre that lies so far away; the last cells of a map may hang over the image's edge.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: float) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.full((2,), 1.5))
+        self.size = size
+        self.gain = nn.Parameter(torch.ones(2))
 
-    def forward(self, heat: Tensor) -> Tensor:
-        """Maps [N, 1, h, w] to logits [N, 2], (y, x)."""
+    def forward(self, heat: Tensor, image: Tensor) -> Tensor:
+        """Maps [N, 1, h, w], the map of an image [N, C, H, W], to logits [N, 2], (y, x)."""
         height, width = heat.shape[2:]
         share = heat.flatten(1).softmax(1).reshape(-1, height, width)
         rows, columns = (
@@ -29,7 +39,13 @@ class HeatCentre(nn.Module):
             for side in (height, width)
         )
         centre = torch.stack([(share.sum(2) * rows).sum(1), (share.sum(1) * columns).sum(1)], 1)
-        return (0.5 + self.gain * centre).clamp(EDGE, 1 - EDGE).logit()
+        play = centre.new_tensor(play_shares(image.shape[2:], self.size))
+        return (0.5 + self.gain / play * centre).clamp(EDGE, 1 - EDGE).logit()
+
+
+def play_shares(sides: Sequence[int], size: float) -> list[float]:
+    """Returns a crop's free play as shares of the sides, at least a pixel's."""
+    return [max(side - size, 1) / side for side in sides]
 
 
 EDGE = 1 / 1024  # a logit stays finite, in float16 too
@@ -45,9 +61,12 @@ class HeatmapLocator(nn.Module):
     Args:
         widths: As of `ShuffleNetV2`; the last stage is left out.
         in_channels: Channels of the image.
+        size: Side of the smallest crop, in pixels of the image that the network sees.
     """
 
-    def __init__(self, widths: tuple[int, ...], in_channels: int = 4) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], in_channels: int = 4, size: float = 48
+    ) -> None:
         super().__init__()
         trunk = ShuffleNetV2(widths, 1, in_channels)
         self.stem = trunk.stem
@@ -56,12 +75,12 @@ class HeatmapLocator(nn.Module):
         self.map = QuantConv2d(64, 1, 1)
         nn.init.normal_(self.map.weight, 0, 0.05)
         nn.init.zeros_(self.map.bias)
-        self.centre = HeatCentre()
+        self.centre = HeatCentre(size)
 
     def heat(self, input: Tensor) -> Tensor:
-        """Maps [N, in_channels, H, W] to the logits [N, 1, H / 16, W / 16] of the crop's centre."""
+        """Maps [N, in_channels, H, W] to a map of logits, a cell per 16 x 16 pixels, rounded up."""
         return self.map(self.last(self.stages(self.stem(input))))
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [N, in_channels, H, W] of any size to logits [N, 2], (y, x)."""
-        return self.centre(self.heat(input))
+        return self.centre(self.heat(input), input)

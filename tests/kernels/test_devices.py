@@ -176,7 +176,7 @@ def test_integer_convolution(device, name, num_bits, tolerances):
 
 @pytest.mark.parametrize("num_bits", [8, [8, 16, 5]], ids=["one width", "per sample"])
 def test_training_codes(device, num_bits):
-    """What a training convolution keeps of its input, and reads back: float32 on the CPU is right."""
+    """What a training convolution keeps of its input, and reads back; the CPU is right."""
     bits = num_bits if isinstance(num_bits, int) else torch.tensor(num_bits)
     planes = 1 if isinstance(num_bits, int) else 2
     x, amax = torch.randn(3, 5, 13, 17).contiguous(memory_format=LAST), torch.tensor([1.5])
