@@ -68,7 +68,7 @@ def test_the_file_says_what_it_is(model, path):
     assert facts["architecture"] == {
         "segmenter": "unet-12", "in_channels": 2, "num_classes": 3, "crop_sizes": [16, 24],
         "num_bits": [4, 8], "decision_network": "shufflenetv2-m", "decision_scale": 1,
-        "quantize_decisions": True,
+        "quantize_decisions": True, "position_network": None,
     }
     assert facts["model"] == "MedDANetV2"
     assert load_model(path).metadata == facts
