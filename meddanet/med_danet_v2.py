@@ -76,6 +76,7 @@ class MedDANetV2(RoutedSegmenter):
         self.routes = ("skip", *(f"crop-{size}" for size in crop_sizes), "whole")
         self.in_channels, self.num_classes = segmenter.in_channels, segmenter.num_classes
         self.stride = segmenter.stride
+        self.smallest_crop = min(crop_sizes, default=0)
         self.smallest_side = max(crop_sizes, default=self.stride)
         self.num_stages = len(bit_selectors)
 
@@ -100,7 +101,7 @@ class MedDANetV2(RoutedSegmenter):
 
     def offset(self, position: Tensor, size: int, height: int, width: int) -> Tensor:
         """Turns `locate`'s shares into the (y, x) offset in pixels of a P x P crop, [N, 2]."""
-        return place(position, self.crop_sizes[0], size, position.new_tensor([height, width]))
+        return place(position, self.smallest_crop, size, position.new_tensor([height, width]))
 
     def features(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the segmenter before its last stage, widths chosen per sample and stage.

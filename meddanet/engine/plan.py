@@ -87,7 +87,6 @@ class Plan:
         # each route's view; a skipped slice has none, and no play either
         views = [size, *((p, p) for p in model.crop_sizes), size]
         self._views = torch.tensor(views, dtype=torch.float32, device=device)
-        self._smallest = min(model.crop_sizes, default=0)
         self.groups = [
             Group.empty(name, (crop, crop), capacity, device)
             for name, crop in zip(model.routes[1:], model.crop_sizes, strict=False)
@@ -128,7 +127,8 @@ class Plan:
         """Turns logits into decisions, offsets and the slots of every group."""
         self.decisions.copy_(self._routes.argmax(1) * self._seen)
         view, sides = self._views.index_select(0, self.decisions), self._views[0]
-        self.offsets.copy_(place(self._places.sigmoid(), self._smallest, view, sides).round())
+        smallest = self._planned.model.smallest_crop
+        self.offsets.copy_(place(self._places.sigmoid(), smallest, view, sides).round())
         # a slice of NaN has a place all the same
         corners = self.offsets.nan_to_num().to(torch.int32)
         for route, group in enumerate(self.groups, 1):

@@ -154,7 +154,7 @@ class SliceEngine:
 
     def _offsets(self, places: Array, sizes: Array, image: tuple[int, int]) -> Tensor:
         """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset`."""
-        smallest, size = self._model.crop_sizes[0], torch.from_numpy(sizes)[:, None]
+        smallest, size = self._model.smallest_crop, torch.from_numpy(sizes)[:, None]
         position = torch.from_numpy(places).sigmoid()
         return place(position, smallest, size, position.new_tensor(image)).round()
 
@@ -212,7 +212,7 @@ class SliceEngine:
         if found is None:
             return None
         result, gradients, spreads = found
-        chosen = map(self._width, range(len(widths)), [gradients] * len(widths), spreads)
+        chosen = (self._width(stage, gradients, spread) for stage, spread in enumerate(spreads))
         return (result, widths) if tuple(chosen) == widths else None
 
     def _width(self, stage: int, gradients: Array, spread: Array) -> int:

@@ -64,9 +64,7 @@ class HeatmapLocator(nn.Module):
         size: Side of the smallest crop, in pixels of the image that the network sees.
     """
 
-    def __init__(
-        self, widths: tuple[int, ...], in_channels: int = 4, size: float = 48
-    ) -> None:
+    def __init__(self, widths: tuple[int, ...], in_channels: int, size: float) -> None:
         super().__init__()
         trunk = ShuffleNetV2(widths, 1, in_channels)
         self.stem = trunk.stem

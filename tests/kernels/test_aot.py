@@ -29,7 +29,6 @@ from meddanet.kernels.precompiled import entries  # noqa: E402
 FIRST_LAUNCHES = """
 import json, sys
 from collections import Counter
-from functools import partial
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
