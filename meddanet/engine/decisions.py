@@ -33,7 +33,9 @@ class _OnGrid(nn.Module):
         return self.layer(fake_quantize(input, self.num_bits, self.amax))
 
 
-def frozen(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def frozen(
+    network: nn.Module, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> nn.Module:
     """Returns a copy for inference whose forward pass can be captured in a graph.
 
     Layers that are quantised have their weights put on the grid and round their input by its fixed
@@ -42,8 +44,9 @@ def frozen(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     Args:
         network: In `eval()`, every quantised layer with a range.
         dtype: Of weights and activations.
+        device: Where it runs.
     """
-    network = deepcopy(network).eval()
+    network = deepcopy(network).to(device).eval()
     rounding = {}
     for name, layer in quantized_layers(network).items():
         if layer.quantize:

@@ -46,7 +46,7 @@ class PlannedModel:
         self.unet = PackedUNet(model, device)
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         self.policy, self.position = (
-            frozen(network, self.dtype).to(device) for network in (model.policy, model.position)
+            frozen(network, self.dtype, device) for network in (model.policy, model.position)
         )
 
 

@@ -141,8 +141,8 @@ class TritonEngine:
                     _copy_out(plan, result, part)
         finally:
             # buffers are free for the next volume, whatever happened
-            upload.synchronize()
-            compute.synchronize()
+            for stream in (upload, compute):
+                stream.record_event().synchronize()
         return result
 
 

@@ -38,9 +38,11 @@ class HeatCentre(nn.Module):
             (torch.arange(side, device=heat.device, dtype=heat.dtype) + 0.5) / side - 0.5
             for side in (height, width)
         )
-        centre = torch.stack([(share.sum(2) * rows).sum(1), (share.sum(1) * columns).sum(1)], 1)
-        play = centre.new_tensor(play_shares(image.shape[2:], self.size))
-        return (0.5 + self.gain / play * centre).clamp(EDGE, 1 - EDGE).logit()
+        centre = (share.sum(2) * rows).sum(1), (share.sum(1) * columns).sum(1)
+        # numbers, not a tensor of them: a CUDA graph takes no copies from the host
+        plays = play_shares(image.shape[2:], self.size)
+        moved = [gain / play * c for gain, play, c in zip(self.gain, plays, centre, strict=True)]
+        return (0.5 + torch.stack(moved, 1)).clamp(EDGE, 1 - EDGE).logit()
 
 
 def play_shares(sides: Sequence[int], size: float) -> list[float]:

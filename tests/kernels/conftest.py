@@ -57,6 +57,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
 
 
+@pytest.fixture
+def as_users_run(backend, device) -> Iterator[None]:
+    """On a GPU what users get there; elsewhere what runs all other tests."""
+    with use_backend("auto" if device.type == "cuda" else backend):
+        yield
+
+
 @pytest.fixture(scope="session")
 def narrow() -> Callable[[Tensor, torch.dtype], Tensor]:
     """Rounds float32 values to a dtype as the executor under test does."""

@@ -164,7 +164,7 @@ from meddanet.kernels import affine_paste, bilinear_crop, fake_quantize
 x = torch.randn(3, 4, 152, 184, device="cuda").contiguous(memory_format=torch.channels_last)
 offset = torch.rand(3, 2, device="cuda", requires_grad=True)
 out = affine_paste(bilinear_crop(fake_quantize(x, 8), offset, 40), offset, (152, 184))
-torch.autograd.grad(out.sum(), offset)
+torch.autograd.grad(out, offset, torch.randn_like(out))
 torch.cuda.synchronize()
 print(len(hits), all(hits))
 """
@@ -174,7 +174,7 @@ print(len(hits), all(hits))
         capture_output=True, text=True,
     )  # fmt: skip
     launched, found = run.stdout.split()
-    assert int(launched) >= 5 and found == "True", run.stderr
+    assert (int(launched), found) == (4, "True"), run.stderr
 
 
 def test_for_another_architecture_the_jit_compiles(home, tmp_path):

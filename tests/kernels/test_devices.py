@@ -6,8 +6,6 @@ compute-sanitizer: few shapes, none a multiple of a block.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -34,17 +32,8 @@ from meddanet.kernels import (
 from meddanet.kernels.bitmask import unpack_bits
 from meddanet.kernels.input_codes import decode_input, encode_input
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.usefixtures("nan_poisoning")
+pytestmark = pytest.mark.usefixtures("nan_poisoning", "as_users_run")
 LAST, DENSE = torch.channels_last, torch.contiguous_format
-
-
-@pytest.fixture(autouse=True)
-def backend(device):
-    """On a GPU what users get there; elsewhere what runs all other tests."""
-    elsewhere = "triton" if INTERPRETING else "reference"
-    with use_backend("auto" if device.type == "cuda" else elsewhere):
-        yield
 
 
 def leaf(device, *shape, layout=DENSE):

@@ -1,0 +1,135 @@
+"""Times every launch of the engine's recorded plan by itself, on a GPU.
+
+    python benchmarks/plan_launches.py RESULT.json [--case FOLDER] [--rounds 20]
+
+One volume's slices are routed, then each launch is captured alone, REPEATS times in a CUDA graph,
+and that graph is timed by events: GPU time per launch with warm caches and without gaps, the slots
+in use being those of the volume. Beside it stands the whole plan's replay, and the replay where
+every slice is taken whole and nothing is decided. Without a case it is a phantom. A launch may be
+several kernels: a decision network is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timing import environment
+from torch import Tensor
+
+from meddanet import load_model, load_volume
+from meddanet.data import normalize, to_slices
+from meddanet.data.phantom import make_phantom
+from meddanet.engine import compile_engine
+from meddanet.predictor import VolumePredictor
+
+REPEATS = 20
+
+
+def slices_of(case: Path | None) -> tuple[str, Tensor]:
+    """Returns a name and normalised slices [D, C, H, W] of a case's folder, or of a phantom."""
+    if case is None:
+        images = normalize(np.round(make_phantom(0, (240, 240, 155)).data).clip(0))
+        return "phantom", torch.from_numpy(images.transpose(3, 0, 1, 2).copy())
+    predictor = VolumePredictor(load_model(), "cpu", executor="eager")
+    volume = load_volume(case)
+    return volume.name, predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+
+
+def captured(run: Callable[[], object], repeats: int) -> Callable[[], None]:
+    """Returns the replay of a graph of so many calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            run()
+    return graph.replay
+
+
+def microseconds(run: Callable[[], object], rounds: int) -> float:
+    """Returns the median GPU time of a call."""
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(100_000)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def every_slice_whole(plan: Any) -> Callable[[], None]:
+    """Returns a run of the plan without the decision networks, in which no slice is cropped."""
+
+    def run() -> None:
+        plan._routes.zero_()[:, -1] = 1
+        for launch in plan.launches:
+            if launch.name not in ("decide", "locate"):
+                launch.run()
+
+    return run
+
+
+def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
+    """Returns the times of the whole plan, of its routes and of every launch."""
+    engine: Any = compile_engine(load_model(), "cuda", "triton")
+    plan, replay = engine.plan(len(slices), *slices.shape[2:])
+    plan.images.zero_()[: len(slices)].copy_(slices)
+    with torch.no_grad():
+        plan.run()
+        whole = microseconds(replay, rounds)
+        decisions = plan.decisions[: len(slices)].bincount(minlength=len(plan.groups) + 1).tolist()
+        launches = [
+            (launch.name, microseconds(captured(launch.run, REPEATS), rounds) / REPEATS)
+            for launch in plan.launches
+        ]
+        plan.run()
+        all_whole = microseconds(captured(every_slice_whole(plan), 1), rounds)
+    parts: dict[str, float] = {}
+    for name, time in launches:
+        part = name.split(":")[0] if ":" in name else "decisions and routing"
+        parts[part] = parts.get(part, 0) + time
+    return {
+        "capacity": len(plan.images), "slices": len(slices), "decisions": decisions,
+        "replay_us": round(whole, 1), "every_slice_whole_us": round(all_whole, 1),
+        "sum_of_launches_us": round(sum(parts.values()), 1),
+        "parts_us": {name: round(time, 1) for name, time in parts.items()},
+        "launches_us": [[name, round(time, 2)] for name, time in launches],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measures, writes and prints what takes longest."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("plan_launches.py: PyTorch sees no CUDA GPU")
+    name, slices = slices_of(options.case)
+    found = {
+        "command": " ".join(["python", "benchmarks/plan_launches.py", *sys.argv[1:]]),
+        "environment": environment(), "case": name, **measure(slices, options.rounds),
+    }  # fmt: skip
+    options.result.write_text(json.dumps(found, indent=1) + "\n")
+    for name, time in sorted(found["launches_us"], key=lambda row: -row[1])[:40]:
+        print(f"{time:9.2f} us  {name}")
+    told = "decisions", "replay_us", "every_slice_whole_us", "parts_us"
+    print(json.dumps({key: found[key] for key in told}))
+
+
+if __name__ == "__main__":
+    main()
