@@ -70,9 +70,10 @@ def recorded(slices: Tensor) -> dict[str, Callable[[], Tensor]]:
     except ValueError as reason:
         print(f"no recorded plan here: {reason}")
         return {}
+    engine.segment(slices.cpu())
     plan, replay = engine.plan(len(slices), *slices.shape[2:])
-    if len(plan.images) < len(slices):
-        print(f"no recorded plan here: memory holds {len(plan.images)} slices of a plan")
+    if plan.capacity < len(slices):
+        print(f"no recorded plan here: memory holds {plan.capacity} slices of a plan")
         return {}
     plan.images.zero_()[: len(slices)].copy_(slices)
 

@@ -176,7 +176,7 @@ def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
     if engine.executor != "triton" or engine.device.type != "cuda":
         return {}
     plan, run = engine.plan(len(slices), *slices.shape[2:])
-    capacity, times = len(plan.images), []
+    capacity, times = plan.capacity, []
     chunks = [chunk.to(engine.device) for chunk in slices.split(capacity)]
     for _ in range(rounds + 1):
         milliseconds = 0.0

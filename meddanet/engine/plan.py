@@ -10,6 +10,9 @@ of slots that are not in use return at once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +24,29 @@ from .decisions import frozen
 from .lowering import STREAM, Group, Launch, Level, lower_features, lower_last, lower_tile
 from .packed_unet import Last, PackedUNet
 from .routing import halo
+
+# what share of a chunk's slices the smallest crop, each larger one and the whole slices have room
+# for: launches and buffers of slots not in use are not free
+ROOM = 1.0, 0.4, 0.1
+
+
+def rooms(routes: int, capacity: int, roomy: bool) -> list[int]:
+    """Returns how many slices of a chunk each route but skip takes; `roomy`: all of them."""
+    smallest, larger, whole = ROOM
+    shares = [smallest, *[larger] * (routes - 3), whole] if routes > 2 else [1.0]
+    return [capacity if roomy else math.ceil(share * capacity) for share in shares]
+
+
+def overflows(decisions: Tensor, capacity: int, routes: int) -> bool:
+    """Returns whether a plan without room for all left slices of a chunk unlabelled.
+
+    Args:
+        decisions: int64 [n] of the chunk, on the CPU.
+        capacity: Of the plan.
+        routes: How many there are, skip included.
+    """
+    counts = decisions.bincount(minlength=routes)[1:].tolist()
+    return any(n > room for n, room in zip(counts, rooms(routes, capacity, False), strict=True))
 
 
 class PlannedModel:
@@ -57,18 +83,24 @@ class Plan:
         planned: The weights.
         capacity: Slices of a chunk; fewer are filled up with zeros, which are not decided on.
         size: (height, width) of a slice.
+        roomy: Whether every route takes a whole chunk; else only as `rooms` says. Slices of a route
+            beyond that are not labelled: see `overflows`.
 
     Attributes:
+        capacity: As given, N.
+        roomy: As given.
         images: float32 [N, C, H, W]: write slices here before `run`.
         labels: uint8 [N, H, W].
         decisions: int64 [N].
         offsets: float32 [N, 2].
         num_bits: int32 [S, N], 0 where a stage did not run.
-        launches: What `run` runs, in order.
     """
 
-    def __init__(self, planned: PlannedModel, capacity: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, planned: PlannedModel, capacity: int, size: tuple[int, int], roomy: bool = True
+    ) -> None:
         self._planned, self._size = planned, size
+        self.capacity, self.roomy = capacity, roomy
         model, device = planned.model, planned.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,24 +119,51 @@ class Plan:
         # each route's view; a skipped slice has none, and no play either
         views = [size, *((p, p) for p in model.crop_sizes), size]
         self._views = torch.tensor(views, dtype=torch.float32, device=device)
+        sides = [*((crop, crop) for crop in model.crop_sizes), size]
         self.groups = [
-            Group.empty(name, (crop, crop), capacity, device)
-            for name, crop in zip(model.routes[1:], model.crop_sizes, strict=False)
+            Group.empty(name, side, room, device)
+            for name, side, room in zip(
+                model.routes[1:], sides, rooms(routes, capacity, roomy), strict=True
+            )
         ]
-        self.groups.append(Group.empty(model.routes[-1], size, capacity, device))
-        self.launches = [
-            Launch("seen", self._see), Launch("decide", self._decide),
-            Launch("locate", self._locate), Launch("route", self._route),
-        ]  # fmt: skip
+        self._deciding = [Launch("decide", self._decide)], [Launch("locate", self._locate)]
+        self._seeing, self._routing = Launch("seen", self._see), Launch("route", self._route)
         for index, group in enumerate(self.groups[:-1]):
             self._lower_crop(index, group)
         self._lower_whole(self.groups[-1])
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream() for _ in self.groups[1:]] if on_gpu else []
+
+    @property
+    def launches(self) -> Iterator[Launch]:
+        """What `run` runs, one after the other."""
+        groups = (group.launches for group in self.groups)
+        return chain([self._seeing], *self._deciding, [self._routing], *groups)
 
     @torch.no_grad()
     def run(self) -> None:
-        """Labels the slices in `images`; only enqueues work."""
-        for launch in self.launches:
-            launch.run()
+        """Labels the slices in `images`; only enqueues work, on the current stream and others."""
+        self._seeing.run()
+        self._side_by_side(*self._deciding)
+        self._routing.run()
+        self._side_by_side(*(group.launches for group in self.groups))
+
+    def _side_by_side(self, *branches: list[Launch]) -> None:
+        """Runs launches of several branches: on a GPU each branch has a stream."""
+        if not self._streams:
+            for launch in chain(*branches):
+                launch.run()
+            return
+        current = torch.cuda.current_stream()
+        streams = [current, *self._streams[: len(branches) - 1]]
+        for stream in streams[1:]:
+            stream.wait_stream(current)
+        for stream, branch in zip(streams, branches, strict=True):
+            with torch.cuda.stream(stream):
+                for launch in branch:
+                    launch.run()
+        for stream in streams[1:]:
+            current.wait_stream(stream)
 
     # routing -----------------------------------------------------------------------------------
 
@@ -133,10 +192,10 @@ class Plan:
         corners = self.offsets.nan_to_num().to(torch.int32)
         for route, group in enumerate(self.groups, 1):
             chosen = self.decisions == route
-            rank = chosen.cumsum(0)
-            group.count.copy_(rank[-1:])
+            rank, room = chosen.cumsum(0), len(group.corner)
+            group.count.copy_(rank[-1:].clamp_max(room))
             # slices of other routes all go to the slot beyond the last
-            slot = torch.where(chosen, rank - 1, len(chosen))
+            slot = torch.where(chosen & (rank <= room), rank - 1, room)
             group.slots.scatter_(0, slot, self._index)
             group.corner.copy_(corners.index_select(0, group.slices))
         self.num_bits.zero_()
@@ -150,7 +209,6 @@ class Plan:
             self._planned.unet, group, self.images, self.num_bits, last.block
         )
         lower_last(group, last, level, self.labels, group.corner, 0)
-        self.launches += group.launches
 
     def _lower_crop(self, index: int, group: Group) -> None:
         """Appends a crop's way; its last stage sees the patch and two halos: `routing.Tile`."""
@@ -169,7 +227,6 @@ class Plan:
         group.add("place", place)
         level = lower_tile(group, last, patch, shift, (tile[0], tile[1]))
         lower_last(group, last, level, self.labels, start, margin)
-        self.launches += group.launches
         self._backgrounds[1 + index] = label_background(last, self._size, group.count.device)
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
-from .plan import Plan, PlannedModel
+from .plan import Plan, PlannedModel, overflows
 
 # slices of a chunk: a few, an L2 cache's worth, a head; not yet measured on a GPU
 CAPACITIES = (8, 32, 160)
+# slices that are uploaded at a time
+PIECE = 16
 # plans, of one capacity and size of slices each, whose buffers are kept
 KEPT = 2
 # a capture sees what every thread of the process does on its device
@@ -47,8 +49,10 @@ class TritonEngine:
         self.device, self.capacities = device, capacities
         self._model = model
         self._planned = PlannedModel(model, device)
-        self._plans: OrderedDict[tuple[int, int, int], tuple[Plan, Callable[[], Any]]]
+        self._plans: OrderedDict[tuple[int, int, int, bool], tuple[Plan, Callable[[], Any]]]
         self._plans = OrderedDict()
+        # whether the last volume needed a plan in which every route takes all slices
+        self._roomy = False
         self._lock = threading.Lock()
 
     def segment(self, slices: Tensor) -> Segmentation:
@@ -68,15 +72,39 @@ class TritonEngine:
         images = slices.detach().float()
         # buffers are static: one volume at a time
         with self._lock:
+            if not len(images):
+                return Segmentation.skipped(images, self._model.num_stages)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
-                    return self._segment_on_gpu(images)
-            return self._segment_here(images)
+                    return self._with_room(images, self._segment_on_gpu)
+            return self._with_room(images, self._segment_here)
 
-    def plan(self, count: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
-        """Returns the plan for `count` slices of a size, or as many as fit, and what runs it."""
+    def _with_room(
+        self, images: Tensor, segment: Callable[[Tensor, Plan, Callable[[], Any]], Segmentation]
+    ) -> Segmentation:
+        """Segments by a plan with room for all slices where the small one has too little."""
+        plan, run = self.plan(len(images), *images.shape[2:])
+        result = segment(images, plan, run)
+        chunks = result.decisions.split(len(plan.images))
+        needed = any(overflows(chunk, plan.capacity, len(self._model.routes)) for chunk in chunks)
+        if needed and not plan.roomy:
+            result = segment(images, *self.plan(len(images), *images.shape[2:], roomy=True))
+        self._roomy = needed
+        return result
+
+    def plan(
+        self, count: int, height: int, width: int, roomy: bool | None = None
+    ) -> tuple[Plan, Callable[[], Any]]:
+        """Returns the plan for `count` slices of a size, or as many as fit, and what runs it.
+
+        Args:
+            count: Slices.
+            height: Of a slice.
+            width: Of a slice.
+            roomy: Whether every route takes all slices; None = if the last volume needed it.
+        """
         wanted = next((c for c in self.capacities if c >= count), self.capacities[-1])
-        key = wanted, height, width
+        key = wanted, height, width, self._roomy if roomy is None else roomy
         if key not in self._plans:
             while len(self._plans) >= KEPT:
                 self._plans.popitem(last=False)
@@ -86,13 +114,15 @@ class TritonEngine:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _make(self, capacity: int, height: int, width: int) -> tuple[Plan, Callable[[], Any]]:
+    def _make(
+        self, capacity: int, height: int, width: int, roomy: bool
+    ) -> tuple[Plan, Callable[[], Any]]:
         smaller = [c for c in self.capacities if c < capacity]
         plan = None
         try:
             # buffers outlive the mode in which the first volume happens to be segmented
             with torch.inference_mode(False):
-                plan = Plan(self._planned, capacity, (height, width))
+                plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)
         except torch.OutOfMemoryError:
             if not smaller:
@@ -100,38 +130,35 @@ class TritonEngine:
         plan = None
         gc.collect()
         torch.cuda.empty_cache()
-        return self._make(smaller[-1], height, width)
+        return self._make(smaller[-1], height, width, roomy)
 
-    def _segment_here(self, images: Tensor) -> Segmentation:
+    def _segment_here(self, images: Tensor, plan: Plan, run: Callable[[], Any]) -> Segmentation:
         """The chunks one after the other, by plain copies."""
         result = Segmentation.skipped(images, self._model.num_stages)
-        if len(images):
-            plan, run = self.plan(len(images), *images.shape[2:])
-            for part, chunk in _chunks(images, len(plan.images)):
-                plan.images[: len(chunk)].copy_(chunk)
-                plan.images[len(chunk) :].zero_()
-                run()
-                _copy_out(plan, result, part)
+        for part, chunk in _chunks(images, plan.capacity):
+            plan.images[: len(chunk)].copy_(chunk)
+            plan.images[len(chunk) :].zero_()
+            run()
+            _copy_out(plan, result, part)
         return result
 
-    def _segment_on_gpu(self, images: Tensor) -> Segmentation:
+    def _segment_on_gpu(self, images: Tensor, plan: Plan, run: Callable[[], Any]) -> Segmentation:
         """The next chunk's upload, this one's work and the last one's download side by side."""
         empty = Segmentation.skipped(images, self._model.num_stages)
         result = Segmentation(*(part.pin_memory() for part in empty))
-        if not len(images):
-            return result
-        plan, run = self.plan(len(images), *images.shape[2:])
         compute, upload = torch.cuda.Stream(), torch.cuda.Stream()
         staged = [torch.empty_like(plan.images) for _ in range(2)]
         taken = [torch.cuda.Event() for _ in staged]
         compute.wait_stream(torch.cuda.current_stream())
         upload.wait_stream(torch.cuda.current_stream())
         try:
-            for number, (part, chunk) in enumerate(_chunks(images, len(plan.images))):
+            for number, (part, chunk) in enumerate(_chunks(images, plan.capacity)):
                 stage, done = staged[number % 2], taken[number % 2]
                 with torch.cuda.stream(upload):
                     upload.wait_event(done)
-                    stage[: len(chunk)].copy_(chunk.pin_memory(), non_blocking=True)
+                    # a piece is copied into pinned memory while the last one is uploaded
+                    for onto, piece in zip(stage.split(PIECE), chunk.split(PIECE), strict=False):
+                        onto[: len(piece)].copy_(piece.pin_memory(), non_blocking=True)
                     stage[len(chunk) :].zero_()
                 compute.wait_stream(upload)
                 with torch.cuda.stream(compute):

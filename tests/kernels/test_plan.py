@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddanet.build import build_med_danet_v2
 from meddanet.engine import compile_engine
+from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
 from meddanet.layers import QuantLinear, image_gradients, quantized_layers, set_quantization
@@ -207,9 +208,30 @@ def test_every_decision_in_one_volume(mixed, model):
     assert not mixed.labels[3].any()
 
 
-@pytest.mark.parametrize("route", [1, 3], ids=["crop", "whole"])
+@pytest.mark.parametrize("route", [1, 2, 3], ids=["small crop", "large crop", "whole"])
 def test_one_decision_fills_a_chunk(engine, model, route, tolerances):
+    """Where a route has no room for all slices, they run again in a plan that has."""
     check(engine, model, slices_for([route] * CAPACITY, seed=2), tolerances)
+    assert engine.plan(CAPACITY, *SIDES)[0].roomy == (route > 1)
+
+
+def test_a_roomy_plan_is_kept_as_long_as_it_is_needed(engine, mixed):
+    engine.segment(slices_for([3] * CAPACITY, seed=3))
+    assert engine.plan(CAPACITY, *SIDES)[0].roomy
+    assert all(torch.equal(*pair) for pair in zip(engine.segment(MIXED), mixed, strict=True))
+    assert not engine.plan(CAPACITY, *SIDES)[0].roomy
+
+
+def test_rooms():
+    """Never less than a slice, and all of a chunk for the only crop there is, or no crop."""
+    assert rooms(4, 160, roomy=False) == [160, 64, 16]
+    assert rooms(3, 8, roomy=False) == [8, 1]
+    assert rooms(2, 8, roomy=False) == [8]
+    assert rooms(4, 3, roomy=True) == [3, 3, 3]
+    decisions = torch.tensor([0, 1, 1, 1, 3])
+    assert not overflows(decisions, 5, 4)
+    assert overflows(torch.cat([decisions, decisions]), 10, 4)
+    assert overflows(torch.tensor([2, 2, 2]), 5, 4)
 
 
 def test_nothing_to_label(engine):
@@ -274,7 +296,7 @@ def only_kernels_unwatched(monkeypatch):
 
 
 def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kernels_unwatched):
-    plan, _ = engine.plan(CAPACITY, *SIDES)
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
     plan.images.copy_(MIXED[:CAPACITY])
     with pytest.raises(AssertionError, match="needs the host"), NoWordToTheHost():
         bool(plan.images.any())
@@ -291,14 +313,14 @@ def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kern
 
 def test_one_launch_is_one_step(engine):
     """What would be recorded: no launch is made twice, none comes or goes with the decisions."""
-    plan, _ = engine.plan(CAPACITY, *SIDES)
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
     names = [launch.name for launch in plan.launches]
     assert names[:4] == ["seen", "decide", "locate", "route"]
     for route in ("crop-8", "crop-16", "whole"):
         own = [name for name in names if name.startswith(f"{route}: ")]
         assert own[0] == f"{route}: image" and own[-1] == f"{route}: labels"
         assert sum("block" in name for name in own) == 18
-    assert len(engine._plans) == 1, "one plan served all chunks"
+    assert engine.plan(CAPACITY, *SIDES, roomy=False)[0] is plan, "one plan serves all chunks"
 
 
 # choosing --------------------------------------------------------------------------------------
