@@ -1,7 +1,7 @@
 """What follows the integer sum, in Triton: constants applied, codes made; see `conv_int.py`.
 
-Where codes may have 16 bits a value is two float32, head + tail, with about 46 bits: products are
-split by a fused multiply-add, sums by Knuth's two-sum. Elsewhere the tail is left out, and each
+Where a slot's codes have 16 bits a value is two float32, head + tail, with about 46 bits: products
+are split by a fused multiply-add, sums by Knuth's two-sum. Elsewhere the tail is left out, and each
 product and sum is rounded on its own: launch with enable_fp_fusion=False.
 """
 
@@ -23,13 +23,14 @@ def step_of(amax_ptr, bits):
 
 
 @triton.jit
-def float_of(total, PRECISE: tl.constexpr):
-    """Returns an integer as head + tail: exact if PRECISE, else rounded to the head."""
+def float_of(total, precise, PRECISE: tl.constexpr):
+    """Returns an integer as head + tail: exact if precise, else rounded to the head."""
     head = total.to(tl.float32)
-    if PRECISE:
-        return head, (total - head.to(total.dtype)).to(tl.float32)
-    else:
-        return head, tl.zeros_like(head)
+    tail = tl.zeros_like(head)
+    if PRECISE:  # noqa: SIM102, a constant
+        if precise:
+            tail = (total - head.to(total.dtype)).to(tl.float32)
+    return head, tail
 
 
 @triton.jit
@@ -58,10 +59,22 @@ def times_plus(head, tail, scale, offset, PRECISE: tl.constexpr):
 
 @triton.jit
 def codes_of(value, step, largest):
-    """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0."""
-    quotient = tl.div_rn(value, tl.where(step == 0, float("inf"), step))
-    quotient = tl.where(quotient > largest, largest, quotient)
-    quotient = tl.where(quotient < -largest, -largest, quotient)
-    quotient = tl.where(quotient == quotient, quotient, 0.0)
-    # half to even: beyond 2^23 a sum has no bits left for a fraction
-    return ((quotient + 12582912.0) - 12582912.0).to(tl.int32)
+    """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0 or NaN.
+
+    Products with the step's reciprocal, mended twice by what they leave of the value, are the
+    correctly rounded quotient (Markstein 1990) at half the instructions of a division.
+    """
+    known = step > 0
+    # with tiny steps the reciprocal would overflow, and rests underflow
+    factor = tl.where(step < 1e-30, 79228162514264337593543950336.0, 1.0)
+    step = tl.where(known, step, 0.0) * factor
+    inverse = tl.where(known, tl.div_rn(1.0, tl.where(known, step, 1.0)), 0.0)
+    # the quotient of this bound rounds to the largest code
+    bound = tl.where(known, largest, 0.0) * step
+    inside = tl.minimum(tl.maximum(value * factor, -bound), bound)
+    quotient = inside * inverse
+    quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
+    quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
+    # half to even: beyond 2^23 a sum has no bits left for a fraction; they hold the whole number
+    bits = (quotient + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where(value == value, bits - 0x4B400000, 0)

@@ -50,12 +50,12 @@ def _add_products(
 
 @triton.jit
 def _integer_sum(
-    low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, depth,
+    low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, depth, precise,
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over taps and channels; y and x are the input pixel under the first tap."""
+    """Sums over taps and channels, as head + tail; y and x: the input pixel under the first tap."""
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -77,9 +77,9 @@ def _integer_sum(
 
     if WIDE:
         total = (high_high.to(tl.int64) << 16) + (mixed.to(tl.int64) << 8) + low_low
-        return float_of(total, PRECISE)
+        return float_of(total, precise, PRECISE)
     else:
-        return float_of(low_low, PRECISE)
+        return float_of(low_low, precise, PRECISE)
 
 
 @triton.jit
@@ -98,6 +98,39 @@ def _variant(bits, index, WIDTHS: tl.constexpr):
                     narrow += 1
         # a width above all of as many bytes takes the widest of them
         return tl.minimum(index, tl.where(bits > 8, packed, narrow) - 1)
+
+
+@triton.jit
+def _finish(
+    head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr, out_low_ptr,
+    out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
+    C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr, PRECISE: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Does all that follows the sums of one tile; pointers are those of its slot."""
+    head, tail = times_plus(head, tail, scale, tl.load(bias_ptr + channel), PRECISE)
+    offs = pixel.to(INDEX) * C_OUT + channel[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
+        head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
+    if stream_ptr is not None:
+        total = head + tail if PRECISE else head
+        tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
+    if out_low_ptr is not None:
+        if gain_ptr is not None:
+            gain, shift = tl.load(gain_ptr + channel), tl.load(shift_ptr + channel)
+            head, tail = times_plus(head, tail, gain, shift, PRECISE)
+        value = head + tail if PRECISE else head
+        if RELU:
+            # a comparison keeps a NaN
+            value = tl.where(value < 0, 0.0, value)
+        step, largest = step_of(out_amax_ptr, out_bits)
+        codes = codes_of(value, step, largest)
+        offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
+        # the cast keeps the lowest byte
+        tl.store(out_low_ptr + offs, codes.to(tl.int8), mask=mask)
+        if out_high_ptr is not None:
+            tl.store(out_high_ptr + offs, ((codes + 128) >> 8).to(tl.int8), mask=mask)
 
 
 # sizes of images change nothing in the machine code
@@ -137,6 +170,8 @@ def conv_kernel(
     bits = bits if bits_ptr is None else tl.load(bits_ptr + sample)
     variant = _variant(bits, variant, WIDTHS)
     step, _ = step_of(amax_ptr + sample * amax_stride, bits)
+    out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
+    precise = out_bits > 8
     first = sample * height * width * PITCH
     weights = weight_ptr + variant * (PLANES * ROWS * K)
     # a row far above the image is masked at every tap
@@ -144,19 +179,18 @@ def conv_kernel(
     if WIDE and (not NARROW or bits > 8):
         head, tail = _integer_sum(
             low_ptr + first, high_ptr + first, weights, top, left, rows, height, width,
-            depth, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, True, PRECISE, INDEX,
+            depth, precise, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, True, PRECISE, INDEX,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         head, tail = _integer_sum(
             low_ptr + first, low_ptr, weights, top, left, rows, height, width,
-            depth, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, False, PRECISE, INDEX,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            depth, precise, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, False, PRECISE,
+            INDEX, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
     channel = rows % C_OUT
     scale = tl.load(scale_ptr + variant * C_OUT + channel) * step.to(tl.float64)
-    head, tail = times_plus(head, tail, scale, tl.load(bias_ptr + channel), PRECISE)
     mask = valid[:, None] & (rows < ROWS)[None, :]
     if TRANSPOSED:
         tap = (rows // C_OUT)[None, :]
@@ -164,28 +198,30 @@ def conv_kernel(
     else:
         pixel = pixel[:, None]
     first = slot * out_height * out_width
-    offs = pixel.to(INDEX) * C_OUT + channel[None, :]
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + first * C_OUT + offs, mask=mask, other=0.0)
-        head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
+        residual_ptr += first * C_OUT
     if stream_ptr is not None:
-        total = head + tail if PRECISE else head
         stream_ptr += first * C_OUT
-        tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
     if out_low_ptr is not None:
-        if gain_ptr is not None:
-            gain, shift = tl.load(gain_ptr + channel), tl.load(shift_ptr + channel)
-            head, tail = times_plus(head, tail, gain, shift, PRECISE)
-        value = head + tail if PRECISE else head
-        if RELU:
-            # a comparison keeps a NaN
-            value = tl.where(value < 0, 0.0, value)
-        out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
-        step, largest = step_of(out_amax_ptr + slot * out_amax_stride, out_bits)
-        codes = codes_of(value, step, largest)
-        offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
-        # the cast keeps the lowest byte
-        tl.store(out_low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
-        if out_high_ptr is not None and out_bits > 8:
-            high = ((codes + 128) >> 8).to(tl.int8)
-            tl.store(out_high_ptr + first * OUT_PITCH + offs, high, mask=mask)
+        out_low_ptr += first * OUT_PITCH
+        out_amax_ptr += slot * out_amax_stride
+    if PRECISE:
+        out_high_ptr += first * OUT_PITCH
+        if precise:
+            _finish(
+                head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+                out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
+                C_OUT, OUT_PITCH, RELU, True, INDEX,
+            )  # fmt: skip
+        else:
+            _finish(
+                head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+                out_low_ptr, None, out_amax_ptr, out_bits, pixel, channel, mask,
+                C_OUT, OUT_PITCH, RELU, False, INDEX,
+            )  # fmt: skip
+    else:
+        _finish(
+            head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            out_low_ptr, None, out_amax_ptr, out_bits, pixel, channel, mask,
+            C_OUT, OUT_PITCH, RELU, False, INDEX,
+        )  # fmt: skip

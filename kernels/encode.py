@@ -39,11 +39,11 @@ def _window(call: EncodeCall, slot: int) -> Tensor:
     return window
 
 
-def _value(call: EncodeCall, window: Tensor) -> Tensor:
+def _value(call: EncodeCall, window: Tensor, width: int) -> Tensor:
     """Returns what is quantised, in float32, or float64 for float64 inputs."""
     narrow = wide_dtype(window)
     if call.affine is not None:
-        wide = torch.float64 if call.planes == 2 else narrow
+        wide = torch.float64 if width > 8 else narrow
         gain, shift = (t.to(wide)[:, None, None] for t in call.affine)
         window = window.to(wide) * gain + shift
     value = window.to(narrow)
@@ -61,7 +61,7 @@ def run_reference(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
         width = call.num_bits if isinstance(call.num_bits, int) else int(call.num_bits[slot])
         if 2 <= width <= 16:
             step = step_of(call.amax, slot, width)
-            values = quantize_codes(_value(call, window), step, int(qmax(width)))
+            values = quantize_codes(_value(call, window, width), step, int(qmax(width)))
             planes = split_codes(values.nan_to_num_(0.0)[None])[:, 0]
             # a narrow slot's high plane is nobody's
             planes = planes[: 1 if width <= 8 else 2]

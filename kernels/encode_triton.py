@@ -17,6 +17,17 @@ from .encode_call import EncodeCall
 BLOCK = 2048
 
 
+@triton.jit
+def _affine(value, gain, shift, precise, PRECISE: tl.constexpr):
+    """Returns value * gain + shift, rounded once if precise."""
+    head, tail = times_plus(value, tl.zeros_like(value), gain, shift, False)
+    if PRECISE:  # noqa: SIM102, a constant
+        if precise:
+            head, tail = times_plus(value, tl.zeros_like(value), gain, shift, True)
+            head += tail
+    return head
+
+
 @triton.jit(
     do_not_specialize=[
         "bits", "amax_stride", "height_in", "width_in", "height", "width", "tiles",
@@ -59,18 +70,17 @@ def encode_kernel(
         copy_ptr += first * CHANNELS
         tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
 
+    bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
     value = x.to(tl.float32)
     if gain_ptr is not None:
         row_of_constants = tl.arange(0, BLOCK_C)
         known = row_of_constants < CHANNELS
         gain = tl.load(gain_ptr + row_of_constants, mask=known, other=0.0)
         shift = tl.load(shift_ptr + row_of_constants, mask=known, other=0.0)
-        head, tail = times_plus(value, tl.zeros_like(value), gain, shift, PRECISE)
-        value = head + tail if PRECISE else head
+        value = _affine(value, gain, shift, bits > 8, PRECISE)
     if RELU:
         # a comparison keeps a NaN
         value = tl.where(value < 0, 0.0, value)
-    bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
     step, largest = step_of(amax_ptr + slot * amax_stride, bits)
     codes = codes_of(value, step, largest)
     offs = pixel.to(tl.int64)[:, None] * OUT_PITCH + channel

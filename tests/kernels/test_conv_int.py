@@ -164,11 +164,6 @@ class Problem:
         offset = self.bias.double().numpy() * gain + shift
         return total, scale.reshape(-1, 1, 1), offset.reshape(-1, 1, 1)
 
-    @property
-    def precise(self):
-        out_bits = self.case.out_bits
-        return out_bits is not None and (isinstance(out_bits, tuple) or out_bits > 8)
-
     def values(self, slot, dtype):
         """The sum and what is quantised, each product and sum rounded to `dtype`, in order."""
         total, scale, offset = (v.astype(dtype) for v in self.sums[slot])
@@ -229,7 +224,7 @@ class Problem:
     def check(self, result, narrow) -> None:
         """Every bit is that of the stated arithmetic."""
         for slot, width, stream, codes in self.slots_of(result):
-            total, value = self.values(slot, np.float64 if self.precise else F32)
+            total, value = self.values(slot, np.float64 if (width or 0) > 8 else F32)
             if stream is not None:
                 wanted = narrow(torch.from_numpy(total.astype(F32)), self.case.stream)
                 assert torch.equal(stream, wanted)
