@@ -1,0 +1,194 @@
+"""Tries block sizes of the recorded plan's integer convolutions on a GPU and tells the best ones.
+
+    python benchmarks/tune.py RESULT.json [--case FOLDER] [--rounds 8] [--whole]
+
+One volume is routed, then every class of convolutions (channels, taps, stride, pixels, widths) is
+launched with every candidate: outputs must stay the same bit for bit, times are GPU times of a
+CUDA graph of the launch alone. Candidates compile beforehand, on all cores. What is printed is a
+line per class: what `blocks()` in `kernels/conv_int_triton.py` says now, and the best found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan_launches import REPEATS, captured, microseconds, slices_of
+from timing import environment
+from torch import Tensor
+
+from meddanet import load_model
+from meddanet.engine import compile_engine
+from meddanet.engine.lowering import Launch
+from meddanet.engine.plan import Plan, PlannedModel
+from meddanet.kernels import conv_int_triton, variants
+from meddanet.kernels.conv_call import ConvCall
+
+Sizes = dict[str, Any]
+
+
+def candidates(call: ConvCall) -> Iterator[Sizes]:
+    """Yields block sizes that fit a convolution."""
+    rows, depth = call.conv.codes.shape[2:]
+    wide, channels = len(call.input) == 2, call.conv.in_channels
+    columns = [n for n in (16, 32, 64, 128) if min(rows, 32) <= n <= max(16, rows)]
+    chunks = [k for k in (64, 128) if depth % k == 0 and channels % k == 0] or [32]
+    looped = wide or depth > 160
+    for m, n, k, warps in product((32, 64, 128, 256), columns, chunks, (2, 4, 8)):
+        sums = m * n * (3 if wide else 1) / (32 * warps)
+        if not 16 <= sums <= 128 or m * k / (32 * warps) > 128 or m * n < 512 * warps // 2:
+            continue
+        for stages in (1, 3) if looped else (1,):
+            yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "num_warps": warps,
+                   "maxnreg": None}  # fmt: skip
+
+
+def class_of(call: ConvCall) -> tuple:
+    """Returns what a table of block sizes could tell apart."""
+    conv = call.conv
+    height, width = call.input.shape[3:] if conv.transposed else call.output_size
+    rows, depth = conv.codes.shape[2:]
+    return (conv.in_channels, rows, depth, conv.stride[0], conv.transposed, len(call.input) == 2,
+            height * width)  # fmt: skip
+
+
+class Tuned:
+    """One class of convolutions: a launch of it, and what it stores."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch: Any = launch
+        self.call, *outputs = launch.run.args
+        self.outputs: list[Tensor] = [output for output in outputs if output is not None]
+        self.before = [output.clone() for output in self.outputs]
+        # the rule's choice, as `blocks` is called by the launcher
+        seen: list[Sizes] = []
+        self.default = original
+
+        def watch(*arguments: Any) -> Sizes:
+            seen.append(original(*arguments))
+            return seen[-1]
+
+        conv_int_triton.blocks = watch
+        self.right = self._outputs()
+        self.default = seen[0]
+
+    def _outputs(self) -> list[Tensor]:
+        for output, before in zip(self.outputs, self.before, strict=True):
+            output.copy_(before)
+        self.launch.run()
+        return [output.clone() for output in self.outputs]
+
+    def time(self, sizes: Sizes, rounds: int) -> float:
+        """Returns microseconds; infinity where sizes do not run, or change a bit."""
+        conv_int_triton.blocks = lambda *arguments: sizes
+        try:
+            same = all(map(torch.equal, self._outputs(), self.right))
+            if not same:
+                print(f"{self.launch.name} with {sizes}: another result", flush=True)
+                return float("inf")
+            return microseconds(captured(self.launch.run, REPEATS), rounds) / REPEATS
+        except Exception as error:  # too much shared memory, too many registers
+            print(f"{self.launch.name} with {sizes}: {type(error).__name__}", flush=True)
+            return float("inf")
+
+
+original: Callable[..., Sizes] = conv_int_triton.blocks
+
+
+def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
+    """Returns the convolutions of the groups in use by their classes."""
+    engine: Any = compile_engine(load_model(), "cuda", "triton")
+    plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
+    plan.images.zero_()[: len(slices)].copy_(slices)
+    plan.run()
+    found: dict[tuple, list[Launch]] = {}
+    for group in plan.groups:
+        if whole and group is plan.groups[-1]:
+            group.count.fill_(len(slices))
+        elif whole or not int(group.count):
+            continue
+        for launch in group.launches:
+            if launch.run.func is conv_int_triton.run:
+                found.setdefault(class_of(launch.run.args[0]), []).append(launch)
+    return found
+
+
+def compile_part(arch: int, part: int, parts: int) -> None:
+    """Compiles every so-many-th candidate into the JIT's cache, from a plan without memory."""
+    planned, plans = PlannedModel(load_model(), torch.device("cpu")), []
+    variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), roomy=False)))
+    found: dict[tuple, Launch] = {}
+    for launch in plans[0].groups[0].launches:
+        if launch.run.func is conv_int_triton.run:
+            found.setdefault(class_of(launch.run.args[0]), launch)
+    listed = [(launch, sizes) for launch in found.values()
+              for sizes in candidates(launch.run.args[0])]  # fmt: skip
+    for launch, sizes in listed[part::parts]:
+        conv_int_triton.blocks = lambda *arguments, sizes=sizes: sizes
+        for variant in variants.record(arch, launch.name, launch.run):
+            with suppress(Exception):  # its turn to be timed will tell
+                variant.compile()
+
+
+def compile_beforehand() -> None:
+    """Compiles all candidates, in a process per core."""
+    major, minor = torch.cuda.get_device_capability()
+    parts = os.cpu_count() or 1
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, "-", "--compile", f"{10 * major + minor},{part},{parts}"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        for part in range(parts)
+    ]  # fmt: skip
+    for process in running:
+        process.wait()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures, writes a row per class, and prints the best."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--whole", action="store_true", help="every slice whole, none cropped")
+    parser.add_argument("--compile", help="arch,part,parts: what a process of its own does")
+    options = parser.parse_args()
+    if options.compile:
+        return compile_part(*map(int, options.compile.split(",")))
+    if not torch.cuda.is_available():
+        sys.exit("tune.py: PyTorch sees no CUDA GPU")
+    compile_beforehand()
+    found = classes(slices_of(options.case)[1], options.whole)
+    tuned = {key: Tuned(launches[0]) for key, launches in found.items()}
+    rows, facts = [], environment()
+    for key, one in tuned.items():
+        tried = [one.default, *candidates(one.call)]
+        times = sorted(
+            ((one.time(sizes, options.rounds), number) for number, sizes in enumerate(tried))
+        )
+        now = next(time for time, number in times if number == 0)
+        rows.append({
+            "class": list(key), "launches": [launch.name for launch in found[key]],
+            "now_us": round(now, 2), "now": one.default,
+            "best": [[round(time, 2), tried[number]] for time, number in times[:12]],
+        })  # fmt: skip
+        best = times[0]
+        print(f"{one.launch.name} {key}: {now:.1f} -> {best[0]:.1f} us x {len(found[key])}, "
+              f"{one.default} -> {tried[best[1]]}", flush=True)  # fmt: skip
+        content = {"environment": facts, "rows": rows}
+        options.result.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
