@@ -25,7 +25,7 @@ from timing import environment
 from torch import Tensor
 
 from meddanet import load_model, load_volume
-from meddanet.data import normalize, to_slices
+from meddanet.data import canonical, find_cases, load_labels, normalize, to_slices
 from meddanet.data.phantom import make_phantom
 from meddanet.engine import compile_engine
 from meddanet.predictor import VolumePredictor
@@ -33,14 +33,23 @@ from meddanet.predictor import VolumePredictor
 REPEATS = 20
 
 
-def slices_of(case: Path | None) -> tuple[str, Tensor]:
-    """Returns a name and normalised slices [D, C, H, W] of a case's folder, or of a phantom."""
+def slices_of(case: Path | None) -> tuple[str, Tensor, np.ndarray]:
+    """Returns name, normalised slices [D, C, H, W] and lesion [D, H, W] of a case, or a phantom.
+
+    Args:
+        case: The folder of a labelled case; None = a phantom of the usual size.
+    """
     if case is None:
-        images = normalize(np.round(make_phantom(0, (240, 240, 155)).data).clip(0))
-        return "phantom", torch.from_numpy(images.transpose(3, 0, 1, 2).copy())
+        phantom = make_phantom(0, (240, 240, 155))
+        images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+        lesion = phantom.labels.transpose(2, 0, 1) > 0
+        return "phantom", torch.from_numpy(images.copy()), lesion
     predictor = VolumePredictor(load_model(), "cpu", executor="eager")
-    volume = load_volume(case)
-    return volume.name, predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    found = find_cases(case)[0]
+    volume = load_volume(found)
+    slices = predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    labels = canonical(load_labels(str(found.label), like=volume), volume.affine)
+    return volume.name, slices, labels.transpose(2, 0, 1) > 0
 
 
 def captured(run: Callable[[], object], repeats: int) -> Callable[[], None]:
@@ -123,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("plan_launches.py: PyTorch sees no CUDA GPU")
-    name, slices = slices_of(options.case)
+    name, slices, _ = slices_of(options.case)
     found = {
         "command": " ".join(["python", "benchmarks/plan_launches.py", *sys.argv[1:]]),
         "environment": environment(), "case": name, **measure(slices, options.rounds),

@@ -1,22 +1,26 @@
 """The whole network on a GPU: Med-DANet V2's routing against the static U-Net of the same weights.
 
     benchmarks/gpu.sh network
+    MEDDANET_CASE=FOLDER benchmarks/gpu.sh network    # a labelled case instead of a phantom
     MEDDANET_DRY_RUN=1 pytest benchmarks/test_network.py
 
-155 normalised slices of a phantom lie on the device, label slices come out there; a second case
-starts and ends in the host's memory. Files and normalisation take no part; `test_volume.py` times a
+155 normalised slices lie on the device, label slices come out there; a second test starts and ends
+in the host's memory. Files and normalisation take no part; `test_volume.py` times a
 volume with them on the CPU. The engine's recorded plan needs a GPU: the dry run leaves it out, and
 says so, unless TRITON_INTERPRET=1 interprets it (minutes).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plan_launches import slices_of
 from timing import DEVICE, DRY_RUN
 from torch import Tensor, nn
 
@@ -29,7 +33,7 @@ from meddanet.routing import channels_last
 from meddanet.weights import load_model
 
 # the dry run takes two slices of the least size that holds a crop
-SHAPE = (128, 128, 16) if DRY_RUN else (240, 240, 155)
+SHAPE = 128, 128, 16
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,13 +49,14 @@ def labels_of(network: nn.Module, slices: Tensor, batch: int) -> Tensor:
     return torch.cat([network(part).argmax(1).to(torch.uint8) for part in slices.split(batch)])
 
 
-def phantom_slices() -> tuple[Tensor, np.ndarray]:
-    """Returns normalised slices [D, C, H, W] on the CPU, and where the tumour is [D, H, W]."""
+def volume_slices() -> tuple[str, Tensor, np.ndarray]:
+    """Returns name, normalised slices [D, C, H, W] on the CPU and the lesion [D, H, W]."""
+    if not DRY_RUN:
+        case = os.environ.get("MEDDANET_CASE")
+        return slices_of(Path(case) if case else None)
     phantom = make_phantom(0, SHAPE)
-    images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
-    taken = slice(8, 10) if DRY_RUN else slice(None)
-    truth = phantom.labels.transpose(2, 0, 1)[taken] > 0
-    return torch.from_numpy(images[taken].copy()), truth
+    images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)[8:10]
+    return "phantom", torch.from_numpy(images.copy()), phantom.labels.transpose(2, 0, 1)[8:10] > 0
 
 
 def plan_engine() -> Engine:
@@ -109,7 +114,7 @@ def static(half: bool) -> nn.Module:
 
 def test_slices_to_labels(measure):
     """All slices of one volume, decisions included, on the device from end to end."""
-    images, truth = phantom_slices()
+    name, images, truth = volume_slices()
     slices = channels_last(images.to(DEVICE))
     model = load_model("brats2021").to(DEVICE)
     full, half = static(False), static(True)
@@ -131,7 +136,7 @@ def test_slices_to_labels(measure):
     decisions = torch.cat([model.segment(part).decisions for part in slices.split(CHUNK)])
     counts = decisions.bincount(minlength=len(model.routes))
     measure(
-        "slices to labels", next(iter(providers)), providers, shape=list(slices.shape),
+        "slices to labels", next(iter(providers)), providers, volume=name, shape=list(slices.shape),
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
         decisions=dict(zip(model.routes, counts.tolist(), strict=True)),
@@ -140,7 +145,7 @@ def test_slices_to_labels(measure):
 
 def test_host_to_host(measure):
     """The same from slices in the host's memory to labels there: what a predictor waits for."""
-    images, truth = phantom_slices()
+    name, images, truth = volume_slices()
     half = static(True)
     eager = compile_engine(load_model("brats2021"), DEVICE, "eager")
     providers = {
@@ -156,7 +161,7 @@ def test_host_to_host(measure):
     except ValueError as reason:
         print(f"no recorded plan here: {reason}")
     measure(
-        "host to host", next(iter(providers)), providers, shape=list(images.shape),
+        "host to host", next(iter(providers)), providers, volume=name, shape=list(images.shape),
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
     )  # fmt: skip
