@@ -325,6 +325,70 @@ def prediction(results: Results) -> str:
     return markdown(header, rows)
 
 
+def gpu_network(results: Results) -> str:
+    """The network on GPUs: GPU time with launches queued, and time on the host."""
+    rows = []
+    for path in sorted(results.folder.glob("gpu_network*.json")):
+        content = json.loads(path.read_text())
+        device = content["environment"]["device"]
+        for case in content["cases"]:
+            ours = case["providers"][case["ours"]]
+            for name, found in case["providers"].items():
+                label = f"**{name}**" if name == case["ours"] else name
+                where = device, short(case["volume"]), case["case"], label
+                if "failed" in found:
+                    rows.append((*where, "", "", found["failed"]))
+                    continue
+                times = [found[kind]["median"] for kind in ("cold_ms", "wall_ms")]
+                ratio = times[1] / ours["wall_ms"]["median"]
+                rows.append((*where, *(f"{time:.2f}" for time in times), f"{ratio:.1f}x"))
+    return markdown(
+        ["GPU", "case", "from where to where", "", "GPU ms", "wall ms", "wall / ours"], rows
+    )
+
+
+def gpu_kernels(results: Results) -> str:
+    """Every kernel on GPUs beside its peers, and its share of the card's published peaks."""
+    from predict import compare
+
+    rows = []
+    for path in sorted(results.folder.glob("gpu_kernels*.json")):
+        content = json.loads(path.read_text())
+        shares = {row["case"]: row for row in compare(content)}
+        for case in content["cases"]:
+            ours = case["providers"][case["ours"]]
+            peers = [
+                f"{name} {ratios['cold_ms']:.2f}x" for name, ratios in case["ratios"].items()
+            ]
+            failed = [name for name, found in case["providers"].items() if "failed" in found]
+            share = shares.get(case["case"])
+            rows.append((
+                case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
+                f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
+                "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
+            ))
+    return markdown(
+        ["case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
+    )  # fmt: skip
+
+
+def gpu_launches(results: Results) -> str:
+    """What a volume's GPU time is made of, case by case."""
+    contents = [json.loads(path.read_text())
+                for path in sorted(results.folder.glob("gpu_launches*.json"))]  # fmt: skip
+    parts = list(dict.fromkeys(part for content in contents for part in content["parts_us"]))
+    rows = [
+        (content["environment"]["device"], short(content["case"]), routes(content["decisions"]),
+         *(f"{content['parts_us'].get(part, 0):.0f}" for part in parts),
+         f"{content['replay_us']:.0f}", f"{content['every_slice_whole_us']:.0f}")
+        for content in contents
+    ]  # fmt: skip
+    return markdown(
+        ["GPU", "case", "skip / crops / whole", *(f"{part}, us" for part in parts),
+         "the graph, us", "every slice whole, us"], rows
+    )  # fmt: skip
+
+
 def ablations(results: Results) -> str:
     """Every list of configurations that was trained."""
     parts = []
@@ -367,5 +431,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
-    "prediction": prediction, "ablations": ablations,
+    "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,
+    "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches,
 }  # fmt: skip
