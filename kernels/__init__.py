@@ -13,7 +13,9 @@ from .crop_paste import (
 from .encode import encode, encode_reference
 from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
+from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
+from .view import view_slices, view_slices_reference
 
 __all__ = [
     "ConvOutput",
@@ -35,8 +37,12 @@ __all__ = [
     "pack_conv",
     "quant_conv2d",
     "quant_conv2d_reference",
+    "route_slices",
+    "route_slices_reference",
     "select_bits",
     "select_bits_reference",
     "split_codes",
     "use_backend",
+    "view_slices",
+    "view_slices_reference",
 ]

@@ -124,6 +124,7 @@ def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
 @pytest.mark.parametrize("capacity", [8, 32])
 def test_the_list_holds_all_that_a_plan_launches(size, capacity):
     planned = PlannedModel(load_model(), torch.device("cpu"))
+    planned.dtype = torch.float16  # what the decision networks see on a GPU
 
     def launch_all():
         for step in Plan(planned, capacity, size).launches:

@@ -3,7 +3,7 @@
     view of the image -> codes -> begin -> [spread, width, codes, blocks, down] x 4 -> decode
       -> tile -> last stage -> labels
 
-A group is the slices of one route, compacted: slot m of every buffer is the slice slots[m], and
+A group is the slices of one route, compacted: slot m of every buffer is the slice slices[m], and
 slots from `count` on are left alone; both lie on the device. Codes are int8 byte planes, the
 residual stream is float16, everything channels last.
 """
@@ -24,6 +24,7 @@ from ..kernels import head_triton as head_kernel
 from ..kernels import selector_triton as selector_kernel
 from ..kernels.conv_call import ConvCall
 from ..kernels.encode_call import EncodeCall
+from ..kernels.route_call import Routing
 from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Up
 
 STREAM = torch.float16
@@ -44,32 +45,35 @@ class Group:
     Attributes:
         name: Of the route, such as "crop-96".
         size: (height, width) of the view of the image.
-        slots: int32 [M + 1], the slice of each slot; the last one takes what has no slot.
+        slices: int32 [M], the slice of each slot.
         count: int32 [1].
         corner: int32 [M, 2], (y, x) of the view in its slice.
+        start: int32 [M, 2], (y, x) of the tile around the view.
+        shift: int32 [M, 2], start - corner.
         launches: In order.
     """
 
     name: str
     size: Size
-    slots: Tensor
+    slices: Tensor
     count: Tensor
     corner: Tensor
+    start: Tensor
+    shift: Tensor
     launches: list[Launch] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, name: str, size: Size, capacity: int, device: torch.device) -> Group:
-        """Returns a group of as many slots, none in use."""
-        slots, count, corner = (
-            torch.zeros(shape, dtype=torch.int32, device=device)
-            for shape in ((capacity + 1,), (1,), (capacity, 2))
-        )
-        return cls(name, size, slots, count, corner)
+    def of(cls, routing: Routing, index: int, name: str, size: Size, room: int) -> Group:
+        """Returns the group of that index, which `route_triton.run` fills, with so many slots.
 
-    @property
-    def slices(self) -> Tensor:
-        """int32 [M], the slice of each slot."""
-        return self.slots[:-1]
+        The count may exceed them: slices beyond are left out.
+        """
+        slices, corner, start, shift = (
+            part[index, :room]
+            for part in (routing.slices, routing.corner, routing.start, routing.shift)
+        )
+        count = routing.counts[index]
+        return cls(name, size, slices, count, corner, start, shift)
 
     def add(self, name: str, function: Callable, *arguments: object) -> None:
         """Appends a launch."""

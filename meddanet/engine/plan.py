@@ -1,6 +1,6 @@
 """A chunk of slices from images to labels as a recorded list of launches over static buffers.
 
-    seen, decide, locate -> route -> [view, encoder, decoder, tile, last stage, labels] per route
+    view -> decide, locate -> route -> [crop, encoder, decoder, tile, last stage, labels] per route
 
 Everything that depends on the slices is decided where they lie: routes, offsets, widths, which slot
 of which group a slice takes and how many are in use. So `run` allocates no map of features or
@@ -16,10 +16,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..med_danet_v2 import MedDANetV2, place
+from ..kernels import route_triton as route_kernel
+from ..kernels import view_triton as view_kernel
+from ..kernels.route_call import new_frames, new_routing
+from ..med_danet_v2 import MedDANetV2
 from .decisions import frozen
 from .lowering import STREAM, Group, Launch, Level, lower_features, lower_last, lower_tile
 from .packed_unet import Last, PackedUNet
@@ -106,28 +108,25 @@ class Plan:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        routes = len(model.routes)
+        routes, scale = len(model.routes), model.decision_scale
         self.images = zeros(capacity, model.in_channels, *size)
         self.labels = zeros(capacity, *size, dtype=torch.uint8)
-        self.decisions = zeros(capacity, dtype=torch.int64)
-        self.offsets = zeros(capacity, 2)
         self.num_bits = zeros(model.num_stages, capacity, dtype=torch.int32)
-        self._seen = zeros(capacity, dtype=torch.bool)
+        self._view = view_kernel.new_view(self.images, scale, planned.dtype)
+        self._seen = view_kernel.new_flags(self.images, scale)
         self._routes, self._places = zeros(capacity, routes), zeros(capacity, 2)
-        self._index = torch.arange(capacity, dtype=torch.int32, device=device)
         self._backgrounds = zeros(routes, *size, dtype=torch.uint8)
-        # each route's view; a skipped slice has none, and no play either
-        views = [size, *((p, p) for p in model.crop_sizes), size]
-        self._views = torch.tensor(views, dtype=torch.float32, device=device)
-        sides = [*((crop, crop) for crop in model.crop_sizes), size]
-        self.groups = [
-            Group.empty(name, side, room, device)
-            for name, side, room in zip(
-                model.routes[1:], sides, rooms(routes, capacity, roomy), strict=True
-            )
-        ]
+        self._margins = [halo(stage) for stage in model.crop_last_stages]
+        self._frames = new_frames(
+            size, model.smallest_crop, model.crop_sizes, [2 * m for m in self._margins], device
+        )
+        self._routing = new_routing(capacity, routes, device)
+        self.decisions, self.offsets = self._routing[:2]
+        sizes = *((crop, crop) for crop in model.crop_sizes), size
+        named = zip(model.routes[1:], sizes, rooms(routes, capacity, roomy), strict=True)
+        self.groups = [Group.of(self._routing, index, *one) for index, one in enumerate(named)]
+        self._seeing, self._choosing = Launch("view", self._look), Launch("route", self._route)
         self._deciding = [Launch("decide", self._decide)], [Launch("locate", self._locate)]
-        self._seeing, self._routing = Launch("seen", self._see), Launch("route", self._route)
         for index, group in enumerate(self.groups[:-1]):
             self._lower_crop(index, group)
         self._lower_whole(self.groups[-1])
@@ -138,14 +137,14 @@ class Plan:
     def launches(self) -> Iterator[Launch]:
         """What `run` runs, one after the other."""
         groups = (group.launches for group in self.groups)
-        return chain([self._seeing], *self._deciding, [self._routing], *groups)
+        return chain([self._seeing], *self._deciding, [self._choosing], *groups)
 
     @torch.no_grad()
     def run(self) -> None:
         """Labels the slices in `images`; only enqueues work, on the current stream and others."""
         self._seeing.run()
         self._side_by_side(*self._deciding)
-        self._routing.run()
+        self._choosing.run()
         self._side_by_side(*(group.launches for group in self.groups))
 
     def _side_by_side(self, *branches: list[Launch]) -> None:
@@ -167,38 +166,21 @@ class Plan:
 
     # routing -----------------------------------------------------------------------------------
 
-    def _see(self) -> None:
-        torch.any(self.images.flatten(1), 1, out=self._seen)
-
-    def _view(self) -> Tensor:
-        scale, view = self._planned.model.decision_scale, self.images
-        if scale > 1:
-            view = F.avg_pool2d(view, scale)
-        return view.to(self._planned.dtype, memory_format=torch.channels_last)
+    def _look(self) -> None:
+        scale = self._planned.model.decision_scale
+        view_kernel.run(self.images, self._view, self._seen, scale)
 
     def _decide(self) -> None:
-        self._routes.copy_(self._planned.policy(self._view()))
+        self._routes.copy_(self._planned.policy(self._view))
 
     def _locate(self) -> None:
-        self._places.copy_(self._planned.position(self._view()))
+        self._places.copy_(self._planned.position(self._view))
 
     def _route(self) -> None:
         """Turns logits into decisions, offsets and the slots of every group."""
-        self.decisions.copy_(self._routes.argmax(1) * self._seen)
-        view, sides = self._views.index_select(0, self.decisions), self._views[0]
-        smallest = self._planned.model.smallest_crop
-        self.offsets.copy_(place(self._places.sigmoid(), smallest, view, sides).round())
-        # a slice of NaN has a place all the same
-        corners = self.offsets.nan_to_num().to(torch.int32)
-        for route, group in enumerate(self.groups, 1):
-            chosen = self.decisions == route
-            rank, room = chosen.cumsum(0), len(group.corner)
-            group.count.copy_(rank[-1:].clamp_max(room))
-            # slices of other routes all go to the slot beyond the last
-            slot = torch.where(chosen & (rank <= room), rank - 1, room)
-            group.slots.scatter_(0, slot, self._index)
-            group.corner.copy_(corners.index_select(0, group.slices))
-        self.num_bits.zero_()
+        route_kernel.run(
+            self._routes, self._places, self._seen, self._frames, self._routing, self.num_bits
+        )
         torch.index_select(self._backgrounds, 0, self.decisions, out=self.labels)
 
     # groups ------------------------------------------------------------------------------------
@@ -212,27 +194,17 @@ class Plan:
 
     def _lower_crop(self, index: int, group: Group) -> None:
         """Appends a crop's way; its last stage sees the patch and two halos: `routing.Tile`."""
-        last = self._planned.unet.crops[index]
-        margin = halo(self._planned.model.crop_last_stages[index])
-        tile = tuple(min(group.size[0] + 4 * margin, side) for side in self._size)
-        furthest = [side - length for side, length in zip(self._size, tile, strict=True)]
-        limit = torch.tensor(furthest, dtype=torch.int32, device=group.corner.device)
-        start, shift = torch.zeros_like(group.corner), torch.zeros_like(group.corner)
-
-        def place() -> None:
-            start.copy_(torch.minimum((group.corner - 2 * margin).clamp_min(0), limit))
-            torch.sub(start, group.corner, out=shift)
-
+        last, margin = self._planned.unet.crops[index], self._margins[index]
+        height, width = (min(group.size[0] + 4 * margin, side) for side in self._size)
         patch = lower_features(self._planned.unet, group, self.images, self.num_bits, None).stream
-        group.add("place", place)
-        level = lower_tile(group, last, patch, shift, (tile[0], tile[1]))
-        lower_last(group, last, level, self.labels, start, margin)
+        level = lower_tile(group, last, patch, group.shift, (height, width))
+        lower_last(group, last, level, self.labels, group.start, margin)
         self._backgrounds[1 + index] = label_background(last, self._size, group.count.device)
 
 
 def label_background(last: Last, size: tuple[int, int], device: torch.device) -> Tensor:
     """Returns the labels [H, W] that a crop's last stage gives an all-zero canvas."""
-    group = Group.empty("background", size, 1, device)
+    group = Group.of(new_routing(1, 2, device), 0, "background", size, 1)
     group.count.fill_(1)
     labels = torch.zeros(1, *size, dtype=torch.uint8, device=device)
     channels = last.block.first.packed.in_channels

@@ -119,7 +119,10 @@ LAUNCHED = [
     "masked_gradient_kernel", "offset_gradient_kernel", "quantize_kernel", "shift_kernel",
     "width_gradient_kernel",
 ]  # fmt: skip
-KERNELS = {*LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "select_kernel"}
+KERNELS = {
+    *LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "route_kernel",
+    "select_kernel", "view_kernel",
+}  # fmt: skip
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
 UP = "up, reduce, 32 to 16 channels, 120"
 

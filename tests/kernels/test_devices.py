@@ -25,12 +25,17 @@ from meddanet.kernels import (
     pack_conv,
     quant_conv2d,
     quant_conv2d_reference,
+    route_slices,
+    route_slices_reference,
     select_bits,
     select_bits_reference,
     use_backend,
+    view_slices,
+    view_slices_reference,
 )
 from meddanet.kernels.bitmask import unpack_bits
 from meddanet.kernels.input_codes import decode_input, encode_input
+from meddanet.kernels.route_call import new_frames
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning", "as_users_run")
 LAST, DENSE = torch.channels_last, torch.contiguous_format
@@ -246,6 +251,32 @@ def test_select_bits(device):
 
     actual = run(select_bits, device).cpu()
     assert actual.tolist() == [8, 8, 16] and torch.equal(actual, run(select_bits_reference, "cpu"))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_view_slices(device, scale, dtype):
+    """Squares that several programs share, one slice blank but for its last pixel, one blank."""
+    images = torch.randn(5, 4, 67, 81)
+    images[1:3], images[1, 3, -1, -1], images[3, 0, 0, 0] = 0, 1, float("nan")
+    view, seen = view_slices(images.to(device), scale, dtype)
+    expected, flags = view_slices_reference(images, scale, dtype)
+    torch.testing.assert_close(view.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    assert view.is_contiguous(memory_format=LAST)
+    assert torch.equal(seen.bool().any(1).cpu(), flags.bool().any(1))
+
+
+@pytest.mark.parametrize("samples", [1, 3, 160, 257])
+def test_route_slices(device, samples):
+    """Every route, NaN among logits and places; no offset lies near a half."""
+    frames = new_frames((40, 57), 8, (8, 24), (4, 6), "cpu")
+    logits, places = torch.randn(samples, 4), torch.randint(-12, 12, (samples, 2)) / 4 + 0.03
+    logits[2::5, 1], places[1::7, 0] = float("nan"), float("nan")
+    seen = (torch.rand(samples, 29) < 0.1).int()
+    given = logits, places, seen, frames
+    actual, expected = route_slices(*(t.to(device) for t in given)), route_slices_reference(*given)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_second_gpu(tolerances):
