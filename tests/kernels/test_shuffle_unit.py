@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from meddanet.build import build_decision_network
+from meddanet.engine.decisions import _OneKernel, frozen
 from meddanet.kernels import pack_unit, shuffle_unit, shuffle_unit_reference
 from meddanet.kernels.shuffle_unit import WIDEST, padded
-from meddanet.layers import set_quantization
+from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleUnit
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
@@ -23,16 +25,20 @@ UNITS = [
 
 
 @torch.no_grad()
-def unit_with_norms(cin, cout, stride):
-    """A unit in eval, not quantised, whose norms do something, in float64."""
-    unit = ShuffleUnit(cin, cout, stride).double().eval()
-    set_quantization(unit, quantize=False, update_range=False)
-    for norm in (m for m in unit.modules() if isinstance(m, nn.BatchNorm2d)):
+def in_float(network):
+    """The network in float64 and eval, not quantised, with norms that do something."""
+    network = network.double().eval()
+    set_quantization(network, quantize=False, update_range=False)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean, -1, 1)
         nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -1, 1)
-    return unit
+    return network
+
+
+def unit_with_norms(*shape):
+    return in_float(ShuffleUnit(*shape))
 
 
 @torch.no_grad()
@@ -160,6 +166,20 @@ def test_wide_units_run_in_the_reference():
     unit = folded(unit_with_norms(2 * WIDEST + 4, 2 * WIDEST + 4, 1), torch.float32)
     x = image(unit, torch.float32, samples=1)
     torch.testing.assert_close(shuffle_unit(x, packed(unit)), unit(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantised", ["stages.1.main.0.0", "stages.4.project.0.0"])
+def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised):
+    network = in_float(build_decision_network("shufflenetv2-m", 4, 4))
+    layer = quantized_layers(network)[quantised]
+    layer.quantize = True
+    layer.input_amax.fill_(4.0)
+    small = frozen(network, torch.float64)
+    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == 15
+    assert isinstance(small.stages[int(quantised.split(".")[1])], ShuffleUnit)
+    x = torch.randn(2, 4, 40, 32, dtype=torch.float64)
+    torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
 
 
 def test_padding_is_zero():
