@@ -26,8 +26,8 @@ from .conv_call import pixel_pitch
 Layer: TypeAlias = tuple[Tensor, Tensor]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# weights of wider branches do not fit beside each other into the smallest GPU's shared memory
-WIDEST = 128
+# bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
+WIDEST = 256
 # a tensor core multiplies by no fewer channels
 NARROWEST = 16
 
@@ -124,20 +124,19 @@ def _run_reference(
     branch = input if side else input[:, 1::2]
     width = branch.shape[1]
 
-    def pointwise(x: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    def pointwise(x: Tensor, layer: Sequence[Tensor], outputs: int) -> Tensor:
+        weight, bias = layer
         matrix = weight[: x.shape[1], :outputs].T[:, :, None, None]
         return F.conv2d(x, matrix, bias[:outputs].to(x.dtype)).relu()
 
-    def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        groups = x.shape[1]
-        taps = weight[:, :groups].T.reshape(groups, 1, 3, 3).to(x.dtype)
-        return F.conv2d(
-            x, taps, bias[:groups].to(x.dtype), stride=2 if side else 1, padding=1, groups=groups
-        )
+    def depthwise(x: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        groups, stride = x.shape[1], 2 if side else 1
+        taps, bias = (constants[..., :groups].to(x.dtype) for constants in layer)
+        return F.conv2d(x, taps.T.reshape(groups, 1, 3, 3), bias, stride, 1, groups=groups)
 
-    hidden = depthwise(pointwise(branch, *main[:2], mid), *main[2:4])
-    mixed = pointwise(hidden, *main[4:], channels - width)
-    passed = pointwise(depthwise(input, *side[:2]), *side[2:], width) if side else input[:, 0::2]
+    hidden = depthwise(pointwise(branch, main[:2], mid), main[2:4])
+    mixed = pointwise(hidden, main[4:], channels - width)
+    passed = pointwise(depthwise(input, side[:2]), side[2:], width) if side else input[:, 0::2]
     return torch.cat([passed, mixed], 1)
 
 
@@ -149,7 +148,7 @@ def _shuffle_unit(
     output = _new_output(input, len(side) > 0, channels)
     if not output.numel():
         return output
-    widest = max(weight.shape[-1] for weight in (*main, *side))
+    widest = max(weight.shape[-1] for weight in (*main, *side)) * input.element_size()
     if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
         from .shuffle_unit_triton import run
 
@@ -192,7 +191,8 @@ def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
 def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
     """Runs a unit of ShuffleNetV2 without gradients.
 
-    Units with a branch of more than 128 channels, and float64, run in the reference everywhere.
+    Units with a branch of more than 128 channels (64 in float32), and float64, run in the reference
+    everywhere.
 
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.

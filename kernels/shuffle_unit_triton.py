@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .shuffle_unit import padded
 
 # elements of a layer's output per program, and their bounds in pixels; not measured on a GPU: the
 # lower one is the least that a tensor core takes
@@ -123,7 +122,7 @@ def run(output: Tensor, input: Tensor, main: Sequence[Tensor], side: Sequence[Te
     Args:
         output: [N, Cout, H / stride, W / stride], dense, channels last.
         input: [N, Cin, H, W], dense, channels last, in float16, bfloat16 or float32.
-        main: Of a `PackedUnit` whose branches have at most 128 channels.
+        main: Of a `PackedUnit` whose rows of weights have at most `WIDEST` bytes.
         side: Likewise.
 
     Raises:
@@ -166,7 +165,8 @@ def _launch_meta(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     branch = cin if stride == 2 else cin // 2
-    k, h, o = (padded(channels) for channels in (branch, cout // 2, cout - branch))
+    # padded as `shuffle_unit.pack_unit` does
+    k, h, o = (max(16, triton.next_power_of_2(c)) for c in (branch, cout // 2, cout - branch))
     main = (
         empty(k, h, dtype=dtype), empty(h), empty(9, h), empty(h), empty(h, o, dtype=dtype),
         empty(o),

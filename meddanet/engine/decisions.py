@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,12 @@ def _rounds(network: nn.Module) -> bool:
 
 def _packed(unit: ShuffleUnit) -> PackedUnit:
     """Packs a unit whose norms are folded."""
-    main, side = (
-        [(layers[0].weight, layers[0].bias) for layers in branch or ()]
-        for branch in (unit.main, unit.project)
-    )
-    return pack_unit(*main, side)
+
+    def layer(layers: Any) -> tuple[Tensor, Tensor]:
+        return layers[0].weight, layers[0].bias
+
+    expand, depth, mix = (layer(layers) for layers in unit.main)
+    return pack_unit(expand, depth, mix, [layer(layers) for layers in unit.project or ()])
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from meddanet.build import build_decision_network
 from meddanet.engine.decisions import _OneKernel, frozen
 from meddanet.kernels import pack_unit, shuffle_unit, shuffle_unit_reference
-from meddanet.kernels.shuffle_unit import WIDEST, padded
+from meddanet.kernels.shuffle_unit import padded
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleUnit
 
@@ -162,10 +162,11 @@ def test_any_layout(shape):
 
 
 @torch.no_grad()
-def test_wide_units_run_in_the_reference():
-    unit = folded(unit_with_norms(2 * WIDEST + 4, 2 * WIDEST + 4, 1), torch.float32)
-    x = image(unit, torch.float32, samples=1)
-    torch.testing.assert_close(shuffle_unit(x, packed(unit)), unit(x))
+@pytest.mark.parametrize(("branch", "dtype"), [(130, torch.float16), (65, torch.float32)])
+def test_wide_units_run_in_the_reference(branch, dtype):
+    unit = folded(unit_with_norms(branch, 2 * branch, 2), dtype)
+    x, own = image(unit, dtype, samples=1), packed(unit)
+    assert torch.equal(shuffle_unit(x, own), shuffle_unit_reference(x, own))
 
 
 @torch.no_grad()
@@ -227,3 +228,13 @@ def test_inputs_that_do_not_fit(x, message):
     for function in (shuffle_unit, shuffle_unit_reference):
         with pytest.raises(ValueError, match=message):
             function(x, unit)
+
+
+def test_a_batch_of_too_many_pixels():
+    pytest.importorskip("triton")
+    from meddanet.kernels.shuffle_unit_triton import run
+
+    x = torch.empty(1, 24, 46341, 46341, dtype=torch.float16, device="meta")
+    unit = packed(folded(unit_with_norms(24, 24, 1), torch.float16))
+    with pytest.raises(ValueError, match="too many pixels for one launch"):
+        run(x, x, unit.main, unit.side)
