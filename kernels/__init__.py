@@ -15,11 +15,13 @@ from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
+from .shuffle_unit import PackedUnit, pack_unit, shuffle_unit, shuffle_unit_reference
 from .view import view_slices, view_slices_reference
 
 __all__ = [
     "ConvOutput",
     "PackedConv",
+    "PackedUnit",
     "affine_paste",
     "affine_paste_reference",
     "bilinear_crop",
@@ -35,12 +37,15 @@ __all__ = [
     "label_head_reference",
     "norm_affine",
     "pack_conv",
+    "pack_unit",
     "quant_conv2d",
     "quant_conv2d_reference",
     "route_slices",
     "route_slices_reference",
     "select_bits",
     "select_bits_reference",
+    "shuffle_unit",
+    "shuffle_unit_reference",
     "split_codes",
     "use_backend",
     "view_slices",

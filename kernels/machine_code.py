@@ -24,8 +24,10 @@ from .variants import Variant, variants
 ARCHS = (80, 86, 89, 90, 120)
 # the least that any supported GPU gives one program (sm_86, sm_89 and sm_120)
 SHARED_LIMIT = 99 * 1024
-# integer tensor cores; global, shared and local memory; asynchronous copies
-COUNTED = ("IMMA", "IGMMA", "LDG", "STG", "LDS", "STS", "LDSM", "LDL", "STL", "LDGSTS")
+# tensor cores, integer and half precision; global, shared and local memory; asynchronous copies
+COUNTED = (
+    "IMMA", "IGMMA", "HMMA", "HGMMA", "LDG", "STG", "LDS", "STS", "LDSM", "LDL", "STL", "LDGSTS",
+)  # fmt: skip
 
 _OPCODE = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE

@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from meddanet.engine.decisions import frozen  # noqa: E402
 from meddanet.engine.plan import Plan, PlannedModel  # noqa: E402
 from meddanet.kernels import backend, variants  # noqa: E402
 from meddanet.layers import set_quantization  # noqa: E402
@@ -24,6 +25,8 @@ from meddanet.routing import channels_last  # noqa: E402
 from meddanet.weights import load_model  # noqa: E402
 
 ARCH = 89
+# the package has a function of the same name
+shuffle_unit = import_module("meddanet.kernels.shuffle_unit")
 
 
 def tensors(result):
@@ -122,16 +125,22 @@ def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
 
 @pytest.mark.parametrize("size", [(240, 240), (160, 144), (136, 96)], ids=str)
 @pytest.mark.parametrize("capacity", [8, 32])
-def test_the_list_holds_all_that_a_plan_launches(size, capacity):
-    planned = PlannedModel(load_model(), torch.device("cpu"))
-    planned.dtype = torch.float16  # what the decision networks see on a GPU
+def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
+    model = load_model()
+    planned = PlannedModel(model, torch.device("cpu"))
+    # as on a GPU: in half precision, and the decision networks' units on Triton
+    planned.dtype = torch.float16
+    planned.policy, planned.position = (
+        frozen(network, torch.float16) for network in (model.policy, model.position)
+    )
+    monkeypatch.setattr(shuffle_unit, "triton_runs", lambda input: True)
 
     def launch_all():
         for step in Plan(planned, capacity, size).launches:
-            if step.name not in ("decide", "locate"):  # PyTorch's
-                step.run()
+            step.run()
 
     launched = variants.record(ARCH, "plan", launch_all)
+    assert "shuffle_unit_kernel" in {v.name for v in launched}
     listed = variants.variants(ARCH)
     missing = {v.key for v in launched} - {v.key for v in listed}
     assert not [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key in missing]

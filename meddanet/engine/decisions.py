@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..kernels import fake_quantize
+from ..kernels import PackedUnit, fake_quantize, pack_unit, shuffle_unit
 from ..kernels.conv_train import weight_amax
 from ..layers import quantized_layers
+from ..networks.decision import ShuffleUnit
 
 
 class _OnGrid(nn.Module):
@@ -33,13 +35,30 @@ class _OnGrid(nn.Module):
         return self.layer(fake_quantize(input, self.num_bits, self.amax))
 
 
+class _OneKernel(nn.Module):
+    """A unit of ShuffleNetV2 as one operation.
+
+    Args:
+        unit: Its weights as they run, where they run: they cannot be moved or cast.
+    """
+
+    def __init__(self, unit: PackedUnit) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Runs the unit on input [N, Cin, H, W]."""
+        return shuffle_unit(input, self.unit)
+
+
 def frozen(
     network: nn.Module, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """Returns a copy for inference whose forward pass can be captured in a graph.
 
     Layers that are quantised have their weights put on the grid and round their input by its fixed
-    range; batch norms that follow a convolution are folded into it.
+    range; batch norms that follow a convolution are folded into it. A unit of ShuffleNetV2 without
+    quantised layers becomes one operation.
 
     Args:
         network: In `eval()`, every quantised layer with a range.
@@ -64,7 +83,24 @@ def frozen(
         parent, _, own = name.rpartition(".")
         owner = network.get_submodule(parent)
         setattr(owner, own, _OnGrid(getattr(owner, own), num_bits, amax))
+    for name, unit in list(network.named_modules()):
+        if isinstance(unit, ShuffleUnit) and not _rounds(unit):
+            network.set_submodule(name, _OneKernel(_packed(unit)))
     return network
+
+
+def _rounds(network: nn.Module) -> bool:
+    return any(isinstance(module, _OnGrid) for module in network.modules())
+
+
+def _packed(unit: ShuffleUnit) -> PackedUnit:
+    """Packs a unit whose norms are folded."""
+
+    def layer(layers: Any) -> tuple[Tensor, Tensor]:
+        return layers[0].weight, layers[0].bias
+
+    expand, depth, mix = (layer(layers) for layers in unit.main)
+    return pack_unit(expand, depth, mix, [layer(layers) for layers in unit.project or ()])
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

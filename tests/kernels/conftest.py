@@ -51,6 +51,28 @@ def fused() -> None:
     InterpreterBuilder.create_fma = create_fma
 
 
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_products() -> None:
+    """Makes the interpreter multiply matrices of bfloat16, not of the integers that hold them."""
+    if not INTERPRETING:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    theirs = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.view(np.uint16).astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *others):
+        return theirs(self, widened(a), widened(b), *others)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A GPU if there is one, unless Triton interprets; else the CPU."""

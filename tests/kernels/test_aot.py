@@ -21,7 +21,13 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 
-from meddanet.kernels import aot, conv_int_triton, machine_code, variants  # noqa: E402
+from meddanet.kernels import (  # noqa: E402
+    aot,
+    conv_int_triton,
+    machine_code,
+    shuffle_unit_triton,
+    variants,
+)
 from meddanet.kernels.precompiled import entries  # noqa: E402
 
 # launches kernels, most on tensors of sizes that no list names; argv: the architecture of the
@@ -121,7 +127,7 @@ LAUNCHED = [
 ]  # fmt: skip
 KERNELS = {
     *LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "route_kernel",
-    "select_kernel", "view_kernel",
+    "select_kernel", "shuffle_unit_kernel", "view_kernel",
 }  # fmt: skip
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
 UP = "up, reduce, 32 to 16 channels, 120"
@@ -291,12 +297,15 @@ def one_per_class(arch):
 
 
 def assert_lean(row):
-    """Nothing is spilled, every GPU has the room, and convolutions run on integer tensor cores."""
+    """Nothing is spilled, every GPU has the room, and products run on the right tensor cores."""
     assert not machine_code.spills(row), row
     assert row["shared_bytes"] <= 99 * 1024, row
     assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
-    products = {"IMMA", "IGMMA"} & row["of_these"].keys()
-    assert products if row["kernel"] == "conv_kernel" else not products, row
+    for kernel, products in (
+        ("conv_kernel", {"IMMA", "IGMMA"}), ("shuffle_unit_kernel", {"HMMA", "HGMMA"})
+    ):
+        found = products & row["of_these"].keys()
+        assert found if row["kernel"] == kernel else not found, row
 
 
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
@@ -315,6 +324,14 @@ def test_machine_code_of_wide_layers(channels, wide):
     """More channels than the shipped networks have: no spill, and room on the smallest GPU."""
     epilogue = {"mixed": wide, "mixed_out": wide, "residual": True, "stream": True, "relu": True}
     launch = partial(conv_int_triton._launch_meta, channels, channels, 3, 30, **epilogue)
+    assert_lean(machine_code_of(86, "", launch))
+
+
+@pytest.mark.parametrize("shape", [(96, 192, 2), (192, 192, 1), (128, 256, 2), (256, 256, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_machine_code_of_wide_units(shape, dtype):
+    """Those of "shufflenetv2" and the widest there are: no spill, and room on the smallest GPU."""
+    launch = partial(shuffle_unit_triton._launch_meta, *shape, dtype)
     assert_lean(machine_code_of(86, "", launch))
 
 

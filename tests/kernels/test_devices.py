@@ -6,9 +6,13 @@ compute-sanitizer: few shapes, none a multiple of a block.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
+from meddanet.build import build_decision_network, build_position_network
+from meddanet.engine.decisions import _OneKernel, frozen
 from meddanet.kernels import (
     affine_paste,
     affine_paste_reference,
@@ -23,12 +27,15 @@ from meddanet.kernels import (
     label_head,
     label_head_reference,
     pack_conv,
+    pack_unit,
     quant_conv2d,
     quant_conv2d_reference,
     route_slices,
     route_slices_reference,
     select_bits,
     select_bits_reference,
+    shuffle_unit,
+    shuffle_unit_reference,
     use_backend,
     view_slices,
     view_slices_reference,
@@ -36,6 +43,7 @@ from meddanet.kernels import (
 from meddanet.kernels.bitmask import unpack_bits
 from meddanet.kernels.input_codes import decode_input, encode_input
 from meddanet.kernels.route_call import new_frames
+from meddanet.networks.decision import ShuffleUnit
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning", "as_users_run")
 LAST, DENSE = torch.channels_last, torch.contiguous_format
@@ -277,6 +285,69 @@ def test_route_slices(device, samples):
     actual, expected = route_slices(*(t.to(device) for t in given)), route_slices_reference(*given)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("branch", [12, 48, 96])
+@pytest.mark.parametrize("halved", [True, False], ids=["stride 2", "stride 1"])
+def test_shuffle_unit(device, halved, branch, dtype, tolerances):
+    """Programs of several samples, the last one not full."""
+
+    def layer(*shape):
+        fan_in = shape[1] * shape[2] * shape[3]
+        return (torch.randn(shape) / fan_in**0.5).to(dtype), torch.randn(shape[0]).to(dtype)
+
+    def depth():
+        return layer(branch, 1, 3, 3)
+
+    def point():
+        return layer(branch, branch, 1, 1)
+
+    unit = pack_unit(point(), depth(), point(), (depth(), point()) if halved else ())
+    x = torch.randn(5, unit.in_channels, 7, 9).to(dtype).contiguous(memory_format=LAST)
+    layers = unit.main + unit.side
+    exact_unit = unit._replace(
+        main=tuple(t.double() for t in layers[:6]), side=tuple(t.double() for t in layers[6:])
+    )
+    actual, again = (shuffle_unit(x.to(device), unit.to(device)) for _ in range(2))
+    assert torch.equal(actual, again)
+    tolerances.reduction(
+        actual.cpu(), native=shuffle_unit_reference(x, unit),
+        exact=shuffle_unit_reference(x.double(), exact_unit),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "shufflenetv2-m": (lambda: build_decision_network("shufflenetv2-m", 4, 4), 16),
+    "shufflenetv2": (lambda: build_decision_network("shufflenetv2", 4, 4), 16),
+    "heatmap": (lambda: build_position_network("heatmap", 4), 12),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_frozen_decision_networks(device, name, dtype, tolerances):
+    """A network with its units as operations, against itself in float64."""
+    build, units = NETWORKS[name]
+    network = build().double()
+    x = torch.randn(5, 4, 64, 72, dtype=torch.float64).to(dtype)
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(norm.bias, -0.5, 0.5)
+            norm.momentum = 1.0  # the statistics of this batch: what a network learns
+    network.train()(x.double())
+    network.eval()
+    small = frozen(network, dtype, device)
+    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == units
+    assert not any(isinstance(m, ShuffleUnit | torch.nn.BatchNorm2d) for m in small.modules())
+    calls = ((network, x.double()), (deepcopy(network).to(dtype), x),
+             (small, x.to(device).contiguous(memory_format=LAST)))  # fmt: skip
+    # a centre of mass would hide most of a map
+    exact, native, found = (getattr(model, "heat", model)(x) for model, x in calls)
+    assert exact.std(0).min() > 0.01 * exact.abs().max(), "one answer for all proves nothing"
+    tolerances.reduction(found.cpu(), native=native, exact=exact)
 
 
 def test_the_second_gpu(tolerances):

@@ -14,6 +14,7 @@ from meddanet.kernels import (
     fake_quantize,
     label_head,
     pack_conv,
+    pack_unit,
     quant_conv2d,
 )
 from meddanet.kernels.conv_call import checked_call
@@ -70,6 +71,16 @@ def codes_of(num_bits):
     return encode(image(LAST).detach(), ONE, num_bits)
 
 
+def point(*shape):
+    return torch.randn(shape), torch.randn(shape[0])
+
+
+def packed_unit(side):
+    """Arguments of the unit's operator, for a branch of three channels."""
+    unit = pack_unit(point(5, 3, 1, 1), point(5, 1, 3, 3), point(4, 5, 1, 1), side)
+    return list(unit.main), list(unit.side), unit.mid_channels, unit.out_channels
+
+
 SLOTS = torch.tensor([1, 0], dtype=torch.int32)
 SAMPLES = {
     "encode": lambda: (
@@ -114,6 +125,13 @@ SAMPLES = {
         OPS.label_head,
         (image(LAST).detach(), torch.randn(4, 3), None, torch.randn(4), None, 8, OFFSET,
          torch.tensor([2, 0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), 3, 9, 9),
+    ),
+    "unit of stride 1": lambda: (
+        OPS.shuffle_unit, (torch.randn(2, 6, 7, 8), *packed_unit(()))
+    ),
+    "unit of stride 2": lambda: (
+        OPS.shuffle_unit,
+        (image(LAST).detach(), *packed_unit([point(3, 1, 3, 3), point(3, 3, 1, 1)])),
     ),
     "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),
     "crop, channels last": lambda: (OPS.bilinear_shift, (image(LAST), leaf(2, 2), 4, 5, False)),

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddanet.build import build_med_danet_v2
 from meddanet.engine import compile_engine
+from meddanet.engine.decisions import _OneKernel
 from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
@@ -82,6 +83,8 @@ def model():
     model = build_med_danet_v2(
         "unet-4", 2, 3, (8, 16), decision_scale=2, position_network="heatmap"
     )
+    for layer in quantized_layers(model.position.stages[4:]).values():
+        layer.exempt = True  # units that run as one kernel, beside others that are quantised
     for layer in quantized_layers(model).values():
         layer.input_amax.fill_(4.0)
     for norm in model.crop_last_stages.modules():
@@ -309,6 +312,11 @@ def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kern
     # not even routing makes a number of its own
     assert outside_networks == 0
     assert torch.equal(plan.labels.cpu(), mixed.labels[:CAPACITY])
+
+
+def test_units_in_float_are_one_kernel_each(engine):
+    units = engine._planned.position.stages
+    assert [isinstance(unit, _OneKernel) for unit in units] == [False] * 4 + [True] * 8
 
 
 def test_one_launch_is_one_step(engine):

@@ -1,0 +1,209 @@
+"""A whole unit of ShuffleNetV2 for inference, batch norms folded into weights and biases.
+
+    stride 1   out = [in_even, relu(mix(depth(relu(expand(in_odd)))))]
+    stride 2   out = [relu(side_mix(side_depth(in))), relu(mix(depth(relu(expand(in)))))]
+
+in_even and in_odd are the channels 0, 2, ... and 1, 3, ...: the shuffle before the split. expand,
+mix and side_mix are 1x1 convolutions; depth and side_depth are 3x3 ones per channel, with a padding
+of zeros: outside of the image relu(expand) is zero, not relu(bias). Ma et al. 2018, Fig. 3 (c, d).
+
+Sums are float32 (float64 for float64). What layers of their own would store, after the ReLU of
+expand and after depth, is rounded to the dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import triton_runs
+from .conv_call import pixel_pitch
+
+Layer: TypeAlias = tuple[Tensor, Tensor]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
+WIDEST = 256
+# a tensor core multiplies by no fewer channels
+NARROWEST = 16
+
+
+class PackedUnit(NamedTuple):
+    """The weights of a unit as `shuffle_unit` takes them, channels padded by zeros.
+
+    1x1 weights are [Cin, Cout] in the tensors' dtype, 3x3 ones [9, C] and biases [C] in float32
+    (float64 if that is the tensors' dtype); every C is the next power of two, at least 16.
+
+    Attributes:
+        main: Weight and bias of expand, of depth and of mix.
+        side: Weight and bias of side_depth and of side_mix; empty at stride 1.
+        in_channels, mid_channels, out_channels: Without padding, of the unit's input, between
+            expand and mix, of the unit's output.
+    """
+
+    main: tuple[Tensor, ...]
+    side: tuple[Tensor, ...]
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+
+    @property
+    def stride(self) -> int:
+        """1, or 2 where there is a side branch."""
+        return 2 if self.side else 1
+
+    def to(self, device: torch.device | str) -> PackedUnit:
+        """Returns the same on another device."""
+        main, side = (tuple(t.to(device) for t in part) for part in (self.main, self.side))
+        return self._replace(main=main, side=side)
+
+
+def padded(channels: int) -> int:
+    """Returns the power of two that channels are padded to."""
+    return max(NARROWEST, 1 << (channels - 1).bit_length())
+
+
+def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = ()) -> PackedUnit:
+    """Packs a unit's layers, norms folded, for `shuffle_unit`.
+
+    Args:
+        expand: Weight [M, B, 1, 1] and bias [M]; B is half of the input's channels at stride 1, all
+            of them at stride 2.
+        depth: Weight [M, 1, 3, 3] and bias [M].
+        mix: Weight [O, M, 1, 1] and bias [O].
+        side: Nothing at stride 1; at stride 2 side_depth, weight [B, 1, 3, 3] and bias [B], and
+            side_mix, weight [B, B, 1, 1] and bias [B].
+
+    Raises:
+        ValueError: If shapes do not fit each other, or dtypes differ.
+    """
+    mid, branch = expand[0].shape[:2]
+    last = len(mix[0])
+    shapes = [(mid, branch, 1, 1), (mid, 1, 3, 3), (last, mid, 1, 1)]
+    layers, names = [expand, depth, mix, *side], ["expand", "depth", "mix"]
+    if side:
+        shapes += [(branch, 1, 3, 3), (branch, branch, 1, 1)]
+        names += ["side_depth", "side_mix"]
+    if len(layers) != len(names):
+        raise ValueError(f"side must be nothing or two layers, got {len(side)}")
+    dtype = expand[0].dtype
+    for name, (weight, bias), shape in zip(names, layers, shapes, strict=True):
+        if weight.shape != shape or bias.shape != shape[:1]:
+            raise ValueError(
+                f"{name} must have weight {list(shape)} and bias {[shape[0]]}, "
+                f"got {list(weight.shape)} and {list(bias.shape)}"
+            )
+        if weight.dtype != dtype or not dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point as expand, got {weight.dtype}")
+    packed = [tensor for layer in layers for tensor in _pack(*layer)]
+    passed = branch if side else 2 * branch
+    return PackedUnit(tuple(packed[:6]), tuple(packed[6:]), passed, mid, branch + last)
+
+
+def _pack(weight: Tensor, bias: Tensor) -> Layer:
+    """Returns one layer's weight and bias as `PackedUnit` has them."""
+    constants = torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = weight.detach(), bias.detach().to(constants)
+    matrix = weight.flatten(1).T
+    if weight.shape[2:] == (1, 1):
+        matrix = F.pad(matrix, (0, 0, 0, padded(len(matrix)) - len(matrix)))
+    else:
+        matrix = matrix.to(constants)
+    more = padded(len(bias)) - len(bias)
+    return F.pad(matrix, (0, more)).contiguous(), F.pad(bias, (0, more))
+
+
+def _run_reference(
+    input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int
+) -> Tensor:
+    """Runs the unit as PyTorch's own layers."""
+    branch = input if side else input[:, 1::2]
+    width = branch.shape[1]
+
+    def pointwise(x: Tensor, layer: Sequence[Tensor], outputs: int) -> Tensor:
+        weight, bias = layer
+        matrix = weight[: x.shape[1], :outputs].T[:, :, None, None]
+        return F.conv2d(x, matrix, bias[:outputs].to(x.dtype)).relu()
+
+    def depthwise(x: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        groups, stride = x.shape[1], 2 if side else 1
+        taps, bias = (constants[..., :groups].to(x.dtype) for constants in layer)
+        return F.conv2d(x, taps.T.reshape(groups, 1, 3, 3), bias, stride, 1, groups=groups)
+
+    hidden = depthwise(pointwise(branch, main[:2], mid), main[2:4])
+    mixed = pointwise(hidden, main[4:], channels - width)
+    passed = pointwise(depthwise(input, side[:2]), side[2:], width) if side else input[:, 0::2]
+    return torch.cat([passed, mixed], 1)
+
+
+@torch.library.custom_op("meddanet::shuffle_unit", mutates_args=())
+def _shuffle_unit(
+    input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int
+) -> Tensor:
+    """Returns the output [N, channels, ...], channels last; `mid` as in `PackedUnit`."""
+    output = _new_output(input, len(side) > 0, channels)
+    if not output.numel():
+        return output
+    widest = max(weight.shape[-1] for weight in (*main, *side)) * input.element_size()
+    if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
+        from .shuffle_unit_triton import run
+
+        if pixel_pitch(input) != input.shape[1]:
+            input = input.contiguous(memory_format=torch.channels_last)
+        run(output, input, main, side)
+    else:
+        output.copy_(_run_reference(input, main, side, mid, channels))
+    return output
+
+
+@_shuffle_unit.register_fake
+def _(input, main, side, mid, channels):
+    return _new_output(input, len(side) > 0, channels)
+
+
+def _new_output(input: Tensor, halved: bool, channels: int) -> Tensor:
+    height, width = ((side + 1) // 2 if halved else side for side in input.shape[2:])
+    return input.new_empty(len(input), height, width, channels).permute(0, 3, 1, 2)
+
+
+def _checked(input: Tensor, unit: PackedUnit) -> tuple:
+    """Checks the arguments and returns those of the operator."""
+    weight = unit.main[0]
+    if input.dim() != 4 or input.shape[1] != unit.in_channels:
+        raise ValueError(f"input must be [N, {unit.in_channels}, H, W], got {list(input.shape)}")
+    if input.dtype != weight.dtype or input.device != weight.device:
+        raise ValueError(
+            f"input is {input.dtype} on {input.device}, the unit is packed in {weight.dtype} on "
+            f"{weight.device}"
+        )
+    return input.detach(), unit.main, unit.side, unit.mid_channels, unit.out_channels
+
+
+def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
+    """Plain PyTorch statement of `shuffle_unit`, layer by layer."""
+    return _run_reference(*_checked(input, unit))
+
+
+def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
+    """Runs a unit of ShuffleNetV2 without gradients.
+
+    Units with a branch of more than 128 channels (64 in float32), and float64, run in the reference
+    everywhere.
+
+    Args:
+        input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.
+        unit: From `pack_unit`, in the input's dtype and where the input is.
+
+    Returns:
+        [N, Cout, H / stride, W / stride], rounded up, in the input's dtype, channels last.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+
+    Source: Ma et al. 2018, Fig. 3 (c, d).
+    """
+    return _shuffle_unit(*_checked(input, unit))

@@ -1,0 +1,240 @@
+"""shuffle_unit against the layers of the unit that training uses, in float64."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from meddanet.build import build_decision_network
+from meddanet.engine.decisions import _OneKernel, frozen
+from meddanet.kernels import pack_unit, shuffle_unit, shuffle_unit_reference
+from meddanet.kernels.shuffle_unit import padded
+from meddanet.layers import quantized_layers, set_quantization
+from meddanet.networks.decision import ShuffleUnit
+
+pytestmark = pytest.mark.usefixtures("nan_poisoning")
+LAST = torch.channels_last
+# of both shipped widths, and some that no power of two divides
+UNITS = [
+    (12, 24, 2), (24, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 192, 2),
+    (192, 192, 1), (5, 14, 2), (10, 10, 1), (6, 16, 1),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def in_float(network):
+    """The network in float64 and eval, not quantised, with norms that do something."""
+    network = network.double().eval()
+    set_quantization(network, quantize=False, update_range=False)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    return network
+
+
+def unit_with_norms(*shape):
+    return in_float(ShuffleUnit(*shape))
+
+
+@torch.no_grad()
+def folded(unit, dtype):
+    """The unit with its norms folded into its convolutions, and those in a dtype."""
+    unit = deepcopy(unit)
+    for layers in list(unit.modules()):
+        if isinstance(layers, nn.Sequential) and isinstance(layers[1], nn.BatchNorm2d):
+            conv, norm = layers[0], layers[1]
+            gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+            conv.weight.mul_(gain[:, None, None, None])
+            conv.bias = nn.Parameter(norm.bias - norm.running_mean * gain)
+            layers[1] = nn.Identity()
+    return unit.to(dtype)
+
+
+def packed(unit):
+    """What `shuffle_unit` takes of a folded unit."""
+    def layer(layers):
+        return layers[0].weight, layers[0].bias
+
+    side = () if unit.project is None else [layer(layers) for layers in unit.project]
+    return pack_unit(*(layer(layers) for layers in unit.main), side)
+
+
+def rounding_layers(unit, round_to):
+    """The unit in float32 with the output of every layer rounded."""
+    unit = deepcopy(unit).float()
+    for layers in [*unit.main, *(unit.project or ())]:
+        layers.register_forward_hook(lambda layer, inputs, output: round_to(output).float())
+    return unit
+
+
+def image(unit, dtype, *, samples=3, size=(7, 9)):
+    channels = packed(folded(unit, dtype)).in_channels
+    return torch.randn(samples, channels, *size).to(dtype).contiguous(memory_format=LAST)
+
+
+@torch.no_grad()
+def check(unit, x, tolerances, narrow):
+    """Both functions as exact as the layers in the same dtype."""
+    own = folded(unit, x.dtype)
+    exact = deepcopy(own).double()(x.double())
+    if x.dtype == torch.bfloat16:  # which the interpreter cuts off
+        native = rounding_layers(own, lambda v: narrow(v, x.dtype))(x.float()).to(x.dtype)
+    else:
+        native = own(x)
+    for function in (shuffle_unit, shuffle_unit_reference):
+        out = function(x, packed(own))
+        assert out.is_contiguous(memory_format=LAST) or function is shuffle_unit_reference
+        tolerances.reduction(out, native=native, exact=exact)
+        if unit.project is None:
+            assert torch.equal(out[:, : x.shape[1] // 2], x[:, 0::2]), "these channels pass"
+
+
+@pytest.mark.parametrize("shape", UNITS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_against_the_layers(shape, dtype, tolerances, narrow):
+    unit = unit_with_norms(*shape)
+    check(unit, image(unit, dtype), tolerances, narrow)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 2), (8, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+def test_small_maps(shape, size, tolerances, narrow):
+    """All border, more than one sample in a program, more than one program."""
+    unit = unit_with_norms(*shape)
+    x = image(unit, torch.float16, samples=1 + 200 // (size[0] * size[1]), size=size)
+    check(unit, x, tolerances, narrow)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+def test_folding_changes_nothing(shape):
+    """In float64, of the norms' running statistics: the unit as training has it."""
+    unit = unit_with_norms(*shape)
+    x = image(unit, torch.float64)
+    found = shuffle_unit(x, packed(folded(unit, torch.float64)))
+    torch.testing.assert_close(found, unit(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_outside_of_the_image_is_zero_and_not_the_bias(dtype):
+    """Worked by hand: expand answers 3 everywhere, depth adds the taps that lie inside."""
+    inside = torch.tensor([[4, 6, 6, 4], [6, 9, 9, 6], [4, 6, 6, 4]])
+    expand = torch.zeros(12, 12, 1, 1), torch.full((12,), 3.0)
+    depth = torch.ones(12, 1, 3, 3), torch.zeros(12)
+    mix = torch.eye(12)[:, :, None, None], torch.zeros(12)
+    side = [(torch.ones(12, 1, 3, 3), torch.zeros(12)), mix]
+    for layers, channels, step in (((), 24, 1), (side, 12, 2)):
+        parts = [tuple(t.to(dtype) for t in part) for part in (expand, depth, mix, *layers)]
+        unit = pack_unit(*parts[:3], parts[3:])
+        x = torch.ones(5, channels, 3, 4, dtype=dtype)
+        out = shuffle_unit(x, unit)
+        expected = 3 * inside[::step, ::step].to(dtype)
+        assert torch.equal(out[:, 12:], expected.expand(5, 12, *expected.shape))
+        if layers:
+            assert torch.equal(out[:, :12], (expected / 3).expand(5, 12, *expected.shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+def test_a_nan_goes_where_the_layers_take_it(shape):
+    unit = folded(unit_with_norms(*shape), torch.float32)
+    x = image(unit, torch.float32)
+    x[1, 3, 4, 5] = float("nan")
+    found, expected = shuffle_unit(x, packed(unit)), unit(x)
+    assert expected.isnan().any() and torch.equal(found.isnan(), expected.isnan())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+def test_any_layout(shape):
+    unit = unit_with_norms(*shape)
+    x, own = image(unit, torch.float16), packed(folded(unit, torch.float16))
+    expected = shuffle_unit(x, own)
+    wider = torch.cat([x, x], 1).contiguous(memory_format=LAST)
+    for view in (x.contiguous(), wider[:, : x.shape[1]], x.mT.contiguous().mT):
+        assert torch.equal(shuffle_unit(view, own), expected)
+    assert shuffle_unit(x[:0], own).shape == expected[:0].shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("branch", "dtype"), [(130, torch.float16), (65, torch.float32)])
+def test_wide_units_run_in_the_reference(branch, dtype):
+    unit = folded(unit_with_norms(branch, 2 * branch, 2), dtype)
+    x, own = image(unit, dtype, samples=1), packed(unit)
+    assert torch.equal(shuffle_unit(x, own), shuffle_unit_reference(x, own))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantised", ["stages.1.main.0.0", "stages.4.project.0.0"])
+def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised):
+    network = in_float(build_decision_network("shufflenetv2-m", 4, 4))
+    layer = quantized_layers(network)[quantised]
+    layer.quantize = True
+    layer.input_amax.fill_(4.0)
+    small = frozen(network, torch.float64)
+    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == 15
+    assert isinstance(small.stages[int(quantised.split(".")[1])], ShuffleUnit)
+    x = torch.randn(2, 4, 40, 32, dtype=torch.float64)
+    torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
+
+
+def test_padding_is_zero():
+    assert [padded(channels) for channels in (1, 16, 17, 96, 128)] == [16, 16, 32, 128, 128]
+    unit = packed(folded(unit_with_norms(12, 26, 2), torch.float16))
+    expand, expand_bias = unit.main[:2]
+    assert expand.shape == (16, 16) and expand.dtype == torch.float16
+    assert expand_bias.dtype == torch.float32
+    assert not expand[12:].any() and not expand[:, 13:].any() and not expand_bias[13:].any()
+    assert (unit.stride, unit.mid_channels, unit.out_channels) == (2, 13, 26)
+
+
+def layer(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": layer(5, 1, 3, 3)}, r"depth must have weight \[6, 1, 3, 3\] and bias \[6\]"),
+        ({"mix": layer(6, 5, 1, 1)}, r"mix must have weight \[6, 6, 1, 1\]"),
+        ({"mix": layer(6, 6, 1, 1, dtype=torch.float16)}, "mix must be floating point as expand"),
+        ({"side": [layer(4, 1, 3, 3)]}, "side must be nothing or two layers, got 1"),
+        ({"side": [layer(4, 1, 3, 3), layer(3, 4, 1, 1)]},
+         r"side_mix must have weight \[4, 4, 1, 1\]"),
+    ],
+)  # fmt: skip
+def test_layers_that_do_not_fit(change, message):
+    layers = {"expand": layer(6, 4, 1, 1), "depth": layer(6, 1, 3, 3), "mix": layer(6, 6, 1, 1)}
+    with pytest.raises(ValueError, match=message):
+        pack_unit(**{**layers, **change})
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(8, 3, 3), r"input must be \[N, 8, H, W\], got \[8, 3, 3\]"),
+        (torch.zeros(1, 4, 3, 3), r"input must be \[N, 8, H, W\], got \[1, 4, 3, 3\]"),
+        (torch.zeros(1, 8, 3, 3).half(), "input is torch.float16 on cpu, the unit is packed in"),
+        (torch.zeros(1, 8, 3, 3, device="meta"), "input is torch.float32 on meta"),
+    ],
+)
+def test_inputs_that_do_not_fit(x, message):
+    unit = pack_unit(layer(6, 4, 1, 1), layer(6, 1, 3, 3), layer(4, 6, 1, 1))
+    for function in (shuffle_unit, shuffle_unit_reference):
+        with pytest.raises(ValueError, match=message):
+            function(x, unit)
+
+
+def test_a_batch_of_too_many_pixels():
+    pytest.importorskip("triton")
+    from meddanet.kernels.shuffle_unit_triton import run
+
+    x = torch.empty(1, 24, 46341, 46341, dtype=torch.float16, device="meta")
+    unit = packed(folded(unit_with_norms(24, 24, 1), torch.float16))
+    with pytest.raises(ValueError, match="too many pixels for one launch"):
+        run(x, x, unit.main, unit.side)
