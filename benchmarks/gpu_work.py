@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from meddanet.networks.decision import ShuffleUnit
+
 WARPS = 4
 SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
 
@@ -165,7 +167,7 @@ def head(samples: int, side: int) -> Work:
 
 
 def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
-    """A network in half precision, norm and ReLU fused: a launch per convolution or linear layer.
+    """A network in half precision, norm and ReLU fused: a launch per layer, or ShuffleNetV2 unit.
 
     Args:
         name: What to call it.
@@ -174,14 +176,23 @@ def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Wor
     """
     moved = operations = launches = 0
 
-    def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal moved, operations, launches
+    def add_launch(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved, launches
         launches += 1
-        moved += 2 * (inputs[0].numel() + output.numel() + layer.weight.numel())
+        weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        moved += 2 * (inputs[0].numel() + output.numel() + weights)
+
+    def add_operations(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal operations
         operations += 2 * output.numel() * layer.weight[0].numel()
 
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
+    modules = list(network.modules())
+    units = [m for m in modules if isinstance(m, ShuffleUnit)]
+    layers = [m for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
+    inside = {layer for unit in units for layer in unit.modules()}
+    own = [layer for layer in layers if layer not in inside]
+    hooks = [m.register_forward_hook(add_launch) for m in units + own]
+    hooks += [layer.register_forward_hook(add_operations) for layer in layers]
     network.to("meta")(torch.empty(shape, device="meta"))
     for hook in hooks:
         hook.remove()

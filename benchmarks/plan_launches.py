@@ -91,6 +91,20 @@ def every_slice_whole(plan: Any) -> Callable[[], None]:
     return run
 
 
+def parts_of(network: Any, view: Tensor, rounds: int) -> dict[str, float]:
+    """Returns the times of a decision network's layers, those of its `stages` one by one."""
+    found, x = {}, view
+    for name, child in network.named_children():
+        # what follows the maps is small
+        if name in ("classifier", "centre"):
+            break
+        for number, layer in enumerate(child if name == "stages" else [child]):
+            label = f"{name} {number}" if name == "stages" else name
+            time = microseconds(captured(lambda f=layer, x=x: f(x), REPEATS), rounds) / REPEATS
+            found[label], x = round(time, 2), layer(x)
+    return found
+
+
 def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
     """Returns the times of the whole plan, of its routes and of every launch."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
@@ -105,6 +119,11 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
             (launch.name, microseconds(captured(launch.run, REPEATS), rounds) / REPEATS)
             for launch in plan.launches
         ]
+        planned = plan._planned
+        networks = {
+            name: parts_of(getattr(planned, name), plan._view, rounds)
+            for name in ("policy", "position")
+        }
         roomy, _ = engine.plan(len(slices), *slices.shape[2:], roomy=True)
         roomy.images.copy_(plan.images)
         roomy.run()
@@ -119,7 +138,7 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
         "every_slice_whole_us": round(all_whole, 1),
         "sum_of_launches_us": round(sum(parts.values()), 1),
         "parts_us": {name: round(time, 1) for name, time in parts.items()},
-        "launches_us": [[name, round(time, 2)] for name, time in launches],
+        "networks_us": networks, "launches_us": [[name, round(time, 2)] for name, time in launches],
     }  # fmt: skip
 
 
@@ -140,7 +159,7 @@ def main() -> None:
     options.result.write_text(json.dumps(found, indent=1) + "\n")
     for name, time in sorted(found["launches_us"], key=lambda row: -row[1])[:40]:
         print(f"{time:9.2f} us  {name}")
-    told = "decisions", "replay_us", "every_slice_whole_us", "parts_us"
+    told = "decisions", "replay_us", "every_slice_whole_us", "parts_us", "networks_us"
     print(json.dumps({key: found[key] for key in told}))
 
 

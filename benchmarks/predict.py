@@ -5,7 +5,7 @@
 
 A launch takes as long as the slowest of four things, each at the card's published peak: its bytes
 at the memory's bandwidth, its integer operations at the tensor cores' int8 rate, its shared memory
-traffic at 128 bytes per clock and SM, and the time between two launches of a CUDA graph. No kernel
+traffic at 128 bytes per clock and SM, and a launch without work in a CUDA graph. No kernel
 reaches a peak, so a prediction is a bound from below on time; what share of it is reached,
 `--compare` tells from measured results (`benchmarks/gpu.sh kernels`), which every case with its
 bytes and operations has. What moves and computes how much: `gpu_work.py`. A volume is that of a
@@ -28,8 +28,8 @@ from meddanet.build import build_decision_network, build_position_network
 
 RESULTS = Path(__file__).parent / "results"
 SLICES, SIDE, HALO = 155, 240, 2
-# between two kernels of one CUDA graph: an assumption, to be replaced by a measurement
-LAUNCH_SECONDS = 2e-6
+# a kernel without work in a CUDA graph on an H200 (results/gpu_launches_h200_00000.json, "width")
+LAUNCH_SECONDS = 1.3e-6
 SHARED_BYTES_PER_CLOCK = 128
 
 
@@ -145,8 +145,10 @@ def volume_work(
     work = [Work("background", SLICES * SIDE**2)]
     if seen:
         policy = build_decision_network("shufflenetv2-m", len(routes))
+        position = build_position_network("heatmap")
         work.append(Work("slices at half size", seen * 4 * (4 * SIDE**2 + 2 * (SIDE // 2) ** 2)))
         work.append(half_precision("policy", policy, (seen, *view)))
+        work.append(half_precision("position", position, (seen, *view)))
     for route, count in routes.items():
         if route == "skip" or not count:
             continue
@@ -154,9 +156,6 @@ def volume_work(
         side = SIDE if whole else int(route.rpartition("-")[2])
         canvas = SIDE if whole else side + 4 * HALO
         shares = [{int(b): round(n * count / ran) for b, n in stage.items()} for stage in num_bits]
-        if not whole:
-            position = build_position_network("heatmap")
-            work.append(half_precision(f"{route}: position", position, (count, *view)))
         # four channels of float32 in, codes out
         work.append(Work(f"{route}: slices to codes", count * 4 * side**2 * (4 + 1)))
         work += network_work(side, count, shares, tiles)
@@ -279,7 +278,7 @@ def main() -> None:
         content = {
             "prediction": "bounds from published peaks, nothing measured",
             "command": "python benchmarks/predict.py --out FILE",
-            "launch_seconds_assumed": LAUNCH_SECONDS, "cards": cards,
+            "launch_seconds": LAUNCH_SECONDS, "cards": cards,
         }
         options.out.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -378,13 +378,14 @@ def gpu_launches(results: Results) -> str:
                 for path in sorted(results.folder.glob("gpu_launches*.json"))]  # fmt: skip
     parts = list(dict.fromkeys(part for content in contents for part in content["parts_us"]))
     rows = [
-        (content["environment"]["device"], short(content["case"]), routes(content["decisions"]),
+        (content["environment"]["device"], content["environment"]["commit"],
+         short(content["case"]), routes(content["decisions"]),
          *(f"{content['parts_us'].get(part, 0):.0f}" for part in parts),
          f"{content['replay_us']:.0f}", f"{content['every_slice_whole_us']:.0f}")
         for content in contents
     ]  # fmt: skip
     return markdown(
-        ["GPU", "case", "skip / crops / whole", *(f"{part}, us" for part in parts),
+        ["GPU", "commit", "case", "slices", *(f"{part}, us" for part in parts),
          "the graph, us", "every slice whole, us"], rows
     )  # fmt: skip
 

@@ -82,10 +82,12 @@ class Tuned:
         self.default = seen[0]
 
     def _outputs(self) -> list[Tensor]:
+        """Returns the bits of what a launch stores; slots not in use may hold NaN."""
         for output, before in zip(self.outputs, self.before, strict=True):
             output.copy_(before)
         self.launch.run()
-        return [output.clone() for output in self.outputs]
+        kinds = {torch.float16: torch.int16, torch.float32: torch.int32}
+        return [out.view(kinds.get(out.dtype, out.dtype)).clone() for out in self.outputs]
 
     def time(self, sizes: Sizes, rounds: int) -> float:
         """Returns microseconds; infinity where sizes do not run, or change a bit."""

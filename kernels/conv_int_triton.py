@@ -29,14 +29,17 @@ def supports(conv: PackedConv) -> bool:
 
 
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
-    """Returns the block sizes and warps for one class of shapes; not yet measured on a GPU.
+    """Returns the block sizes and warps for one class of shapes.
 
     Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
-    shared memory. Four products keep three sums, so their tiles are smaller. The bounds on
-    registers leave what the compiler would spill otherwise, and let three or four programs run.
+    shared memory. Four products keep three sums, so their tiles are smaller, but of 128 channels,
+    where addresses cost more than sums (18.3 us became 14.4 on an H200, `benchmarks/tune.py`). The
+    bounds on registers leave what the compiler would spill otherwise, and let three or four
+    programs run.
     """
     rows, depth = conv.codes.shape[2:]
-    widest = 32 if wide else 64
+    deep = wide and conv.in_channels % 128 == 0
+    widest = 32 if wide and not deep else 64
     columns = min(widest, max(16, triton.next_power_of_2(rows)))
     return {
         "BLOCK_M": 128 if pixels >= 2048 and columns < widest else 64,
@@ -44,7 +47,7 @@ def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "STAGES": 1 if depth <= 320 else 3,
         "num_warps": 4,
-        "maxnreg": 128 if columns == 16 else 168,
+        "maxnreg": 128 if columns == 16 else None if deep else 168,
     }
 
 

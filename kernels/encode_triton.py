@@ -13,19 +13,22 @@ from .conv_call import pixel_pitch
 from .conv_epilogue_triton import codes_of, step_of, times_plus
 from .encode_call import EncodeCall
 
-# elements per program; not yet measured on a GPU
+# elements per program; other sizes were not tried on a GPU
 BLOCK = 2048
 
 
 @triton.jit
 def _affine(value, gain, shift, precise, PRECISE: tl.constexpr):
     """Returns value * gain + shift, rounded once if precise."""
-    head, tail = times_plus(value, tl.zeros_like(value), gain, shift, False)
-    if PRECISE:  # noqa: SIM102, a constant
+    if PRECISE:
         if precise:
             head, tail = times_plus(value, tl.zeros_like(value), gain, shift, True)
-            head += tail
-    return head
+            value = head + tail
+        else:
+            value, _ = times_plus(value, tl.zeros_like(value), gain, shift, False)
+    else:
+        value, _ = times_plus(value, tl.zeros_like(value), gain, shift, False)
+    return value
 
 
 @triton.jit(

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backend import tl, triton
 from .conv_epilogue_triton import codes_of, step_of
 
-# elements per program, a multiple of the mask's 8; not yet measured on a GPU
+# elements per program, a multiple of the mask's 8; others were not tried on a GPU
 BLOCK = 1024
 
 

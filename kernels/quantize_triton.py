@@ -17,7 +17,7 @@ from torch import Tensor
 from .backend import tl, triton
 from .layout import memory_format, wide_dtype
 
-# elements per program, a multiple of the mask's 8; not yet measured on a GPU
+# elements per program, a multiple of the mask's 8; others were not tried on a GPU
 BLOCK = 1024
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .backend import tl, triton
 from .route_call import Routing, new_frames, new_routing
 
-# slices at a time, each in a thread of its own, and flags of each; not yet measured on a GPU
+# slices at a time, each in a thread of its own, and flags of each; others were not tried on a GPU
 BLOCK = 256
 FLAGS = 16
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 
-# elements per step of a program, chunks per map; not yet measured on a GPU
+# elements per step of a program, chunks per map; other sizes were not tried on a GPU
 BLOCK = 2048
 CHUNKS = 32
 

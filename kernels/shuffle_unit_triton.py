@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 
-# elements of a layer's output per program, and their bounds in pixels; not measured on a GPU: the
+# elements of a layer's output per program, and their bounds in pixels; others were not tried: the
 # lower one is the least that a tensor core takes
 BLOCK, FEWEST, MOST = 1024, 16, 64
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 
-# averages per program; not yet measured on a GPU
+# averages per program; other sizes were not tried on a GPU
 BLOCK = 2048
 
 

@@ -19,7 +19,7 @@ from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
 from .plan import Plan, PlannedModel, overflows
 
-# slices of a chunk: a few, an L2 cache's worth, a head; not yet measured on a GPU
+# slices of a chunk: a few, an L2 cache's worth, a head; others were not tried on a GPU
 CAPACITIES = (8, 32, 160)
 # slices that are uploaded at a time
 PIECE = 16
