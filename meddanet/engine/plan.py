@@ -131,7 +131,7 @@ class Plan:
             self._lower_crop(index, group)
         self._lower_whole(self.groups[-1])
         on_gpu = device.type == "cuda"
-        self._streams = [torch.cuda.Stream() for _ in self.groups[1:]] if on_gpu else []
+        self._streams = [torch.cuda.Stream(device) for _ in self.groups[1:]] if on_gpu else []
 
     @property
     def launches(self) -> Iterator[Launch]:
