@@ -7,7 +7,9 @@
 #   benchmarks/gpu.sh kernels    every kernel against its peers, side by side; which forward a
 #                                training convolution should take, as lines for the table
 #   benchmarks/gpu.sh network    the engine's recorded plan and the whole network against the static
-#                                one, and the first call with and without precompiling
+#                                one, the plan launch by launch, and the first call with and without
+#                                precompiling; MEDDANET_CASE names a labelled case, else a phantom
+#   benchmarks/gpu.sh tune       block sizes of the plan's convolutions, on the same case
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
 #   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
@@ -16,13 +18,14 @@
 # installed: the checkout is put on Python's path. On a machine without network, packages that are
 # missing can lie in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
 #   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: --no-deps \
-#     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors
+#     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors \
+#     jsonargparse docstring-parser typeshed-client
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-}
 case $part in
-test | sanitize | kernels | network) shift ;;
+test | sanitize | kernels | network | tune) shift ;;
 *)
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh >&2
   exit 2
@@ -61,20 +64,24 @@ END
 
 seconds=${LIMIT:-530}
 began=$SECONDS
-# runs pytest within what is left of the part's time; -v writes a line per test as it goes
-tests() {
+# runs a command within what is left of the part's time
+limited() {
   local left=$((seconds - (SECONDS - began)))
   if ((left < 5)); then
     say "out of time before: $*"
     return 1
   fi
-  timeout --signal=INT --kill-after=10 "$left" \
-    "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-    -v -p no:cacheprovider "$@" 2>&1 | tee -a "$log"
+  timeout --signal=INT --kill-after=10 "$left" "$@" 2>&1 | tee -a "$log"
   local code=${PIPESTATUS[0]}
   ((code == 124)) && say "stopped after $left s; results up to here are kept"
   return "$code"
 }
+# -v writes a line per test as it goes
+tests() {
+  limited "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+    -v -p no:cacheprovider "$@"
+}
+case_of=(${MEDDANET_CASE:+--case "$MEDDANET_CASE"})
 
 log=$out/gpu-$part.log
 : >"$log"
@@ -100,13 +107,11 @@ sanitize)
   tests "${chosen[@]}" "$@" || status=1
   for tool in memcheck racecheck; do
     [[ -n $dry_run ]] && continue
-    left=$((seconds - (SECONDS - began)))
-    say "$tool, at most $left s"
-    timeout --kill-after=10 "$((left > 5 ? left : 5))" "$sanitizer" --tool "$tool" \
+    limited "$sanitizer" --tool "$tool" \
       --target-processes application-only --kernel-regex kns=_kernel --error-exitcode 9 \
       "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-      -v -x -p no:cacheprovider "${chosen[@]}" "$@" 2>&1 | tee "$out/gpu-$tool.log"
-    code=${PIPESTATUS[0]}
+      -v -x -p no:cacheprovider "${chosen[@]}" "$@"
+    code=$?
     say "$tool ended with $code (0: clean, 9: errors found, 124: out of time)"
     ((code == 0)) || status=1
   done
@@ -118,9 +123,7 @@ kernels)
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1
   ways=$out/${dry_run:+dry-}forward_way.json
-  left=$((seconds - (SECONDS - began)))
-  timeout "$((left > 5 ? left : 5))" "$python" benchmarks/forward_way.py "$ways" 2>&1 |
-    tee -a "$log" || status=1
+  limited "$python" benchmarks/forward_way.py "$ways" || status=1
   say "results: $MEDDANET_RESULTS $ways"
   ;;
 
@@ -128,12 +131,19 @@ network)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
   export MEDDANET_RESULTS=$out/${dry_run:+dry-}network.json
   tests benchmarks/test_network.py -s --benchmark-columns=median,rounds "$@" || status=1
+  launches=$out/launches.json
+  [[ -n $dry_run ]] ||
+    limited "$python" benchmarks/plan_launches.py "$launches" "${case_of[@]}" || status=1
   cold=$out/${dry_run:+dry-}cold_start.json
-  left=$((seconds - (SECONDS - began)))
-  timeout "$((left > 5 ? left : 5))" \
-    "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" \
-    2>&1 | tee -a "$log" || status=1
-  say "results: $MEDDANET_RESULTS $cold"
+  limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
+    status=1
+  say "results: $MEDDANET_RESULTS $launches $cold"
+  ;;
+
+tune)
+  need numpy triton nibabel isal safetensors
+  [[ -n $dry_run ]] ||
+    limited "$python" benchmarks/tune.py "$out/tune.json" "${case_of[@]}" || status=1
   ;;
 esac
 
