@@ -109,8 +109,19 @@ def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a configuration the fields that came later, as what its run had."""
+    rates = [{"selector_rate": phase.get("selector_rate", 1.0)} for phase in saved["phases"]]
+    phases = [phase | rate for phase, rate in zip(saved["phases"], rates, strict=True)]
+    # Med-DANet (V1) has no such network, whatever is asked
+    later = {} if saved.get("bank") else {"position_network": None}
+    return {**later, **saved, "phases": phases}
+
+
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     now = dict(_fields(wanted))
+    if "phases" in saved:
+        saved = _with_later_fields(saved)
     for name, value in _fields(saved):
         root, _, rest = name.partition(".")
         free = root in _FREE and not (root == "baseline" and wanted["baseline"] and rest)

@@ -159,6 +159,23 @@ def test_another_configuration_is_refused_by_name(config):
             train(replace(config, **{field: value}))
 
 
+def test_a_run_from_before_a_field_keeps_what_it_had(config, tmp_path):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(replace(config, position_network=None))
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    del content["position_network"], content["phases"][0]["selector_rate"]
+    path.write_text(json.dumps(content))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="position_network is None in the run .* 'heatmap' is ask"):
+        train(config)
+    faster = [replace(config.phases[0], selector_rate=10)]
+    with pytest.raises(ValueError, match="selector_rate is 1.0 in the run"):
+        train(replace(config, position_network=None, phases=faster))
+    assert path.read_bytes() == before
+    train(replace(config, position_network=None))
+
+
 def test_what_may_differ(config, tmp_path):
     config.phases = [PhaseConfig("static", 1, batch=2)]
     train(config)
