@@ -137,11 +137,12 @@ network)
   cold=$out/${dry_run:+dry-}cold_start.json
   limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
     status=1
-  say "results: $MEDDANET_RESULTS $launches $cold"
+  say "results: $MEDDANET_RESULTS ${dry_run:-$launches} $cold"
   ;;
 
 tune)
   need numpy triton nibabel isal safetensors
+  [[ -n $dry_run ]] && say "there is no dry run of this part"
   [[ -n $dry_run ]] ||
     limited "$python" benchmarks/tune.py "$out/tune.json" "${case_of[@]}" || status=1
   ;;

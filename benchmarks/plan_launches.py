@@ -4,9 +4,9 @@
 
 One volume's slices are routed, then each launch is captured alone, REPEATS times in a CUDA graph,
 and that graph is timed by events: GPU time per launch with warm caches and without gaps, the slots
-in use being those of the volume. Beside it stands the whole plan's replay, and the replay where
-every slice is taken whole and nothing is decided. Without a case it is a phantom. A launch may be
-several kernels: a decision network is one.
+in use being those of the volume. Beside it stands the whole plan's replay, and a replay in which
+every slice that holds anything is taken whole and nothing is decided. Without a case it is a
+phantom. A launch may be several kernels: a decision network is one.
 """
 
 from __future__ import annotations
@@ -115,10 +115,14 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
         plan.run()
         whole = microseconds(replay, rounds)
         decisions = plan.decisions[: len(slices)].bincount(minlength=len(plan.groups) + 1).tolist()
-        launches = [
-            (launch.name, microseconds(captured(launch.run, REPEATS), rounds) / REPEATS)
-            for launch in plan.launches
-        ]
+        launches, widths = [], plan.num_bits.clone()
+        for launch in plan.launches:
+            # repeats of a block add to its stream: widths must be the volume's again
+            plan.run()
+            time = microseconds(captured(launch.run, REPEATS), rounds) / REPEATS
+            launches.append((launch.name, time))
+        plan.run()
+        assert torch.equal(plan.num_bits, widths), "the volume's widths have changed"
         planned = plan._planned
         networks = {
             name: parts_of(getattr(planned, name), plan._view, rounds)
@@ -153,7 +157,7 @@ def main() -> None:
         sys.exit("plan_launches.py: PyTorch sees no CUDA GPU")
     name, slices, _ = slices_of(options.case)
     found = {
-        "command": " ".join(["python", "benchmarks/plan_launches.py", *sys.argv[1:]]),
+        "command": "python benchmarks/plan_launches.py RESULT.json --case CASE",
         "environment": environment(), "case": name, **measure(slices, options.rounds),
     }  # fmt: skip
     options.result.write_text(json.dumps(found, indent=1) + "\n")

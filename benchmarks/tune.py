@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan_launches import REPEATS, captured, microseconds, slices_of
+from plan_launches import REPEATS, captured, every_slice_whole, microseconds, slices_of
 from timing import environment
 from torch import Tensor
 
@@ -71,7 +71,6 @@ class Tuned:
         self.before = [output.clone() for output in self.outputs]
         # the rule's choice, as `blocks` is called by the launcher
         seen: list[Sizes] = []
-        self.default = original
 
         def watch(*arguments: Any) -> Sizes:
             seen.append(original(*arguments))
@@ -111,12 +110,10 @@ def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     engine: Any = compile_engine(load_model(), "cuda", "triton")
     plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
     plan.images.zero_()[: len(slices)].copy_(slices)
-    plan.run()
+    (every_slice_whole(plan) if whole else plan.run)()
     found: dict[tuple, list[Launch]] = {}
     for group in plan.groups:
-        if whole and group is plan.groups[-1]:
-            group.count.fill_(len(slices))
-        elif whole or not int(group.count):
+        if not int(group.count):
             continue
         for launch in group.launches:
             if launch.run.func is conv_int_triton.run:
@@ -171,7 +168,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("tune.py: PyTorch sees no CUDA GPU")
     compile_beforehand()
-    found = classes(slices_of(options.case)[1], options.whole)
+    name, slices, _ = slices_of(options.case)
+    found = classes(slices, options.whole)
     tuned = {key: Tuned(launches[0]) for key, launches in found.items()}
     rows, facts = [], environment()
     for key, one in tuned.items():
@@ -188,8 +186,12 @@ def main() -> None:
         best = times[0]
         print(f"{one.launch.name} {key}: {now:.1f} -> {best[0]:.1f} us x {len(found[key])}, "
               f"{one.default} -> {tried[best[1]]}", flush=True)  # fmt: skip
-        content = {"environment": facts, "rows": rows}
+        content = {
+            "command": "python benchmarks/tune.py RESULT.json --case CASE", "case": name,
+            "whole": options.whole, "classes": len(tuned), "environment": facts, "rows": rows,
+        }  # fmt: skip
         options.result.write_text(json.dumps(content, indent=1) + "\n")
+    conv_int_triton.blocks = original
 
 
 if __name__ == "__main__":

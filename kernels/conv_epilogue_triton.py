@@ -65,8 +65,9 @@ def codes_of(value, step, largest):
     correctly rounded quotient (Markstein 1990) at half the instructions of a division.
     """
     known = step > 0
-    # with tiny steps the reciprocal would overflow, and rests underflow
+    # with tiny steps the reciprocal would overflow, and rests underflow; with huge ones the bound
     factor = tl.where(step < 1e-30, 79228162514264337593543950336.0, 1.0)
+    factor = tl.where(step > 1e30, 5.960464477539063e-08, factor)
     step = tl.where(known, step, 0.0) * factor
     inverse = tl.where(known, tl.div_rn(1.0, tl.where(known, step, 1.0)), 0.0)
     # the quotient of this bound rounds to the largest code

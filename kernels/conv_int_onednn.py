@@ -80,7 +80,7 @@ def _sums(call: ConvCall, group: Group) -> Tensor:
     taps = 1 if conv.transposed else conv.kernel_size[0] * conv.kernel_size[1]
     channels = conv.in_channels // conv.groups
     share = channels
-    if planes == 2 or call.output_planes == 2:
+    if planes == 2 or (call.output_planes == 2 and group.output_num_bits > 8):
         # so few input channels at a time that float32 holds their sums of bytes
         share = min(channels, (EXACT - 1) // (taps * 128 * 128))
     if conv.groups > 1 and (planes == 2 or share < channels):

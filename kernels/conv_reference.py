@@ -91,7 +91,8 @@ def finish(
 ) -> None:
     """Does all that follows the sums of one group and writes it."""
     conv = call.conv
-    dtype = torch.float64 if group.output_num_bits > 8 else torch.float32
+    precise = codes is not None and group.output_num_bits > 8
+    dtype = torch.float64 if precise else torch.float32
 
     def row(values: Tensor) -> Tensor:
         return values.to(dtype).reshape(1, -1, 1, 1)

@@ -20,14 +20,12 @@ BLOCK = 2048
 @triton.jit
 def _affine(value, gain, shift, precise, PRECISE: tl.constexpr):
     """Returns value * gain + shift, rounded once if precise."""
-    if PRECISE:
-        if precise:
-            head, tail = times_plus(value, tl.zeros_like(value), gain, shift, True)
-            value = head + tail
-        else:
-            value, _ = times_plus(value, tl.zeros_like(value), gain, shift, False)
+    zeros = tl.zeros_like(value)
+    if PRECISE and precise:
+        head, tail = times_plus(value, zeros, gain, shift, True)
+        value = head + tail
     else:
-        value, _ = times_plus(value, tl.zeros_like(value), gain, shift, False)
+        value, _ = times_plus(value, zeros, gain, shift, False)
     return value
 
 

@@ -148,7 +148,8 @@ def _shuffle_unit(
     output = _new_output(input, len(side) > 0, channels)
     if not output.numel():
         return output
-    widest = max(weight.shape[-1] for weight in (*main, *side)) * input.element_size()
+    sizes = main[0].shape[0], *(weight.shape[-1] for weight in (*main, *side))
+    widest = max(sizes) * input.element_size()
     if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
         from .shuffle_unit_triton import run
 
@@ -191,8 +192,8 @@ def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
 def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
     """Runs a unit of ShuffleNetV2 without gradients.
 
-    Units with a branch of more than 128 channels (64 in float32), and float64, run in the reference
-    everywhere.
+    Units with more than 128 channels (64 in float32) into, within or out of a branch, and float64,
+    run in the reference everywhere.
 
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.

@@ -153,7 +153,7 @@ class Plan:
             for launch in chain(*branches):
                 launch.run()
             return
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.labels.device)
         streams = [current, *self._streams[: len(branches) - 1]]
         for stream in streams[1:]:
             stream.wait_stream(current)

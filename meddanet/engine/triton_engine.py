@@ -84,10 +84,12 @@ class TritonEngine:
     ) -> Segmentation:
         """Segments by a plan with room for all slices where the small one has too little."""
         plan, run = self.plan(len(images), *images.shape[2:])
-        result = segment(images, plan, run)
-        chunks = result.decisions.split(len(plan.images))
-        needed = any(overflows(chunk, plan.capacity, len(self._model.routes)) for chunk in chunks)
-        if needed and not plan.roomy:
+        result, capacity, roomy = segment(images, plan, run), plan.capacity, plan.roomy
+        # so that its memory can be had for another one
+        del plan, run
+        chunks, routes = result.decisions.split(capacity), len(self._model.routes)
+        needed = any(overflows(chunk, capacity, routes) for chunk in chunks)
+        if needed and not roomy:
             result = segment(images, *self.plan(len(images), *images.shape[2:], roomy=True))
         self._roomy = needed
         return result
@@ -101,7 +103,8 @@ class TritonEngine:
             count: Slices.
             height: Of a slice.
             width: Of a slice.
-            roomy: Whether every route takes all slices; None = if the last volume needed it.
+            roomy: Whether every route takes all slices; None = if the last volume segmented needed
+                it. Without, a run may leave slices unlabelled: see `plan.overflows`.
         """
         wanted = next((c for c in self.capacities if c >= count), self.capacities[-1])
         key = wanted, height, width, self._roomy if roomy is None else roomy
@@ -125,12 +128,15 @@ class TritonEngine:
                 plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)
         except torch.OutOfMemoryError:
-            if not smaller:
+            if not smaller and not self._plans:
                 raise
         plan = None
+        # what is missing may be what other plans hold
+        shrink = not self._plans
+        self._plans.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        return self._make(smaller[-1], height, width, roomy)
+        return self._make(smaller[-1] if shrink else capacity, height, width, roomy)
 
     def _segment_here(self, images: Tensor, plan: Plan, run: Callable[[], Any]) -> Segmentation:
         """The chunks one after the other, by plain copies."""
