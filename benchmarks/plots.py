@@ -263,8 +263,8 @@ def roofline(results: Results) -> Figure | None:
     ]  # fmt: skip
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
     title = "Prediction from published peaks, 16 slices of 240 x 240 per launch"
-    figure.suptitle(f"{title}; stars: measured" if stars else f"{title}; nothing measured yet",
-                    fontsize=10)  # fmt: skip
+    measured = "stars: measured" if stars else "none of these measured yet"
+    figure.suptitle(f"{title}; {measured}", fontsize=10)
     return figure
 
 
