@@ -123,8 +123,9 @@ def train_config(options: Namespace) -> TrainConfig:
         # named in a file; the option itself has put the phases in place
         values["phases"] = RECIPES[recipe]()
         if recipe != "meddanet":
-            if values["position_network"] == TrainConfig("", "").position_network:
-                values["position_network"] = None
+            for name, value in _PAPERS.items():
+                if values[name] == getattr(TrainConfig("", ""), name):
+                    values[name] = value
             if values["augment"] == asdict(AugmentConfig()):
                 values["augment"] = asdict(PAPERS_AUGMENTATION)
     if values["baseline"] is not None:
@@ -132,6 +133,10 @@ def train_config(options: Namespace) -> TrainConfig:
     values["decision"] = DecisionConfig(**values["decision"])
     values["augment"] = AugmentConfig(**values["augment"])
     return TrainConfig(**values)
+
+
+# beside their augmentation
+_PAPERS = {"position_network": None, "crop_sizes": (96,)}
 
 
 class _Recipe(Action):
@@ -144,7 +149,8 @@ class _Recipe(Action):
         if values != "meddanet":
             for name, value in asdict(PAPERS_AUGMENTATION).items():
                 namespace[f"augment.{name}"] = value
-            namespace["position_network"] = None
+            for name, value in _PAPERS.items():
+                namespace[name] = value
 
 
 def _evaluate_parser() -> ArgumentParser:

@@ -130,12 +130,12 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
     assert seen[0] == TrainConfig(
         "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"](),
         augment=AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0),
-        position_network=None,
+        position_network=None, crop_sizes=(96,),
     )
     # what is asked for stays
-    path.write_text("data: a\nout: b\nrecipe: paper\naugment: {texture: 0.5}\n")
+    path.write_text("data: a\nout: b\nrecipe: paper\naugment: {texture: 0.5}\ncrop_sizes: [64]\n")
     assert main(["train", "--config", str(path)]) == 0
-    assert seen[1].augment == AugmentConfig(texture=0.5)
+    assert seen[1].augment == AugmentConfig(texture=0.5) and seen[1].crop_sizes == (64,)
 
 
 def test_dice_and_swallowed_background_by_hand():
