@@ -27,9 +27,8 @@ def float_of(total, precise, PRECISE: tl.constexpr):
     """Returns an integer as head + tail: exact if precise, else rounded to the head."""
     head = total.to(tl.float32)
     tail = tl.zeros_like(head)
-    if PRECISE:  # noqa: SIM102, a constant
-        if precise:
-            tail = (total - head.to(total.dtype)).to(tl.float32)
+    if PRECISE and precise:
+        tail = (total - head.to(total.dtype)).to(tl.float32)
     return head, tail
 
 

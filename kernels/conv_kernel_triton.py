@@ -205,20 +205,12 @@ def conv_kernel(
     if out_low_ptr is not None:
         out_low_ptr += first * OUT_PITCH
         out_amax_ptr += slot * out_amax_stride
-    if PRECISE:
-        out_high_ptr += first * OUT_PITCH
-        if precise:
-            _finish(
-                head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-                out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
-                C_OUT, OUT_PITCH, RELU, True, INDEX,
-            )  # fmt: skip
-        else:
-            _finish(
-                head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-                out_low_ptr, None, out_amax_ptr, out_bits, pixel, channel, mask,
-                C_OUT, OUT_PITCH, RELU, False, INDEX,
-            )  # fmt: skip
+    if PRECISE and precise:
+        _finish(
+            head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            out_low_ptr, out_high_ptr + first * OUT_PITCH, out_amax_ptr, out_bits, pixel, channel,
+            mask, C_OUT, OUT_PITCH, RELU, True, INDEX,
+        )  # fmt: skip
     else:
         _finish(
             head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,

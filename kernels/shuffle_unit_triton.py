@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
+from .shuffle_unit import padded
 
 # elements of a layer's output per program, and their bounds in pixels; others were not tried: the
 # lower one is the least that a tensor core takes
@@ -165,8 +166,7 @@ def _launch_meta(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     branch = cin if stride == 2 else cin // 2
-    # padded as `shuffle_unit.pack_unit` does
-    k, h, o = (max(16, triton.next_power_of_2(c)) for c in (branch, cout // 2, cout - branch))
+    k, h, o = map(padded, (branch, cout // 2, cout - branch))
     main = (
         empty(k, h, dtype=dtype), empty(h), empty(9, h), empty(h), empty(h, o, dtype=dtype),
         empty(o),
