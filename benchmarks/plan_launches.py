@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import environment
+from timing import between_events, environment
 from torch import Tensor
 
 from meddanet import load_model, load_volume
@@ -67,16 +67,7 @@ def captured(run: Callable[[], object], repeats: int) -> Callable[[], None]:
 
 def microseconds(run: Callable[[], object], rounds: int) -> float:
     """Returns the median GPU time of a call."""
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(100_000)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return statistics.median(times)
+    return 1e3 * statistics.median(between_events(run) for _ in range(rounds))
 
 
 def every_slice_whole(plan: Any) -> Callable[[], None]:

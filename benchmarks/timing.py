@@ -81,11 +81,11 @@ def copy_bandwidth() -> float:
     """Returns what a plain copy of 1 GiB reaches, in 10^9 bytes read and written per second."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    times = [_between_events(lambda: target.copy_(source)) for _ in range(10)]
+    times = [between_events(lambda: target.copy_(source)) for _ in range(10)]
     return 2 * (1 << 30) / statistics.median(times) / 1e6
 
 
-def _between_events(function: Provider) -> float:
+def between_events(function: Provider) -> float:
     """Returns milliseconds of GPU time, launches queued before the first one starts."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(QUEUE_CYCLES)
@@ -151,10 +151,10 @@ class Stopwatch:
         """Adds one measurement of each kind, in milliseconds."""
         if flush is not None:
             flush.zero_()
-            self._add("cold", _between_events(self.function))
+            self._add("cold", between_events(self.function))
             if self.graph is not None:
                 replay = self.graph
-                total = _between_events(lambda: [replay() for _ in range(REPLAYS)])
+                total = between_events(lambda: [replay() for _ in range(REPLAYS)])
                 self._add("graph", total / REPLAYS)
         finish()
         began, busy = time.perf_counter(), time.process_time()
