@@ -15,7 +15,8 @@ from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
-from .shuffle_unit import PackedUnit, pack_unit, shuffle_unit, shuffle_unit_reference
+from .shuffle_pack import PackedUnit, pack_unit
+from .shuffle_unit import shuffle_unit, shuffle_unit_reference
 from .view import view_slices, view_slices_reference
 
 __all__ = [

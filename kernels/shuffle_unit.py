@@ -14,7 +14,6 @@ expand and after depth, is rounded to the dtype of the tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,99 +21,11 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch
-
-Layer: TypeAlias = tuple[Tensor, Tensor]
+from .shuffle_pack import PackedUnit
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
 WIDEST = 256
-# a tensor core multiplies by no fewer channels
-NARROWEST = 16
-
-
-class PackedUnit(NamedTuple):
-    """The weights of a unit as `shuffle_unit` takes them, channels padded by zeros.
-
-    1x1 weights are [Cin, Cout] in the tensors' dtype, 3x3 ones [9, C] and biases [C] in float32
-    (float64 if that is the tensors' dtype); every C is the next power of two, at least 16.
-
-    Attributes:
-        main: Weight and bias of expand, of depth and of mix.
-        side: Weight and bias of side_depth and of side_mix; empty at stride 1.
-        in_channels, mid_channels, out_channels: Without padding, of the unit's input, between
-            expand and mix, of the unit's output.
-    """
-
-    main: tuple[Tensor, ...]
-    side: tuple[Tensor, ...]
-    in_channels: int
-    mid_channels: int
-    out_channels: int
-
-    @property
-    def stride(self) -> int:
-        """1, or 2 where there is a side branch."""
-        return 2 if self.side else 1
-
-    def to(self, device: torch.device | str) -> PackedUnit:
-        """Returns the same on another device."""
-        main, side = (tuple(t.to(device) for t in part) for part in (self.main, self.side))
-        return self._replace(main=main, side=side)
-
-
-def padded(channels: int) -> int:
-    """Returns the power of two that channels are padded to."""
-    return max(NARROWEST, 1 << (channels - 1).bit_length())
-
-
-def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = ()) -> PackedUnit:
-    """Packs a unit's layers, norms folded, for `shuffle_unit`.
-
-    Args:
-        expand: Weight [M, B, 1, 1] and bias [M]; B is half of the input's channels at stride 1, all
-            of them at stride 2.
-        depth: Weight [M, 1, 3, 3] and bias [M].
-        mix: Weight [O, M, 1, 1] and bias [O].
-        side: Nothing at stride 1; at stride 2 side_depth, weight [B, 1, 3, 3] and bias [B], and
-            side_mix, weight [B, B, 1, 1] and bias [B].
-
-    Raises:
-        ValueError: If shapes do not fit each other, or dtypes differ.
-    """
-    mid, branch = expand[0].shape[:2]
-    last = len(mix[0])
-    shapes = [(mid, branch, 1, 1), (mid, 1, 3, 3), (last, mid, 1, 1)]
-    layers, names = [expand, depth, mix, *side], ["expand", "depth", "mix"]
-    if side:
-        shapes += [(branch, 1, 3, 3), (branch, branch, 1, 1)]
-        names += ["side_depth", "side_mix"]
-    if len(layers) != len(names):
-        raise ValueError(f"side must be nothing or two layers, got {len(side)}")
-    dtype = expand[0].dtype
-    for name, (weight, bias), shape in zip(names, layers, shapes, strict=True):
-        if weight.shape != shape or bias.shape != shape[:1]:
-            raise ValueError(
-                f"{name} must have weight {list(shape)} and bias {[shape[0]]}, "
-                f"got {list(weight.shape)} and {list(bias.shape)}"
-            )
-        if weight.dtype != dtype or not dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point as expand, got {weight.dtype}")
-    packed = [tensor for layer in layers for tensor in _pack(*layer)]
-    passed = branch if side else 2 * branch
-    return PackedUnit(tuple(packed[:6]), tuple(packed[6:]), passed, mid, branch + last)
-
-
-def _pack(weight: Tensor, bias: Tensor) -> Layer:
-    """Returns one layer's weight and bias as `PackedUnit` has them."""
-    constants = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias = weight.detach(), bias.detach().to(constants)
-    matrix = weight.flatten(1).T
-    if weight.shape[2:] == (1, 1):
-        matrix = F.pad(matrix, (0, 0, 0, padded(len(matrix)) - len(matrix)))
-    else:
-        matrix = matrix.to(constants)
-    more = padded(len(bias)) - len(bias)
-    return F.pad(matrix, (0, more)).contiguous(), F.pad(bias, (0, more))
 
 
 def _run_reference(

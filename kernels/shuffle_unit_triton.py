@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .shuffle_unit import padded
+from .shuffle_pack import padded
 
 # elements of a layer's output per program, and their bounds in pixels; others were not tried: the
 # lower one is the least that a tensor core takes

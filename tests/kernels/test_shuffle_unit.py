@@ -11,7 +11,7 @@ from torch import nn
 from meddanet.build import build_decision_network
 from meddanet.engine.decisions import _OneKernel, frozen
 from meddanet.kernels import pack_unit, shuffle_unit, shuffle_unit_reference
-from meddanet.kernels.shuffle_unit import padded
+from meddanet.kernels.shuffle_pack import padded
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleUnit
 
