@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from meddanet.build import build_decision_network, build_med_danet, build_med_danet_v2
 from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.decisions import frozen
-from meddanet.engine.routing import Tile, shrink
+from meddanet.engine.routing import Tile, holds_signal, shrink
 from meddanet.kernels import affine_paste, forward_way, use_backend
 from meddanet.layers import QuantLinear, quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
@@ -206,6 +206,33 @@ def test_shrinking_is_the_mean(tolerances):
     for scale in (1, 2, 4):
         expected = F.avg_pool2d(image[None].double(), scale)[0].float()
         tolerances.elementwise(torch.from_numpy(shrink(image.numpy(), scale)), expected)
+
+
+def test_a_single_voxel_is_signal():
+    image = np.zeros((4, 16, 24), np.float32)
+    assert not holds_signal(image)
+    for index in [(0, 0, 0), (3, 15, 23), (1, 8, 5), (2, 7, 0)]:
+        one = image.copy()
+        one[index] = -1e-30
+        assert holds_signal(one)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 7])
+def test_the_first_of_equal_logits_is_the_label(classes):
+    """Also where the classes are many, and where all are equal: as `torch.argmax`."""
+    ov = pytest.importorskip("openvino", reason="the executor is an extra")
+    from openvino import opset13 as ops
+
+    from meddanet.engine.openvino_networks import _labels
+
+    logits = torch.randint(-1, 2, (1, classes, 16, 24), generator=torch.manual_seed(0)).float()
+    logits[..., 0] = 3.0
+    input = ops.parameter([1, classes, 16, 24], np.float32)
+    graph = ov.Model([_labels(input)], [input])
+    (found,) = ov.Core().compile_model(graph, "CPU")([logits.numpy()]).values()
+    assert found.dtype == np.uint8
+    # torch's argmax of ties is not promised; numpy's is the first
+    np.testing.assert_array_equal(found, logits.numpy().argmax(1))
 
 
 # the background ------------------------------------------------------------------------------

@@ -143,6 +143,13 @@ class _Translation:
         if not layer.quantize:
             return self.values[node]
         options = layer, name, num_bits, node in self.non_negative
+        if node.target is torch.cat:
+            # codes are put side by side, not floats: a quarter of the bytes
+            inputs, axis = node.args
+            return ops.concat([self._codes(source, *options) for source in inputs], axis)
+        return self._codes(node, *options)
+
+    def _codes(self, node: Any, *options: Any) -> Node:
         if node in self.last:
             return channels_first(on_grid(self.last[node], *options))
         return on_grid(self.values[node], *options)
