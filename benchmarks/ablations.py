@@ -1,11 +1,13 @@
 """Trains a list of configurations, fold by fold, and writes their table (Med-DANet V2, Table 3).
 
     python benchmarks/ablations.py DATA OUT configs/ablations/policy-*.yaml
-        [--base FILE] [--folds 0,1] [--json FILE] [--table FILE] [--option NAME VALUE]...
+        [--base FILE] [--start NAME] [--folds 0,1] [--json FILE] [--table FILE]
+        [--option NAME VALUE]...
 
 Each configuration is a file for `meddanet train --config`; `--base` names one read before all of
-them. A run lies in OUT/<configuration>/fold<k>; finished ones are not repeated, stopped ones go on.
-Held-out cases are scored as they lie in the cache. Rows of one run of Med-DANet V2:
+them, `--start` a configuration that ran into the same OUT before: every run starts from its weights
+of the same fold. A run lies in OUT/<configuration>/fold<k>; finished ones are not repeated, stopped
+ones go on. Held-out cases are scored as they lie in the cache. Rows of one run of Med-DANet V2:
 
     static   the baseline trained beside: a plain segmenter, every slice whole, 32 bit
     S        skip / crop / whole as decided, 32 bit: the run before its quantised phase
@@ -105,6 +107,9 @@ def read_config(file: Path, options: argparse.Namespace, fold: int) -> TrainConf
         "train", *arguments, "--data", str(options.data), "--out", str(out), "--fold", str(fold),
     ])
     config = train_config(parsed["train"])
+    if options.start:
+        first = options.out / options.start / f"fold{fold}" / "model.safetensors"
+        config = replace(config, start=str(first))
     return replace(config, cache=config.cache or str(options.out / "cache"))
 
 
@@ -268,6 +273,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--base", type=Path, help="configuration read before each of the list")
+    parser.add_argument("--start", help="configuration in OUT whose weights the runs start from")
     parser.add_argument("--folds", type=lambda text: [int(k) for k in text.split(",")], default=[0])
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--json", type=Path)

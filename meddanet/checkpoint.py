@@ -113,8 +113,10 @@ def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a configuration the fields that came later, as what its run had."""
     rates = [{"selector_rate": phase.get("selector_rate", 1.0)} for phase in saved["phases"]]
     phases = [phase | rate for phase, rate in zip(saved["phases"], rates, strict=True)]
+    later = {"start": None}
     # Med-DANet (V1) has no such network, whatever is asked
-    later = {} if saved.get("bank") else {"position_network": None}
+    if not saved.get("bank"):
+        later["position_network"] = None
     return {**later, **saved, "phases": phases}
 
 

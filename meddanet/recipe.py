@@ -252,6 +252,8 @@ class TrainConfig:
         crop_sizes: Sides of the crops in pixels.
         margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         num_bits: Widths the selectors choose from.
+        start: Weights to start from, a file or a name as for `load_model`; what they have no tensor
+            of the same name and shape for starts anew. The baseline does not start from them.
         cost_weight: Lambda of the joint phase.
         bit_weight: Weight of the mean width in the quantised phase.
         phases: What is trained, in this order; a finished phase is not repeated.
@@ -290,6 +292,7 @@ class TrainConfig:
     crop_sizes: tuple[int, ...] = (96, 128)
     margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
+    start: str | None = None
     cost_weight: float = 0.06
     bit_weight: float = 0.06
     phases: list[PhaseConfig] = field(default_factory=meddanet_phases)

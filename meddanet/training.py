@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import takewhile
@@ -25,7 +26,7 @@ from .objectives import OBJECTIVES, Objective
 from .objectives_v1 import DecisionObjective, bank
 from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
-from .weights import save_model
+from .weights import save_model, take_weights
 
 # quantised?, ranges still learnt?
 _ARITHMETIC = {"float": (False, True), "learning": (True, True), "fixed": (True, False)}
@@ -68,7 +69,11 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
-        self.model = self._place(_build(config, self.data))
+        self.model = _build(config, self.data)
+        # once a checkpoint is there, all weights are in it
+        if config.start is not None and not self._checkpoint(0).exists():
+            self._start(config.start)
+        self.model = self._place(self.model)
         stride, largest = self.model.stride, self.model.smallest_side
         if config.window is not None and (config.window % stride or config.window < largest):
             raise ValueError(
@@ -92,11 +97,9 @@ class _Run:
         """Runs all phases and saves the weights."""
         phases = self.config.phases
         notes: dict[str, Any] = {**self.data.split, **self.data.facts}
-        files = [
-            self.out / f"{number}-{phase.objective}.pt" for number, phase in enumerate(phases)
-        ]
+        files = [self._checkpoint(number) for number in range(len(phases))]
         for number, (phase, file) in enumerate(zip(phases, files, strict=True)):
-            if phase.objective == "segmenter":
+            if phase.objective == "segmenter" and (number or self.config.start is None):
                 start_crop_stages(self.model)
             objective = self._phase(self.model, phase, number, file, files[number + 1 :])
             if isinstance(objective, DecisionObjective):
@@ -114,6 +117,30 @@ class _Run:
                 _start_from(plain, files[len(common) - 1])
             self._phase(self._place(plain), self.config.baseline, 100, self.out / "baseline.pt", [])
         return path
+
+    def _checkpoint(self, number: int) -> Path:
+        return self.out / f"{number}-{self.config.phases[number].objective}.pt"
+
+    def _start(self, weights: str) -> None:
+        """Takes over the weights that fit, and warns of what a score would not show."""
+        left, facts = take_weights(self.model, weights)
+        if any(name.startswith("crop_last_stages") for name in left):
+            start_crop_stages(self.model)
+        notes, theirs = [], tuple(facts["modalities"])
+        if left:
+            notes.append(f"fits all but {len(left)} tensors, first {left[0]}, which start anew")
+        if theirs != self.data.modalities:
+            here = ", ".join(self.data.modalities)
+            notes.append(f"was trained on {', '.join(theirs)}; the channels here are {here}")
+        known = set(self.data.split["held_out"]).intersection(facts.get("trained_on", ()))
+        if known:
+            notes.append(
+                f"was trained on {len(known)} cases that are held out here, such as {min(known)}: "
+                "scores on them are not of unseen cases"
+            )
+        if rank() == 0:
+            for note in notes:
+                warnings.warn(f"{weights}: {note}", stacklevel=2)
 
     def _phase(
         self, model: nn.Module, phase: PhaseConfig, number: int, file: Path, later: list[Path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,6 +113,39 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     for layer in quantized_layers(model).values():
         layer.update_range = False
     return model.eval().to(memory_format=torch.channels_last)
+
+
+def take_weights(
+    model: RoutedSegmenter, path_or_name: str | Path
+) -> tuple[list[str], dict[str, Any]]:
+    """Copies into a model what fits it by name and shape, input ranges included.
+
+    Args:
+        model: Of any architecture; changed in place.
+        path_or_name: As for `load_model`.
+
+    Returns:
+        The names of the model's tensors that stay as they are, and the facts of the file.
+
+    Raises:
+        ValueError: If there is no such file or name, or nothing fits.
+    """
+    path = _locate(path_or_name)
+    facts, tensors = _read(path)
+    own = _tensors(model)
+    fitting = {
+        name for name, value in own.items()
+        if name in tensors and tensors[name].shape == value.shape
+    }
+    if not any(own[name].dim() > 1 for name in fitting):
+        raise ValueError(
+            f"{path}: none of its weights fits this {type(model).__name__}; expected weights of "
+            "the same segmenter and number of modalities"
+        )
+    with torch.no_grad():
+        for name in fitting:
+            own[name].copy_(tensors[name])
+    return [name for name in own if name not in fitting], facts
 
 
 def _tensors(model: RoutedSegmenter) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from meddanet.arguments import command_parser, train_config
 from meddanet.build import build_segmenter
@@ -67,6 +68,31 @@ baseline: {objective: static, steps: 1, batch: 2}
     assert costs[2]["scaled_paper"] < costs[0]["scaled_paper"]
     table = (tmp_path / "t.md").read_text().splitlines()
     assert len(table) == 2 + 8 and table[2].startswith("| policy-16 | static | 1 |")
+
+
+def test_runs_start_from_another_configuration(decathlon, tmp_path):
+    """The second list starts from the first one's weights; nothing but its selectors is trained."""
+    base = {
+        "window": None, "segmenter": "unet-12", "crop_sizes": [16], "validate_every": 0,
+        "device": "cpu", "threads": 1, "baseline": None,
+    }
+    parts = {"first": ["segmenter"], "second": ["bit_selectors"]}
+    for name, trained in parts.items():
+        phase = {"objective": "quantised", "steps": 1, "batch": 2, "parts": trained}
+        content = {**base, "phases": [phase]}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        start = [] if name == "first" else ["--start", "first"]
+        command = [
+            sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
+            str(tmp_path / "out"), str(tmp_path / f"{name}.yaml"), *start,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    first, second = (
+        load_model(tmp_path / "out" / name / "fold0" / "model.safetensors").segmenter.state_dict()
+        for name in parts
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first if "weight" in name)
 
 
 def test_a_run_of_v1_scores_its_members_and_its_decisions(decathlon, tmp_path):

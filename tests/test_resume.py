@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from meddanet.data.slices import read_cache
 from meddanet.phase import phase_share, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import train
+from meddanet.weights import load_model
 
 KILLED_IN_ITS_FIFTH_CHECKPOINT = """
 import os, signal, sys, json
@@ -174,6 +176,41 @@ def test_a_run_from_before_a_field_keeps_what_it_had(config, tmp_path):
         train(replace(config, position_network=None, phases=faster))
     assert path.read_bytes() == before
     train(replace(config, position_network=None))
+
+
+def test_a_run_starts_from_weights(config, tmp_path):
+    """Decisions alone are trained: the segmenter stays what it was."""
+    first = train(config)
+    second = replace(
+        config, out=str(tmp_path / "second"), start=str(first), seed=1,
+        phases=[PhaseConfig("decisions", 1, batch=2)],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = train(second)
+    before, after = load_model(first), load_model(path)
+    differ = {
+        name.split(".")[0] for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert differ == {"policy", "position"}
+    first.unlink()
+    train(second)  # goes on from its own checkpoint
+    with pytest.raises(ValueError, match="start is .* in the run that is there, and None is asked"):
+        train(replace(second, start=None))
+
+
+def test_weights_that_know_the_held_out_cases(config, tmp_path):
+    first = train(config)
+    other = replace(
+        config, out=str(tmp_path / "second"), start=str(first), fold=1, num_bits=(8, 12, 16),
+        phases=config.phases[:1],
+    )
+    with pytest.warns(UserWarning) as warned:
+        train(other)
+    texts = [str(warning.message) for warning in warned]
+    assert any("fits all but 8 tensors, first bit_selectors.0.linear.weight" in t for t in texts)
+    assert any("1 cases that are held out here, such as disc_001" in text for text in texts)
 
 
 def test_what_may_differ(config, tmp_path):

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from meddanet.build import build_med_danet_v2
+from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.layers import quantized_layers
 from meddanet.med_danet_v2 import MedDANetV2
-from meddanet.weights import PRETRAINED, load_model, pretrained_names, save_model
+from meddanet.weights import PRETRAINED, load_model, pretrained_names, save_model, take_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,33 @@ def test_a_model_comes_back_as_it_was(model, path):
     assert not loaded.training and loaded.routes == ("skip", "crop-16", "crop-24", "whole")
     slices = torch.randn(3, 2, 32, 32)
     assert torch.equal(loaded.segment(slices).labels, model.segment(slices).labels)
+
+
+def test_another_model_takes_what_fits(model, path):
+    """Another number of routes and of widths: the policy's answer and the selectors stay."""
+    torch.manual_seed(1)
+    other = build_med_danet_v2(
+        "unet-12", in_channels=2, num_classes=3, crop_sizes=(32,), num_bits=(4, 8, 12)
+    )
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    left, facts = take_weights(other, path)
+    assert facts["trained_on"] == ["p1", "p2"]
+    ends = [f"{k}.linear.{name}" for k in range(4) for name in ("weight", "bias")]
+    assert sorted(left) == sorted([
+        *(f"bit_selectors.{end}" for end in ends), "policy.classifier.weight"
+    ])
+    theirs = model.state_dict()
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, (before if name in left else theirs)[name]), name
+    ranges = {name: layer.input_amax for name, layer in quantized_layers(model).items()}
+    for name, layer in quantized_layers(other).items():
+        assert layer.input_amax == ranges[name]
+
+
+def test_weights_of_which_nothing_fits(path):
+    other = build_med_danet(["unet-2"], 2, 3)
+    with pytest.raises(ValueError, match="tiny.safetensors: none .* fits this MedDANet;"):
+        take_weights(other, path)
 
 
 def test_the_file_says_what_it_is(model, path):
