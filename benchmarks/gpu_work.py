@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meddanet.networks.decision import ShuffleUnit
+from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
 WARPS = 4
 SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
@@ -167,7 +167,9 @@ def head(samples: int, side: int) -> Work:
 
 
 def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
-    """A network in half precision, norm and ReLU fused: a launch per layer, or ShuffleNetV2 unit.
+    """A network in half precision, norm and ReLU fused, a launch per layer.
+
+    Stem and units of ShuffleNetV2 are a launch each.
 
     Args:
         name: What to call it.
@@ -187,11 +189,11 @@ def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Wor
         operations += 2 * output.numel() * layer.weight[0].numel()
 
     modules = list(network.modules())
-    units = [m for m in modules if isinstance(m, ShuffleUnit)]
+    parts = [m for m in modules if isinstance(m, ShuffleStem | ShuffleUnit)]
     layers = [m for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
-    inside = {layer for unit in units for layer in unit.modules()}
+    inside = {layer for part in parts for layer in part.modules()}
     own = [layer for layer in layers if layer not in inside]
-    hooks = [m.register_forward_hook(add_launch) for m in units + own]
+    hooks = [m.register_forward_hook(add_launch) for m in parts + own]
     hooks += [layer.register_forward_hook(add_operations) for layer in layers]
     network.to("meta")(torch.empty(shape, device="meta"))
     for hook in hooks:

@@ -16,12 +16,14 @@ from .quantize import fake_quantize, fake_quantize_reference
 from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
 from .shuffle_pack import PackedUnit, pack_unit
+from .shuffle_stem import PackedStem, pack_stem, shuffle_stem, shuffle_stem_reference
 from .shuffle_unit import shuffle_unit, shuffle_unit_reference
 from .view import view_slices, view_slices_reference
 
 __all__ = [
     "ConvOutput",
     "PackedConv",
+    "PackedStem",
     "PackedUnit",
     "affine_paste",
     "affine_paste_reference",
@@ -38,6 +40,7 @@ __all__ = [
     "label_head_reference",
     "norm_affine",
     "pack_conv",
+    "pack_stem",
     "pack_unit",
     "quant_conv2d",
     "quant_conv2d_reference",
@@ -45,6 +48,8 @@ __all__ = [
     "route_slices_reference",
     "select_bits",
     "select_bits_reference",
+    "shuffle_stem",
+    "shuffle_stem_reference",
     "shuffle_unit",
     "shuffle_unit_reference",
     "split_codes",

@@ -1,4 +1,4 @@
-"""The weights of a unit of ShuffleNetV2 as `shuffle_unit` takes them."""
+"""Weights of ShuffleNetV2 as `shuffle_unit` and `shuffle_stem` take them."""
 
 from __future__ import annotations
 
@@ -89,12 +89,17 @@ def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = (
 
 def _pack(weight: Tensor, bias: Tensor) -> Layer:
     """Returns one layer's weight and bias as `PackedUnit` has them."""
-    constants = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias = weight.detach(), bias.detach().to(constants)
-    matrix = weight.flatten(1).T
+    matrix = weight.detach().flatten(1).T
     if weight.shape[2:] == (1, 1):
-        matrix = F.pad(matrix, (0, 0, 0, padded(len(matrix)) - len(matrix)))
-    else:
-        matrix = matrix.to(constants)
-    more = padded(len(bias)) - len(bias)
-    return F.pad(matrix, (0, more)).contiguous(), F.pad(bias, (0, more))
+        return padded_matrix(matrix, bias)
+    constants = torch.promote_types(weight.dtype, torch.float32)
+    more = (0, padded(len(bias)) - len(bias))
+    return F.pad(matrix.to(constants), more).contiguous(), F.pad(bias.detach().to(constants), more)
+
+
+def padded_matrix(matrix: Tensor, bias: Tensor) -> Layer:
+    """Pads a matrix [I, O] on both sides, and its bias [O] in float32 or wider."""
+    constants = torch.promote_types(matrix.dtype, torch.float32)
+    rows, columns = (padded(side) - side for side in matrix.shape)
+    matrix = F.pad(matrix, (0, columns, 0, rows)).contiguous()
+    return matrix, F.pad(bias.detach().to(constants), (0, columns))

@@ -25,8 +25,8 @@ from meddanet.routing import channels_last  # noqa: E402
 from meddanet.weights import load_model  # noqa: E402
 
 ARCH = 89
-# the package has a function of the same name
-shuffle_unit = import_module("meddanet.kernels.shuffle_unit")
+# the modules, beside which the package has functions of their names
+SHUFFLE = [import_module(f"meddanet.kernels.{name}") for name in ("shuffle_stem", "shuffle_unit")]
 
 
 def tensors(result):
@@ -133,14 +133,15 @@ def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
     planned.policy, planned.position = (
         frozen(network, torch.float16) for network in (model.policy, model.position)
     )
-    monkeypatch.setattr(shuffle_unit, "triton_runs", lambda input: True)
+    for module in SHUFFLE:
+        monkeypatch.setattr(module, "triton_runs", lambda input: True)
 
     def launch_all():
         for step in Plan(planned, capacity, size).launches:
             step.run()
 
     launched = variants.record(ARCH, "plan", launch_all)
-    assert "shuffle_unit_kernel" in {v.name for v in launched}
+    assert {"shuffle_stem_kernel", "shuffle_unit_kernel"} <= {v.name for v in launched}
     listed = variants.variants(ARCH)
     missing = {v.key for v in launched} - {v.key for v in listed}
     assert not [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key in missing]

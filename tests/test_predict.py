@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meddanet.layers import set_quantization
-from meddanet.networks.decision import ShuffleUnit
+from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
 gpu_work = pytest.importorskip("gpu_work")
 predict = pytest.importorskip("predict")
@@ -120,6 +120,12 @@ def test_half_precision_networks_by_hand():
     assert unit.launches == 1 and unit.operations == 2 * 300 * (16 + 36 + 16)
     assert unit.bytes == 2 * (2 * 3 * 8 * 100 + 16 + 36 + 16)
     assert work.bytes == 2 * (3 * 4 * 100 + 3 * 8 * 25 + 8 * 4 * 9)
+    # and so is a stem: what lies between convolution and pooling is never stored
+    stem = ShuffleStem(4, 8).eval()
+    set_quantization(stem, quantize=False, update_range=False)
+    stem = gpu_work.half_precision("stem", stem, (3, 4, 12, 12))
+    assert stem.launches == 1 and stem.operations == 2 * 3 * 6 * 6 * 8 * 4 * 9
+    assert stem.bytes == 2 * (3 * 4 * 144 + 3 * 8 * 9 + 8 * 4 * 9)
 
 
 def test_volumes_cost_as_they_are_routed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -10,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..kernels import PackedUnit, fake_quantize, pack_unit, shuffle_unit
+from ..kernels import (
+    PackedStem,
+    PackedUnit,
+    fake_quantize,
+    pack_stem,
+    pack_unit,
+    shuffle_stem,
+    shuffle_unit,
+)
 from ..kernels.conv_train import weight_amax
 from ..layers import quantized_layers
-from ..networks.decision import ShuffleUnit
+from ..networks.decision import ShuffleStem, ShuffleUnit
 
 
 class _OnGrid(nn.Module):
@@ -36,19 +45,20 @@ class _OnGrid(nn.Module):
 
 
 class _OneKernel(nn.Module):
-    """A unit of ShuffleNetV2 as one operation.
+    """A part of ShuffleNetV2 as one operation.
 
     Args:
-        unit: Its weights as they run, where they run: they cannot be moved or cast.
+        operation: `shuffle_stem` or `shuffle_unit`.
+        packed: Its weights as they run, where they run: they cannot be moved or cast.
     """
 
-    def __init__(self, unit: PackedUnit) -> None:
+    def __init__(self, operation: Callable[..., Tensor], packed: PackedStem | PackedUnit) -> None:
         super().__init__()
-        self.unit = unit
+        self.operation, self.packed = operation, packed
 
     def forward(self, input: Tensor) -> Tensor:
-        """Runs the unit on input [N, Cin, H, W]."""
-        return shuffle_unit(input, self.unit)
+        """Runs the part on input [N, Cin, H, W]."""
+        return self.operation(input, self.packed)
 
 
 def frozen(
@@ -57,8 +67,8 @@ def frozen(
     """Returns a copy for inference whose forward pass can be captured in a graph.
 
     Layers that are quantised have their weights put on the grid and round their input by its fixed
-    range; batch norms that follow a convolution are folded into it. A unit of ShuffleNetV2 without
-    quantised layers becomes one operation.
+    range; batch norms that follow a convolution are folded into it. Stem and units of ShuffleNetV2
+    without quantised layers become one operation each.
 
     Args:
         network: In `eval()`, every quantised layer with a range.
@@ -83,9 +93,9 @@ def frozen(
         parent, _, own = name.rpartition(".")
         owner = network.get_submodule(parent)
         setattr(owner, own, _OnGrid(getattr(owner, own), num_bits, amax))
-    for name, unit in list(network.named_modules()):
-        if isinstance(unit, ShuffleUnit) and not _rounds(unit):
-            network.set_submodule(name, _OneKernel(_packed(unit)))
+    for name, part in list(network.named_modules()):
+        if isinstance(part, (ShuffleStem, ShuffleUnit)) and not _rounds(part):
+            network.set_submodule(name, _one_kernel(part))
     return network
 
 
@@ -93,14 +103,16 @@ def _rounds(network: nn.Module) -> bool:
     return any(isinstance(module, _OnGrid) for module in network.modules())
 
 
-def _packed(unit: ShuffleUnit) -> PackedUnit:
-    """Packs a unit whose norms are folded."""
+def _one_kernel(part: ShuffleStem | ShuffleUnit) -> _OneKernel:
+    """Packs a part whose norms are folded."""
 
     def layer(layers: Any) -> tuple[Tensor, Tensor]:
         return layers[0].weight, layers[0].bias
 
-    expand, depth, mix = (layer(layers) for layers in unit.main)
-    return pack_unit(expand, depth, mix, [layer(layers) for layers in unit.project or ()])
+    if isinstance(part, ShuffleStem):
+        return _OneKernel(shuffle_stem, pack_stem(*layer(part)))
+    main, side = (map(layer, branch or ()) for branch in (part.main, part.project))
+    return _OneKernel(shuffle_unit, pack_unit(*main, list(side)))
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

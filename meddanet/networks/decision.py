@@ -29,6 +29,16 @@ def depthwise(channels: int, stride: int, kernel: int = 3) -> nn.Sequential:
     )
 
 
+class ShuffleStem(nn.Sequential):
+    """A 3x3 convolution of stride 2, batch norm, ReLU, and max pooling of stride 2."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__(
+            conv(cin, cout, 3, 2), nn.BatchNorm2d(cout), nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        )
+
+
 class ShuffleUnit(nn.Module):
     """The ShuffleNetV2 unit: half the channels pass untouched, or, at stride 2, a second branch."""
 
@@ -67,10 +77,7 @@ class ShuffleNetV2(nn.Module):
     def __init__(self, widths: tuple[int, ...], num_classes: int, in_channels: int = 4) -> None:
         super().__init__()
         stem, *stages, last = widths
-        self.stem = nn.Sequential(
-            conv(in_channels, stem, 3, 2), nn.BatchNorm2d(stem), nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, 1),
-        )
+        self.stem = ShuffleStem(in_channels, stem)
         units, cin = [], stem
         for cout, repeat in zip(stages, self.repeats, strict=True):
             for index in range(repeat):

@@ -29,6 +29,7 @@ from meddanet.kernels import (
     label_head,
     label_head_reference,
     pack_conv,
+    pack_stem,
     pack_unit,
     quant_conv2d,
     quant_conv2d_reference,
@@ -36,6 +37,8 @@ from meddanet.kernels import (
     route_slices_reference,
     select_bits,
     select_bits_reference,
+    shuffle_stem,
+    shuffle_stem_reference,
     shuffle_unit,
     shuffle_unit_reference,
     use_backend,
@@ -342,10 +345,25 @@ def test_shuffle_unit(device, halved, branch, dtype, tolerances):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(120, 120), (13, 18)], ids=str)
+def test_shuffle_stem(device, size, dtype, tolerances):
+    """Programs of several samples, the last one not full."""
+    weight, bias = (torch.randn(12, 4, 3, 3) / 6).to(dtype), torch.randn(12).to(dtype)
+    stem, exact_stem = pack_stem(weight, bias), pack_stem(weight.double(), bias.double())
+    x = torch.randn(5, 4, *size).to(dtype).contiguous(memory_format=LAST)
+    actual, again = (shuffle_stem(x.to(device), stem.to(device)) for _ in range(2))
+    assert torch.equal(actual, again)
+    tolerances.reduction(
+        actual.cpu(), native=shuffle_stem_reference(x, stem),
+        exact=shuffle_stem_reference(x.double(), exact_stem),
+    )  # fmt: skip
+
+
 NETWORKS = {
-    "shufflenetv2-m": (lambda: build_decision_network("shufflenetv2-m", 4, 4), 16),
-    "shufflenetv2": (lambda: build_decision_network("shufflenetv2", 4, 4), 16),
-    "heatmap": (lambda: build_position_network("heatmap", 4), 12),
+    "shufflenetv2-m": (lambda: build_decision_network("shufflenetv2-m", 4, 4), 1 + 16),
+    "shufflenetv2": (lambda: build_decision_network("shufflenetv2", 4, 4), 1 + 16),
+    "heatmap": (lambda: build_position_network("heatmap", 4), 1 + 12),
 }
 
 
@@ -353,8 +371,8 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_frozen_decision_networks(device, name, dtype, tolerances):
-    """A network with its units as operations, against itself in float64."""
-    build, units = NETWORKS[name]
+    """A network with its stem and units as operations, against itself in float64."""
+    build, parts = NETWORKS[name]
     network = build().double()
     x = torch.randn(5, 4, 64, 72, dtype=torch.float64).to(dtype)
     for norm in network.modules():
@@ -365,7 +383,7 @@ def test_frozen_decision_networks(device, name, dtype, tolerances):
     network.train()(x.double())
     network.eval()
     small = frozen(network, dtype, device)
-    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == units
+    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == parts
     assert not any(isinstance(m, ShuffleUnit | torch.nn.BatchNorm2d) for m in small.modules())
     calls = ((network, x.double()), (deepcopy(network).to(dtype), x),
              (small, x.to(device).contiguous(memory_format=LAST)))  # fmt: skip

@@ -177,7 +177,7 @@ def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised):
     layer.quantize = True
     layer.input_amax.fill_(4.0)
     small = frozen(network, torch.float64)
-    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == 15
+    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == 1 + 15
     assert isinstance(small.stages[int(quantised.split(".")[1])], ShuffleUnit)
     x = torch.randn(2, 4, 40, 32, dtype=torch.float64)
     torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
