@@ -240,9 +240,9 @@ def test_the_first_of_equal_logits_is_the_label(classes):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("segmenter", ["unet-12", "transbts-light"])
-@pytest.mark.parametrize("side", [(40, 48), (24, 32)], ids=str)
+@pytest.mark.parametrize("side", [(40, 48), (24, 32), (24, 24), (16, 16)], ids=str)
 def test_the_tile_answers_as_the_whole_canvas(executor, segmenter, side, tolerances):
-    """Patches in every corner, on every border, inside; one beside which the tile fills an axis."""
+    """Patches in every corner, on every border, inside; where the tile fills an axis, and both."""
     torch.manual_seed(3)
     model = build(crop_sizes=(16,))
     if segmenter != "unet-12":
@@ -262,8 +262,9 @@ def test_the_tile_answers_as_the_whole_canvas(executor, segmenter, side, toleran
     channels = model.segmenter.stage_channels[0]
     networks = _last_stage_only(model, executor)
     engine = SliceEngine(model, networks, executor, 1)
-    ends = [(0, 1, 3, 4, 5, length - 16 - 5, length - 16 - 1, length - 16) for length in side]
-    for y, x in itertools.product(*ends):
+    lasts = [length - 16 for length in side]
+    ends = [{0, 1, 3, 4, 5, last - 5, last - 1, last} & {*range(last + 1)} for last in lasts]
+    for y, x in itertools.product(*map(sorted, ends)):
         patch = torch.randn(1, channels, 16, 16)
         canvas = affine_paste(patch, torch.tensor([[float(y), float(x)]]), side)
         with torch.no_grad():

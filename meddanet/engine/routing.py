@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -137,11 +137,11 @@ class SliceEngine:
         if not len(seen):
             return result
         views = self._views(images, seen)
-        routes = self._in_batches(self._networks.decide, views).argmax(1)
+        routes = self._in_batches(self._networks.decide, views, range(len(seen))).argmax(1)
         result.decisions[seen] = torch.from_numpy(routes)
         cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
         if cropped.any():
-            places = self._in_batches(self._networks.locate, views[cropped])
+            places = self._in_batches(self._networks.locate, views, np.flatnonzero(cropped))
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
             result.offsets[seen[cropped]] = self._offsets(places, sizes, images.shape[2:])
         labels, decisions, offsets, num_bits = (part.numpy() for part in result)
@@ -159,28 +159,25 @@ class SliceEngine:
         position = torch.from_numpy(places).sigmoid()
         return place(position, smallest, size, position.new_tensor(image)).round()
 
-    def _views(self, images: Array, indices: Array) -> Array:
-        """Returns what the decision networks see of the images at N indices, [N, C, h, w]."""
+    def _views(self, images: Array, indices: Array) -> Sequence[Array]:
+        """Returns what the decision networks see of the images at N indices, N of [C, h, w]."""
         scale = self._model.decision_scale
-        channels, height, width = images.shape[1:]
-        views = np.empty((len(indices), channels, height // scale, width // scale), np.float32)
+        if scale == 1:
+            return [images[index] for index in indices]
+        return list(self._pool.map(lambda index: shrink(images[index], scale), indices))
 
-        def run(view: Array, index: int) -> None:
-            view[...] = shrink(images[index], scale)
-
-        list(self._pool.map(run, views, indices))
-        return views
-
-    def _in_batches(self, network: Callable[[Array], Array], views: Array) -> Array:
-        """Returns a decision network's logits [N, K] of views [N, C, h, w]."""
+    def _in_batches(
+        self, network: Callable[[Array], Array], views: Sequence[Array], chosen: Sequence[int]
+    ) -> Array:
+        """Returns a decision network's logits [N, K] of N chosen views [C, h, w]."""
 
         def run(start: int) -> Array:
-            some = views[start : start + DECISIONS]
-            blank = np.zeros((DECISIONS - len(some), *some.shape[1:]), np.float32)
-            batch = np.concatenate([some, blank]) if len(blank) else some
+            some = [views[index] for index in chosen[start : start + DECISIONS]]
+            batch = np.zeros((DECISIONS, *some[0].shape), np.float32)
+            np.stack(some, out=batch[: len(some)])
             return network(batch)[: len(some)].copy()
 
-        return np.concatenate(list(self._pool.map(run, range(0, len(views), DECISIONS))))
+        return np.concatenate(list(self._pool.map(run, range(0, len(chosen), DECISIONS))))
 
     def _segment(
         self,
@@ -254,8 +251,9 @@ class SliceEngine:
         canvas = np.zeros(shape, np.float32)
         top, left = y - rows.start, x - columns.start
         canvas[top : top + size, left : left + size] = features
-        found = self._networks.last(index, canvas)
+        # first of all: where the tile is the whole canvas, it may overwrite what `last` returned
         labels[...] = self._background(index, *labels.shape)
+        found = self._networks.last(index, canvas)
         labels[rows.first : rows.last, columns.first : columns.last] = found[
             rows.first - rows.start : rows.last - rows.start,
             columns.first - columns.start : columns.last - columns.start,
