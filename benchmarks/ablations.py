@@ -39,7 +39,7 @@ import torch
 from accuracy import training_seconds
 from torch import Tensor
 
-from meddanet.arguments import command_parser, train_config
+from meddanet.arguments import parse_command, train_config
 from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.checkpoint import load_checkpoint
@@ -103,7 +103,7 @@ def read_config(file: Path, options: argparse.Namespace, fold: int) -> TrainConf
     for name, value in options.option:
         arguments += [f"--{name}", value]
     out = options.out / file.stem / f"fold{fold}"
-    parsed = command_parser().parse_args([
+    parsed = parse_command([
         "train", *arguments, "--data", str(options.data), "--out", str(out), "--fold", str(fold),
     ])
     config = train_config(parsed["train"])

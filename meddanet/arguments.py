@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from argparse import Action
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import restricted_string_type
 
 from .recipe import (
-    PAPERS_AUGMENTATION,
     RECIPES,
     AugmentConfig,
     DecisionConfig,
     PhaseConfig,
     TrainConfig,
+    recipe_settings,
 )
 from .version import __version__
 
@@ -40,8 +43,14 @@ class _Parser(ArgumentParser):
         raise SystemExit(2) from ex
 
 
-def command_parser() -> ArgumentParser:
-    """Returns the parser of the whole command."""
+def parse_command(arguments: Sequence[str] | None = None) -> Namespace:
+    """Parses a command line, by default the process's own."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return command_parser(_asked_recipe(arguments)).parse_args(arguments)
+
+
+def command_parser(recipe: str = "meddanet") -> ArgumentParser:
+    """Returns the parser of the whole command; training has the defaults of a recipe."""
     parser = _Parser(
         prog="meddanet",
         description="Segments volumes slice by slice, each only as closely as it needs.",
@@ -50,7 +59,7 @@ def command_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", parser_class=_Parser)
     commands.add_subcommand("demo", _demo_parser(), help="segment a generated phantom")
     commands.add_subcommand("segment", _segment_parser(), help="write label maps of volumes")
-    commands.add_subcommand("train", _train_parser(), help="train on labelled cases")
+    commands.add_subcommand("train", _train_parser(recipe), help="train on labelled cases")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="compare with references")
     commands.add_subcommand("info", _info_parser(), help="versions, devices, weights, costs")
     commands.add_subcommand("bench", _bench_parser(), help="time this machine on one case")
@@ -93,64 +102,95 @@ def _segment_parser() -> ArgumentParser:
     return parser
 
 
-def _train_parser() -> ArgumentParser:
+def _train_parser(recipe: str) -> ArgumentParser:
     parser = _Parser(
         description="Trains Med-DANet V2, or V1, on a folder of labelled cases.",
         print_config="--print-config",
     )
     parser.add_argument("--config", action="config", help="YAML or JSON file of these options")
-    parser.add_class_arguments(TrainConfig)
-    # as plain values, which --print-config can write down
-    parser.set_defaults({"phases": [asdict(phase) for phase in RECIPES["meddanet"]()]})
     parser.add_argument(
-        "--recipe", action=_Recipe, choices=RECIPES, help="phases by name (default: meddanet)"
+        "--recipe", choices=RECIPES, default=recipe,
+        help="defaults by name: phases and, of the papers, augmentation, networks and crop",
+    )
+    parser.add_class_arguments(TrainConfig, skip={"phases", "baseline", "modalities"})
+    # a class of their own would merge two lists field by field
+    parser.add_argument(
+        "--phases", type=list[dict[str, Any]],
+        help="what is trained, in this order, a finished phase is not repeated; [{objective: "
+        "static, steps: 100, ...}, ...], the fields are those of meddanet.recipe.PhaseConfig",
+    )
+    parser.add_argument(
+        "--baseline", type=dict[str, Any] | None,
+        help="a plain segmenter trained beside, to compare with: such a phase; it continues the "
+        "first phases `static`, so that both have those in common. null = none",
+    )
+    parser.add_argument(
+        "--modalities", type=list[str] | str | None,
+        help="what the channels are, in file order, where the naming does not tell: flair,t1ce",
     )
     parser.add_argument(
         "--resume", action="store_true",
         help="go on where the run in OUT stands; the same happens without, this wants one there",
     )
+    settings = {"baseline": None, **recipe_settings(recipe)}
+    # as plain values, which --print-config can write down
+    plain = json.loads(json.dumps(asdict(TrainConfig("", "", **recipe_settings(recipe)))))
+    parser.set_defaults({name: plain[name] for name in settings})
     return parser
 
 
+def _asked_recipe(arguments: Sequence[str]) -> str:
+    """Returns the recipe that options, or the files among them, name last."""
+    from yaml import YAMLError, safe_load
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for name in ("--recipe", "--config"):
+        parser.add_argument(name, action="append", dest="asked", type=lambda v, n=name: (n, v))
+    recipe = "meddanet"
+    for name, value in parser.parse_known_args(arguments)[0].asked or []:
+        if name == "--config":
+            try:
+                content = safe_load(Path(value).read_text(encoding="utf-8"))
+            except (OSError, ValueError, YAMLError):
+                continue  # the command's own parser says what is wrong
+            value = content.get("recipe") if isinstance(content, dict) else None
+        recipe = value if value in RECIPES else recipe
+    return recipe
+
+
 def train_config(options: Namespace) -> TrainConfig:
-    """Returns the run that the options of `meddanet train` ask for."""
+    """Returns the run that the options of `meddanet train` ask for.
+
+    Raises:
+        ValueError: If a value is none that training takes; it is named.
+    """
     values = options.as_dict()
-    for name in ("config", "resume"):
+    for name in ("config", "resume", "recipe"):
         del values[name]
-    recipe = values.pop("recipe")
-    values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
-    if recipe is not None and values["phases"] == TrainConfig("", "").phases:
-        # named in a file; the option itself has put the phases in place
-        values["phases"] = RECIPES[recipe]()
-        if recipe != "meddanet":
-            for name, value in _PAPERS.items():
-                if values[name] == getattr(TrainConfig("", ""), name):
-                    values[name] = value
-            if values["augment"] == asdict(AugmentConfig()):
-                values["augment"] = asdict(PAPERS_AUGMENTATION)
+    values["phases"] = [
+        _phase(f"phases.{number}", fields) for number, fields in enumerate(values["phases"])
+    ]
     if values["baseline"] is not None:
-        values["baseline"] = PhaseConfig(**values["baseline"])
+        values["baseline"] = _phase("baseline", values["baseline"])
+    if isinstance(values["modalities"], str):
+        values["modalities"] = values["modalities"].split(",")
     values["decision"] = DecisionConfig(**values["decision"])
     values["augment"] = AugmentConfig(**values["augment"])
     return TrainConfig(**values)
 
 
-# beside their augmentation
-_PAPERS = {"position_network": None, "crop_sizes": (96,)}
-
-
-class _Recipe(Action):
-    """Puts a named schedule in place; with the papers' go their augmentation and networks."""
-
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        namespace["phases"] = [asdict(phase) for phase in RECIPES[values]()]
-        if values != "meddanet":
-            for name, value in asdict(PAPERS_AUGMENTATION).items():
-                namespace[f"augment.{name}"] = value
-            for name, value in _PAPERS.items():
-                namespace[name] = value
+def _phase(name: str, values: dict[str, Any]) -> PhaseConfig:
+    """Returns a phase; errors say which one it is."""
+    known = [field.name for field in fields(PhaseConfig)]
+    if strange := sorted(set(values) - set(known)):
+        raise ValueError(f"{name}.{strange[0]} is unknown, expected some of {', '.join(known)}")
+    for needed in ("objective", "steps"):
+        if needed not in values:
+            raise ValueError(f"{name} has no {needed}")
+    try:
+        return PhaseConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
 
 
 def _evaluate_parser() -> ArgumentParser:

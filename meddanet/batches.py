@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ class Batches:
         augment: How samples are varied.
         margin: Pixels a crop has to spare on each side of the lesion to be the policy's answer.
         window: Side of the windows in pixels; None = whole slices.
+        lesion_share: Share of the windows that come from slices with a lesion, None = of all alike.
         canvas: Height and width that whole slices are padded to.
         device: Where batches lie; augmentation runs there.
         dtype: Of the images.
@@ -45,13 +45,16 @@ class Batches:
     augment: AugmentConfig = PAPERS_AUGMENTATION
     margin: int = 0
     window: int | None = 128
+    lesion_share: float | None = 0.67
     canvas: tuple[int, int] = (0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     drawn: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.windows = SliceSampler(self.cases, 0.67, self.window, self.canvas, self.phantoms)
+        self.windows = SliceSampler(
+            self.cases, self.lesion_share, self.window, self.canvas, self.phantoms
+        )
         self.slices = SliceSampler(self.cases, None, None, self.canvas, self.phantoms)
         self.generator = torch.Generator()
         self.seek(0)
@@ -66,7 +69,7 @@ class Batches:
         self.drawn = []
 
     def window_batch(self, size: int, at_least: int = 0) -> tuple[Tensor, Tensor]:
-        """Returns augmented windows, two thirds of them from slices with a lesion.
+        """Returns augmented windows, `lesion_share` of them from slices with a lesion.
 
         Args:
             size: Samples of all processes together, rounded up to their number.
@@ -82,7 +85,7 @@ class Batches:
 
         A decision network that learns on fainter lesions takes more empty slices for lesions.
         """
-        return self._batch(self.slices, size, shift=0.06)
+        return self._batch(self.slices, size)
 
     def jitter(self, count: int, reach: int) -> Tensor:
         """Returns whole numbers [count, 2] from -reach to reach, for this process's samples."""
@@ -90,7 +93,7 @@ class Batches:
         drawn = torch.randint(-reach, reach + 1, shape, generator=self.generator)
         return drawn[rank() :: world()].to(self.device)
 
-    def _batch(self, sampler: SliceSampler, size: int, **ranges: Any) -> tuple[Tensor, Tensor]:
+    def _batch(self, sampler: SliceSampler, size: int) -> tuple[Tensor, Tensor]:
         whole = -(-size // world()) * world()
         config, windows = self.augment, sampler is not self.slices
         images, labels = self._sample(sampler, whole)
@@ -102,7 +105,10 @@ class Batches:
             images = change_contrast(images, labels, draws, config.contrast)
         if config.texture and windows:
             images = change_texture(images, draws, config.texture)
-        images, labels = augment(images, labels, draws, intensity=config.intensity, **ranges)
+        images, labels = augment(
+            images, labels, draws, rotation=config.rotation, scale=config.zoom,
+            shift=0.0 if windows else config.shift, intensity=config.intensity,
+        )
         return images.to(self.dtype), labels
 
     def _sample(self, sampler: SliceSampler, size: int) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ def build_med_danet_v2(
         position_network: Name for `build_position_network`; None = as in the paper.
 
     Raises:
-        ValueError: If a name is unknown, or a crop size or the scale does not fit.
+        ValueError: If a name is unknown, or a crop size, a width or the scale does not fit.
 
     Source: Med-DANet V2, sections 3 and 4.1.
     """
@@ -174,6 +174,8 @@ def build_med_danet_v2(
         raise ValueError(
             f"crop_sizes must ascend and be multiples of {network.stride}, got {crop_sizes}"
         )
+    if not num_bits or not all(2 <= width <= 16 for width in num_bits):
+        raise ValueError(f"num_bits must be one or more widths from 2 to 16, got {num_bits}")
     if decision_scale < 1 or network.stride % decision_scale:
         raise ValueError(
             f"decision_scale must divide the stride {network.stride}, got {decision_scale}"

@@ -113,11 +113,12 @@ def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a configuration the fields that came later, as what its run had."""
     rates = [{"selector_rate": phase.get("selector_rate", 1.0)} for phase in saved["phases"]]
     phases = [phase | rate for phase, rate in zip(saved["phases"], rates, strict=True)]
-    later = {"start": None}
+    later: dict[str, Any] = {"start": None, "lesion_share": 0.67}
+    augment = {"rotation": 15.0, "zoom": 0.15, "shift": 0.06, **saved["augment"]}
     # Med-DANet (V1) has no such network, whatever is asked
     if not saved.get("bank"):
         later["position_network"] = None
-    return {**later, **saved, "phases": phases}
+    return {**later, **saved, "phases": phases, "augment": augment}
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

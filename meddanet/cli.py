@@ -16,13 +16,13 @@ from typing import Any, TextIO
 
 from jsonargparse import Namespace
 
-from .arguments import command_parser, error_line, train_config
+from .arguments import error_line, parse_command, train_config
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = command_parser().parse_args(argv)
+    options = parse_command(argv)
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():

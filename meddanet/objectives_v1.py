@@ -32,12 +32,7 @@ def bank(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     Raises:
         ValueError: If `phase.stay` does not fit the bank.
     """
-    shares = phase.stay or (1.0,) * len(model.bank)
-    if len(shares) != len(model.bank) or max(shares) != 1:
-        raise ValueError(
-            f"stay is {tuple(shares)}, expected a share from 0 to 1 for each of "
-            f"{len(model.bank)} members, the last to leave at 1"
-        )
+    shares = member_shares(phase, len(model.bank))
     images, labels = draw(batches, phase)
     loss = LOSSES[phase.loss][0]
     losses = [
@@ -46,6 +41,21 @@ def bank(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
         if step < round(share * phase.steps)
     ]
     return torch.stack(losses).mean()
+
+
+def member_shares(phase: PhaseConfig, members: int) -> tuple[float, ...]:
+    """Returns the share of a phase's steps that each member takes part in.
+
+    Raises:
+        ValueError: If `phase.stay` does not fit so many members.
+    """
+    shares = phase.stay or (1.0,) * members
+    if len(shares) != members or min(shares) < 0 or max(shares) != 1:
+        raise ValueError(
+            f"stay is {shares}, expected a share from 0 to 1 for each of {members} members, the "
+            "last to leave at 1"
+        )
+    return shares
 
 
 class DecisionObjective:

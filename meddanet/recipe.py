@@ -4,6 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+def check_numbers(config: object, **bounds: tuple[str, ...]) -> None:
+    """Sees that the named fields are numbers within bounds; None passes.
+
+    Args:
+        config: Whose fields.
+        **bounds: Names of fields that are "positive", "whole" (0, 1, ...), "counted" (1, 2, ...),
+            "not_negative" or a "share" (0 to 1).
+
+    Raises:
+        ValueError: If one is not; it is named.
+    """
+    for kind, names in bounds.items():
+        expected, holds = _BOUNDS[kind]
+        for name in names:
+            value = getattr(config, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and holds(value)):
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "positive": ("more than 0", lambda value: 0 < value < float("inf")),
+    "not_negative": ("0 or more", lambda value: 0 <= value < float("inf")),
+    "whole": ("a whole number, 0 or more", lambda value: isinstance(value, int) and value >= 0),
+    "counted": ("a whole number, 1 or more", lambda value: isinstance(value, int) and value >= 1),
+    "share": ("0 to 1", lambda value: 0 <= value <= 1),
+}
 
 
 @dataclass
@@ -38,8 +68,8 @@ class PhaseConfig:
         selector_rate: Learning rate of the bit selectors, as a multiple of the phase's; above 0.
         stay: In "bank", the share of the steps each member takes part in, cheapest first; empty =
             all of them. A phase per member, (1, 0), then (0, 1), trains each on its own.
-        windows: In "bank" and "decision", train on windows, two thirds with a lesion (V1's setting
-            1), instead of whole slices in their natural mix.
+        windows: In "bank" and "decision", train on windows (V1's setting 1) instead of whole slices
+            in their natural mix.
     """
 
     objective: str
@@ -66,8 +96,13 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         self.parts, self.stay = tuple(self.parts), tuple(self.stay)
-        if self.selector_rate <= 0:
-            raise ValueError(f"selector_rate is {self.selector_rate}, expected more than 0")
+        check_numbers(
+            self, positive=("steps", "learning_rate", "selector_rate"), counted=("batch",),
+            not_negative=(
+                "warm_up", "schedule_before", "schedule_after", "branch_weight", "mixed_weight",
+                "oracle_weight", "cost_weight", "branch_cost_weight",
+            ),
+        )
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known)
@@ -80,7 +115,7 @@ class PhaseConfig:
             name: round(getattr(self, name) * factor)
             for name in ("steps", "warm_up", "schedule_before", "schedule_after")
         }
-        return replace(self, unit="steps", **lengths)
+        return replace(self, unit="steps", **{**lengths, "steps": max(lengths["steps"], 1)})
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -88,6 +123,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "autocast": ("none", "bfloat16", "float16"),
     "arithmetic": (None, "float", "learning", "fixed"),
     "loss": ("dice+ce", "dice"),
+    "decay": (True, False),
+    "windows": (True, False),
 }
 
 
@@ -172,15 +209,36 @@ RECIPES: dict[str, Callable[[], list[PhaseConfig]]] = {
 }
 
 
+def recipe_settings(name: str) -> dict[str, Any]:
+    """Returns the fields of `TrainConfig` that a recipe sets: phases, and what papers have else.
+
+    Args:
+        name: A key of `RECIPES`.
+    """
+    settings: dict[str, Any] = {"phases": RECIPES[name]()}
+    if name == "meddanet":
+        return settings
+    settings |= {"augment": PAPERS_AUGMENTATION, "lesion_share": None, "phantoms": 0}
+    if name == "v1-paper":
+        return settings | {"bank": ("unet-12", "unet-16", "transbts-light", "transbts")}
+    return settings | {
+        "position_network": None, "crop_sizes": (96,), "decision_scale": 1,
+        "quantize_decisions": True,
+    }
+
+
 def _baseline() -> PhaseConfig:
     return PhaseConfig("static", steps=1700, learning_rate=5e-4, autocast="bfloat16")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How batches are varied beside flips, turns, zooms and shifts; see `data.augment`.
+    """How batches are varied beside flips; see `data.augment`.
 
     Attributes:
+        rotation: Largest angle in degrees.
+        zoom: Largest relative change of size.
+        shift: Largest shift of a whole slice, as a share of its side; windows lie at random anyway.
         intensity: Largest relative change and shift of a modality's intensities.
         transplant: Chance of a window to get another one's lesion.
         contrast: Chance of a slice's lesion to be made fainter, or a little stronger.
@@ -188,14 +246,25 @@ class AugmentConfig:
             half of the modalities have their grey values bent.
     """
 
+    rotation: float = 15.0
+    zoom: float = 0.15
+    shift: float = 0.06
     intensity: float = 0.25
     transplant: float = 0.3
     contrast: float = 0.5
     texture: float = 0.2
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, not_negative=("rotation",),
+            share=("zoom", "shift", "intensity", "transplant", "contrast", "texture"),
+        )
 
-# what papers and published code do
-PAPERS_AUGMENTATION = AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0)
+
+# what papers and published code do: flips, and intensities as here
+PAPERS_AUGMENTATION = AugmentConfig(
+    rotation=0, zoom=0, shift=0, intensity=0.1, transplant=0, contrast=0, texture=0
+)
 
 
 @dataclass
@@ -221,6 +290,9 @@ class DecisionConfig:
     route_weights: tuple[float, ...] = ()
     regions: tuple[tuple[int, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        check_numbers(self, share=("alpha",), positive=("cost_unit",))
+
 
 @dataclass
 class TrainConfig:
@@ -240,6 +312,9 @@ class TrainConfig:
         phantoms: Synthetic glioma cases mixed into the training cases.
         augment: How batches are varied.
         window: Side of the training windows in pixels; None = whole slices.
+        lesion_share: Share of a segmenter's samples that come from slices with a lesion, windows
+            centred near it; None = all slices that hold signal alike, windows anywhere (the
+            papers').
         bank: Names for `build_segmenter`, cheapest first: trains Med-DANet (V1) with these members,
             by phases "bank" and "decision", such as recipe v1-paper. Empty = Med-DANet V2.
         decision: What V1's decision network learns.
@@ -282,6 +357,7 @@ class TrainConfig:
     phantoms: int = 3
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     window: int | None = 128
+    lesion_share: float | None = 0.67
     bank: tuple[str, ...] = ()
     decision: DecisionConfig = field(default_factory=DecisionConfig)
     segmenter: str = "unet-16"
@@ -306,3 +382,19 @@ class TrainConfig:
     validate_every: int = 400
     validation_slices: int = 64
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("modalities", "window_hu", "bank", "crop_sizes", "num_bits"):
+            value = getattr(self, name)
+            setattr(self, name, value if value is None else tuple(value))
+        check_numbers(
+            self, share=("lesion_share",), positive=("checkpoint_minutes",),
+            not_negative=("cost_weight", "bit_weight"),
+            whole=(
+                "folds", "fold", "seed", "phantoms", "margin", "threads", "checkpoint_steps",
+                "validate_every",
+            ),
+            counted=("window", "decision_scale", "validation_slices"),
+        )
+        if not self.phases:
+            raise ValueError("phases is empty, expected at least one")

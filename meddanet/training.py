@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .checkpoint import keep_config, load_checkpoint
+from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
 from .distributed import barrier, process_group, rank, world
 from .layers import set_quantization
@@ -23,7 +24,7 @@ from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict
 from .objectives import OBJECTIVES, Objective
-from .objectives_v1 import DecisionObjective, bank
+from .objectives_v1 import DecisionObjective, bank, member_shares
 from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .weights import save_model, take_weights
@@ -34,7 +35,6 @@ _USUAL_ARITHMETIC = {
     "static": "float", "segmenter": "float", "decisions": "float", "quantised": "learning",
     "joint": "fixed", "bank": "float", "decision": "float",
 }
-_V1 = ("bank", "decision")
 
 
 def train(config: TrainConfig) -> Path:
@@ -66,7 +66,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.out = config, device, Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        output_folder(self.out)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
         self.model = _build(config, self.data)
@@ -80,6 +80,7 @@ class _Run:
                 f"window is {config.window}, expected a multiple of {stride} that is at least "
                 f"{largest}, or null for whole slices"
             )
+        check_phases(self.model, config)
         # only what can be trained is kept: the next call has to ask for the same
         if rank() == 0:
             keep_config(config, self.data.split)
@@ -145,12 +146,12 @@ class _Run:
     def _phase(
         self, model: nn.Module, phase: PhaseConfig, number: int, file: Path, later: list[Path]
     ) -> Objective:
-        objective = self._objective(model, phase)
+        objective = _objectives(model, self.config)[phase.objective]
         slices = sum(len(case.brain) for case in self.data.training)
         phase = phase.in_steps(max(round(slices / phase.batch), 1))
         if phase.cost_weight is None:
             phase = replace(phase, cost_weight=self.config.cost_weight)
-        if phase.objective in _V1 and not phase.parts:
+        if isinstance(model, MedDANet) and not phase.parts:
             phase = replace(phase, parts=(phase.objective,))
         built_on = next((path for path in later if path.exists()), None)
         if built_on and not (
@@ -167,7 +168,7 @@ class _Run:
         batches = Batches(
             self.data.training, self.data.phantoms, (self.config.seed, number),
             self.config.bit_weight, self.config.augment, self.config.margin, self.config.window,
-            self.canvas, self.device,
+            self.config.lesion_share, self.canvas, self.device,
         )
         run_phase(
             model, objective, phase, batches, file, self.monitor,
@@ -175,22 +176,6 @@ class _Run:
             minutes=self.config.checkpoint_minutes, every=self.config.checkpoint_steps,
         )
         return objective
-
-    def _objective(self, model: Any, phase: PhaseConfig) -> Objective:
-        """Returns what a phase minimises.
-
-        Raises:
-            ValueError: If there is no such objective, or it is not one of the model's.
-        """
-        known: dict[str, Objective] = {**OBJECTIVES}
-        if isinstance(model, MedDANet):
-            known = {"bank": bank, "decision": DecisionObjective(model, self.config.decision)}
-        if phase.objective not in known:
-            raise ValueError(
-                f"objective is {phase.objective!r}, expected one of {', '.join(known)} for a "
-                f"{type(model).__name__}"
-            )
-        return known[phase.objective]
 
     def _place(self, model: Any) -> Any:
         """Puts a model on the device, in the layout that convolutions prefer."""
@@ -212,6 +197,52 @@ def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
         config.decision_network, config.decision_scale, config.quantize_decisions,
         config.position_network,
     )
+
+
+def check_phases(model: Any, config: TrainConfig) -> None:
+    """Sees, before anything is trained, that every phase can be.
+
+    Raises:
+        ValueError: If one has an objective, parts or shares that the model does not; it is named.
+    """
+    known, parts = _objectives(model, config), [name for name, _ in model.named_children()]
+    kind = type(model).__name__
+    for number, phase in enumerate(config.phases):
+        name = f"phases.{number}"
+        if phase.objective not in known:
+            cure = "" if config.bank else "; Med-DANet (V1) is trained where a bank is named"
+            raise ValueError(
+                f"{name}.objective is {phase.objective!r}, expected one of {', '.join(known)} for "
+                f"a {kind}{cure}"
+            )
+        if strange := sorted(set(phase.parts) - set(parts)):
+            raise ValueError(
+                f"{name}.parts holds {', '.join(strange)}, expected some of {', '.join(parts)}"
+            )
+        if phase.objective == "bank":
+            try:
+                member_shares(phase, len(model.bank))
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+    if config.baseline is not None and config.baseline.objective != "static":
+        raise ValueError(
+            f"baseline.objective is {config.baseline.objective!r}, expected static: it is a plain "
+            "segmenter"
+        )
+    if config.cost_weight != TrainConfig.cost_weight and "joint" not in [
+        phase.objective for phase in config.phases
+    ]:
+        warnings.warn(
+            "cost_weight acts in phases `joint` alone and there is none; bit_weight is that of "
+            "phases `quantised`", stacklevel=2,
+        )
+
+
+def _objectives(model: Any, config: TrainConfig) -> dict[str, Objective]:
+    """Returns what a phase of this model may minimise, by name."""
+    if isinstance(model, MedDANet):
+        return {"bank": bank, "decision": DecisionObjective(model, config.decision)}
+    return {**OBJECTIVES}
 
 
 def _prediction(model: Any, phase: PhaseConfig) -> Predict:

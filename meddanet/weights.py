@@ -132,6 +132,8 @@ def take_weights(
     """
     path = _locate(path_or_name)
     facts, tensors = _read(path)
+    if "modalities" not in facts:
+        raise ValueError(f"{path}: does not say what it is; expected a file written by save_model")
     own = _tensors(model)
     fitting = {
         name for name, value in own.items()

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from meddanet.arguments import command_parser, train_config
+from meddanet.arguments import parse_command, train_config
 from meddanet.build import build_segmenter
 from meddanet.cost import count_macs
-from meddanet.recipe import TrainConfig
+from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,12 +22,22 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_one(file):
-    options = command_parser().parse_args(
-        ["train", "--config", str(file), "--data", "a", "--out", "b"]
-    )
+    """Its phases are those of the file, whatever the defaults have in their place."""
+    options = parse_command(["train", "--config", str(file), "--data", "a", "--out", "b"])
     config = train_config(options["train"])
+    content = yaml.safe_load(file.read_text())
+    for name in ("phases", "baseline"):
+        if written := content.get(name):
+            phases = written if isinstance(written, list) else [written]
+            found = config.phases if name == "phases" else [config.baseline]
+            assert found == [PhaseConfig(**_numbers(phase)) for phase in phases]
     assert config != TrainConfig("a", "b") or file.stem in ("policy-96", "quantisation-8-16",
                                                             "backbone-unet-16")
+
+
+def _numbers(phase):
+    """YAML 1.1 takes 1e-3 for a text."""
+    return {k: float(v) if k == "learning_rate" else v for k, v in phase.items()}
 
 
 def test_a_list_of_runs_makes_a_table(decathlon, tmp_path):

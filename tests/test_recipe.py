@@ -1,6 +1,7 @@
 """The schedules by name against what paper and published code say, worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,15 +128,74 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text("data: a\nout: b\nrecipe: paper\nlabel_map: {5: 1}\nwindow_hu: [-160, 240]\n")
     assert main(["train", "--config", str(path)]) == 0
+    papers = AugmentConfig(
+        rotation=0, zoom=0, shift=0, intensity=0.1, transplant=0, contrast=0, texture=0
+    )
     assert seen[0] == TrainConfig(
         "a", "b", label_map={5: 1}, window_hu=(-160, 240), phases=RECIPES["paper"](),
-        augment=AugmentConfig(intensity=0.1, transplant=0, contrast=0, texture=0),
-        position_network=None, crop_sizes=(96,),
+        augment=papers, position_network=None, crop_sizes=(96,), decision_scale=1,
+        quantize_decisions=True, lesion_share=None, phantoms=0,
     )
-    # what is asked for stays
-    path.write_text("data: a\nout: b\nrecipe: paper\naugment: {texture: 0.5}\ncrop_sizes: [64]\n")
-    assert main(["train", "--config", str(path)]) == 0
-    assert seen[1].augment == AugmentConfig(texture=0.5) and seen[1].crop_sizes == (64,)
+    # what is asked for stays, be it what the default would be, before or after the recipe
+    path.write_text(
+        "data: a\nout: b\ncrop_sizes: [96, 128]\nrecipe: paper\naugment: {texture: 0.2}\n"
+        "position_network: heatmap\n"
+    )
+    assert main(["train", "--config", str(path), "--lesion_share", "0.67"]) == 0
+    assert seen[1].augment == replace(papers, texture=0.2)
+    assert (seen[1].crop_sizes, seen[1].position_network) == ((96, 128), "heatmap")
+    assert seen[1].lesion_share == 0.67 and seen[1].phases == RECIPES["paper"]()
+    assert main(["train", "--config", str(path), "--recipe", "v1-paper"]) == 0
+    assert seen[2].bank == ("unet-12", "unet-16", "transbts-light", "transbts")
+    assert seen[2].phases == RECIPES["v1-paper"]() and seen[2].crop_sizes == (96, 128)
+
+
+def test_lists_of_phases_replace_each_other(tmp_path, monkeypatch):
+    """Five of them where the defaults have five; then one of one, and a baseline."""
+    from meddanet import training
+
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    path = tmp_path / "config.yaml"
+    phases = [{"objective": name, "steps": 3} for name in ("static", "joint", "decisions")]
+    content = {"phases": [*phases, *phases[:2]], "baseline": {"objective": "static", "steps": 2}}
+    assert len(content["phases"]) == len(TrainConfig("", "").phases)
+    path.write_text(json.dumps(content))
+    base = ["train", "--data", "a", "--out", "b", "--config", str(path)]
+    assert main(base) == 0
+    assert seen[0].phases == [PhaseConfig(**phase) for phase in content["phases"]]
+    assert seen[0].baseline == PhaseConfig("static", 2)
+    own = [{"objective": "joint", "steps": 1, "parts": ["policy"]}] * 5
+    assert main([*base, "--phases", json.dumps(own)]) == 0
+    assert seen[1].phases == [PhaseConfig("joint", 1, parts=("policy",))] * 5
+    assert main([*base, "--phases", '[{"objective": "static", "steps": 7}]']) == 0
+    assert seen[2].phases == [PhaseConfig("static", 7)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--phases", "[{objective: static, steps: 0}]"],
+         "phases.0.steps is 0, expected more than 0"),
+        (["--phases", "[{objective: static, steps: 1}, {objective: static, steps: 1, batch: 0}]"],
+         "phases.1.batch is 0, expected a whole number, 1 or more"),
+        (["--phases", "[{objective: static, steps: 1, stepz: 1}]"], "phases.0.stepz is unknown"),
+        (["--phases", "[{steps: 1}]"], "phases.0 has no objective"),
+        (["--phases", "[]"], "phases is empty, expected at least one"),
+        (["--baseline", "{objective: static, steps: many}"], "baseline.steps is 'many', expected"),
+        (["--seed", "-1"], "seed is -1, expected a whole number, 0 or more"),
+        (["--folds", "-1"], "folds is -1, expected a whole number"),
+        (["--margin", "-3"], "margin is -3"),
+        (["--augment.transplant", "7"], "transplant is 7.0, expected 0 to 1"),
+        (["--checkpoint_minutes", "0"], "checkpoint_minutes is 0.0, expected more than 0"),
+        (["--decision.alpha", "2"], "alpha is 2.0, expected 0 to 1"),
+        (["--lesion_share", "1.5"], "lesion_share is 1.5, expected 0 to 1"),
+    ],
+)
+def test_values_that_cannot_be(options, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--data", "a", "--out", str(out), *options]) == 1
+    assert message in capsys.readouterr().err and not out.exists()
 
 
 def test_dice_and_swallowed_background_by_hand():

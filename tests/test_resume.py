@@ -143,8 +143,24 @@ def test_what_cannot_be_trained_is_not_kept(config, tmp_path):
     config.window = 20
     with pytest.raises(ValueError, match="window is 20, expected a multiple of 8"):
         train(config)
-    config.window = window
-    assert train(config).exists()
+    config.window, right = window, config.phases
+    wrong = {
+        "phases.1.objective is 'decision', expected one of .* where a bank is named":
+            PhaseConfig("decision", 1),
+        "phases.1.parts holds polic, expected some of segmenter, ":
+            PhaseConfig("joint", 1, parts=("polic",)),
+    }
+    for message, phase in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, phases=[*right, phase]))
+    with pytest.raises(ValueError, match="phases.0.stay is .* for each of 2 members"):
+        bank = [PhaseConfig("bank", 1, stay=(1, 1, 1))]
+        train(replace(config, bank=("unet-2", "unet-4"), phases=bank))
+    with pytest.raises(ValueError, match="baseline.objective is 'joint', expected static"):
+        train(replace(config, baseline=PhaseConfig("joint", 1)))
+    assert not list((tmp_path / "run").glob("*.pt"))
+    with pytest.warns(UserWarning, match="cost_weight acts in phases `joint` alone"):
+        assert train(replace(config, cost_weight=0.1)).exists()
 
 
 def test_another_configuration_is_refused_by_name(config):

@@ -110,7 +110,8 @@ class SliceSampler:
         cases: Cached cases.
         lesion_share: Share of samples drawn from slices with a lesion; the rest comes from all
             slices that hold brain. None samples all brain slices alike.
-        window: Side of the window cut around a random lesion (or brain) pixel; None = whole slice.
+        window: Side of the window cut around a random lesion (or brain) pixel, anywhere where
+            `lesion_share` is None; None = whole slice.
         canvas: Height and width that smaller slices are padded to, at the bottom and right;
             slices of one batch have to agree.
         phantoms: Synthetic cases to mix in.
@@ -152,12 +153,15 @@ class SliceSampler:
         image, label = case.images[index], case.labels[index]
         if self.window is None:
             return pad(image, self.canvas), pad(label, self.canvas)
-        mask = label > 0 if label.any() else (image != 0).any(0)
-        centre = np.array(_pick(np.argwhere(mask), draw[4]))
-        reach = self.window // 3
-        jitter = np.floor(draw[5:7] * (2 * reach + 1)).astype(int) - reach
         limit = np.maximum(np.array(label.shape) - self.window, 0)
-        y, x = np.clip(centre + jitter - self.window // 2, 0, limit)
+        if self.lesion_share is None:
+            y, x = np.floor(draw[5:7] * (limit + 1)).astype(int)
+        else:
+            mask = label > 0 if label.any() else (image != 0).any(0)
+            centre = np.array(_pick(np.argwhere(mask), draw[4]))
+            reach = self.window // 3
+            jitter = np.floor(draw[5:7] * (2 * reach + 1)).astype(int) - reach
+            y, x = np.clip(centre + jitter - self.window // 2, 0, limit)
         cut = np.s_[..., y : y + self.window, x : x + self.window]
         full = (self.window, self.window)
         return pad(image[cut], full), pad(label[cut], full)
