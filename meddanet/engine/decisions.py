@@ -25,6 +25,8 @@ class _OnGrid(nn.Module):
         amax: Range of the input.
     """
 
+    amax: Tensor
+
     def __init__(self, layer: nn.Module, num_bits: int, amax: Tensor) -> None:
         super().__init__()
         self.layer, self.num_bits = layer, num_bits

@@ -64,7 +64,7 @@ class OpenVINONetworks:
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         self._threads = threads
-        layers: list[Any] = list(quantized_layers(self._model.segmenter).values())
+        layers = quantized_layers(self._model.segmenter).values()
         self._integers = all(
             layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
         )
