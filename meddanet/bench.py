@@ -23,7 +23,7 @@ from .layers import set_quantization
 from .med_danet_v2 import MedDANetV2
 from .metrics import dice_score
 from .predictor import VolumePredictor
-from .routing import channels_last
+from .routing import channels_last, to_memory_format
 from .version import __version__
 
 BATCH = 8
@@ -138,8 +138,8 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
         slices: [N, C, H, W].
     """
     # contiguous once more: loaded weights have their channels last already
-    plain = static_network(model).to(slices.device, memory_format=torch.contiguous_format)
-    last = deepcopy(plain).to(memory_format=torch.channels_last)
+    plain = to_memory_format(static_network(model).to(slices.device), torch.contiguous_format)
+    last = to_memory_format(deepcopy(plain), torch.channels_last)
     runs: dict[str, Run] = {
         "eager slice by slice": lambda: slice_by_slice(plain, slices),
         "eager batched": lambda: batched(plain, slices),

@@ -14,6 +14,7 @@ from ..kernels import PackedUnit, fake_quantize, pack_unit, shuffle_unit
 from ..kernels.conv_train import weight_amax
 from ..layers import quantized_layers
 from ..networks.decision import ShuffleUnit
+from ..routing import to_memory_format
 
 
 class _OnGrid(nn.Module):
@@ -79,7 +80,7 @@ def frozen(
     for module in network.modules():
         if isinstance(module, nn.Sequential):
             _fold_norms(module)
-    network = network.to(dtype, memory_format=torch.channels_last).requires_grad_(False)
+    network = to_memory_format(network.to(dtype), torch.channels_last).requires_grad_(False)
     # ranges stay in full precision
     for name, (num_bits, amax) in rounding.items():
         parent, _, own = name.rpartition(".")
