@@ -179,7 +179,8 @@ class OpenVINONetworks:
             feature, gradients = self._begin(inputs)
             return [channels_last(feature), _spread(feature), gradients]
         if name == "at once":
-            return self._whole_way(*rest, inputs)
+            widths, finish = rest
+            return self._whole_way(widths, finish, inputs)
         if name == "stage":
             index, num_bits = rest
             stage = segmenter.encoder[index]

@@ -200,12 +200,12 @@ class SliceEngine:
 
     def _run(self, image: Array, num_bits: Array, finish: bool) -> Array:
         """Returns the labels, or the features before the last stage, and fills in the widths."""
-        result = self._guess(image, finish)
-        if result is None:
+        guess = self._guess(image, finish)
+        if guess is None:
             ends = self._networks.finish if finish else self._networks.decode
             result = ends(*self._encode(image, num_bits))
         else:
-            result, num_bits[:] = result
+            result, num_bits[:] = guess
         # threads may lose a count to each other: only the pace depends on it
         self._chosen[tuple(num_bits.tolist())] += 1
         return result
