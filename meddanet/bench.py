@@ -23,7 +23,7 @@ from .layers import set_quantization
 from .med_danet_v2 import MedDANetV2
 from .metrics import dice_score
 from .predictor import VolumePredictor
-from .routing import channels_last, to_memory_format
+from .routing import RoutedSegmenter, channels_last, to_memory_format
 from .version import __version__
 
 BATCH = 8
@@ -193,7 +193,11 @@ def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
 
 
 def bench_volume(
-    model: MedDANetV2, volume: Volume, device: str = "auto", executor: str = "auto", rounds: int = 3
+    model: RoutedSegmenter,
+    volume: Volume,
+    device: str = "auto",
+    executor: str = "auto",
+    rounds: int = 3,
 ) -> dict:
     """Times a model's engine against its static network on one volume, in one run.
 
@@ -208,6 +212,9 @@ def bench_volume(
         JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
         that of the model's own layers), "times", "ratios", "not_run" with reasons, and "plan", the
         GPU's own time of a recorded plan (`plan_times`).
+
+    Raises:
+        ValueError: If the model is not a `MedDANetV2`, or `rounds` is below 1.
     """
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
