@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .kernels import fake_quant_conv2d, fake_quantize
 from .kernels.per_width import conv_per_width, weight_amax
+from .kernels.quantize import check_num_bits
 
 RANGE_MOMENTUM = 0.05
 
@@ -189,6 +190,7 @@ class QuantLinear(QuantizedInput, nn.Linear):
 
 
 def _run(function, input: Tensor, weight: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:
+    check_num_bits("num_bits", num_bits, input.shape[0])
     if isinstance(num_bits, Tensor) and input.shape[0] > 0:
         return conv_per_width(function, input, weight, num_bits, amax)
     width = num_bits if isinstance(num_bits, int) else 8
