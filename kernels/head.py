@@ -110,8 +110,8 @@ def _checked(
     input: Tensor, weight: Tensor | PackedConv, bias: Tensor | None, offset: Tensor,
     size: int | tuple[int, int], slices: int | None, amax: Tensor | None, num_bits: int,
     slots: Tensor | None, count: Tensor | None, margin: int,
-) -> tuple:  # fmt: skip
-    """Checks the arguments and returns those of the operator."""
+) -> tuple[tuple, tuple[int, int, int]]:  # fmt: skip
+    """Checks the arguments; returns those of a run, from the input on, and the labels' shape."""
     if input.dim() != 4:
         raise ValueError(f"input must be [M, C, h, w], got shape {list(input.shape)}")
     samples, channels = input.shape[:2]
@@ -150,8 +150,8 @@ def _checked(
         raise ValueError(f"{samples} regions need as many slices, got {slices}: give slots")
     height, width = (size, size) if isinstance(size, int) else size
     whole = integers(offset, slots, count)
-    return (input.detach(), rows, scale, bias, amax, num_bits, *whole,
-            samples if slices is None else slices, height, width, margin)  # fmt: skip
+    arguments = input.detach(), rows, scale, bias, amax, num_bits, *whole, margin
+    return arguments, (samples if slices is None else slices, height, width)
 
 
 def label_head_reference(
@@ -169,11 +169,11 @@ def label_head_reference(
     margin: int = 0,
 ) -> Tensor:
     """Plain PyTorch statement of `label_head`, slot by slot."""
-    *arguments, slices, height, width, margin = _checked(
+    arguments, shape = _checked(
         input, weight, bias, offset, size, slices, amax, num_bits, slots, count, margin
     )
-    labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
-    _run_reference(labels, *arguments, margin)
+    labels = torch.zeros(shape, dtype=torch.uint8, device=input.device)
+    _run_reference(labels, *arguments)
     return labels
 
 
@@ -218,6 +218,7 @@ def label_head(
 
     Source: Med-DANet V2, section 3.3.
     """
-    return _label_head(
-        *_checked(input, weight, bias, offset, size, slices, amax, num_bits, slots, count, margin)
+    (*arguments, margin), shape = _checked(
+        input, weight, bias, offset, size, slices, amax, num_bits, slots, count, margin
     )
+    return _label_head(*arguments, *shape, margin)

@@ -144,17 +144,17 @@ def _asked_recipe(arguments: Sequence[str]) -> str:
     from yaml import YAMLError, safe_load
 
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for name in ("--recipe", "--config"):
-        parser.add_argument(name, action="append", dest="asked", type=lambda v, n=name: (n, v))
+    parser.add_argument("--recipe", action="append", dest="asked")
+    parser.add_argument("--config", action="append", dest="asked", type=Path)
     recipe = "meddanet"
-    for name, value in parser.parse_known_args(arguments)[0].asked or []:
-        if name == "--config":
+    for asked in parser.parse_known_args(arguments)[0].asked or []:
+        if isinstance(asked, Path):
             try:
-                content = safe_load(Path(value).read_text(encoding="utf-8"))
+                content = safe_load(asked.read_text(encoding="utf-8"))
             except (OSError, ValueError, YAMLError):
                 continue  # the command's own parser says what is wrong
-            value = content.get("recipe") if isinstance(content, dict) else None
-        recipe = value if value in RECIPES else recipe
+            asked = content.get("recipe") if isinstance(content, dict) else None
+        recipe = asked if asked in RECIPES else recipe
     return recipe
 
 

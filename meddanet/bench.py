@@ -23,7 +23,7 @@ from .layers import set_quantization
 from .med_danet_v2 import MedDANetV2
 from .metrics import dice_score
 from .predictor import VolumePredictor
-from .routing import channels_last
+from .routing import RoutedSegmenter, channels_last, to_memory_format
 from .version import __version__
 
 BATCH = 8
@@ -138,8 +138,8 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
         slices: [N, C, H, W].
     """
     # contiguous once more: loaded weights have their channels last already
-    plain = static_network(model).to(slices.device, memory_format=torch.contiguous_format)
-    last = deepcopy(plain).to(memory_format=torch.channels_last)
+    plain = to_memory_format(static_network(model).to(slices.device), torch.contiguous_format)
+    last = to_memory_format(deepcopy(plain), torch.channels_last)
     runs: dict[str, Run] = {
         "eager slice by slice": lambda: slice_by_slice(plain, slices),
         "eager batched": lambda: batched(plain, slices),
@@ -193,7 +193,11 @@ def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
 
 
 def bench_volume(
-    model: MedDANetV2, volume: Volume, device: str = "auto", executor: str = "auto", rounds: int = 3
+    model: RoutedSegmenter,
+    volume: Volume,
+    device: str = "auto",
+    executor: str = "auto",
+    rounds: int = 3,
 ) -> dict:
     """Times a model's engine against its static network on one volume, in one run.
 
@@ -208,6 +212,9 @@ def bench_volume(
         JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
         that of the model's own layers), "times", "ratios", "not_run" with reasons, and "plan", the
         GPU's own time of a recorded plan (`plan_times`).
+
+    Raises:
+        ValueError: If the model is not a `MedDANetV2`, or `rounds` is below 1.
     """
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")

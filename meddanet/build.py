@@ -200,8 +200,8 @@ def build_med_danet_v2(
         "decision_network": decision_network, "decision_scale": decision_scale,
         "quantize_decisions": quantize_decisions, "position_network": position_network,
     }
-    for network in (model.policy, model.position):
-        for layer in quantized_layers(network).values():
+    for decider in (model.policy, model.position):
+        for layer in quantized_layers(decider).values():
             layer.exempt = not quantize_decisions
     set_quantization(model, quantize=True, update_range=True)
     return model

@@ -58,8 +58,7 @@ def save_checkpoint(
     Raises:
         VolumeError: If it cannot be written.
     """
-    layers: dict[str, Any] = dict(quantized_layers(model))
-    ranges = {name: layer.input_amax for name, layer in layers.items()}
+    ranges = {name: layer.input_amax for name, layer in quantized_layers(model).items()}
     content = {
         "model": model.state_dict(), "input_amax": ranges, "progress": asdict(progress), **states,
     }
@@ -81,7 +80,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, d
         content = torch.load(path, weights_only=True, map_location="cpu")
         progress = Progress(**content.pop("progress"))
         model.load_state_dict(content.pop("model"))
-        layers: dict[str, Any] = dict(quantized_layers(model))
+        layers = quantized_layers(model)
         for name, amax in content.pop("input_amax").items():
             layers[name].input_amax.copy_(amax)
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:

@@ -39,8 +39,10 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
     cases: dict[str, Case] = {}
     errors: list[ValueError] = []
     named = [text.split("=", 1) for text in inputs if _is_named_file(text)]
-    paths = [text for text in inputs if not _is_named_file(text)]
-    for source in [*paths, *([named] if named else [])]:
+    sources: list[str | list[list[str]]] = [text for text in inputs if not _is_named_file(text)]
+    if named:
+        sources.append(named)
+    for source in sources:
         try:
             found = find_cases(source) if isinstance(source, str) else [_named_case(source)]
         except ValueError as error:

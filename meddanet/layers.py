@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .kernels import fake_quant_conv2d, fake_quantize
 from .kernels.per_width import conv_per_width, weight_amax
+from .kernels.quantize import check_num_bits
 
 RANGE_MOMENTUM = 0.05
 
 
-class QuantizedInput:
+class QuantizedInput(nn.Module):
     """Mixin: one running input range and the switch between float and quantised arithmetic.
 
     Attributes:
@@ -28,7 +29,11 @@ class QuantizedInput:
         update_range: Whether training updates the running range; once False, training uses it as
             `eval()` does.
         input_amax: Running range, a scalar buffer; 0 until the first training batch.
+        weight: Of the PyTorch layer that it is mixed into.
     """
+
+    input_amax: Tensor
+    weight: Tensor
 
     def _init_quantization(self, num_bits: int, input_num_bits: int, per_channel: bool) -> None:
         self.num_bits = num_bits
@@ -77,6 +82,11 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         per_channel: One weight range per output channel.
     """
 
+    # two numbers each; PyTorch declares them for any number of axes
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+
     def __init__(
         self,
         *args,
@@ -100,7 +110,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+            padding = (0, 0)
         return fake_quant_conv2d(
             input,
             self.weight,
@@ -122,11 +132,13 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
     Weights have one range per tensor.
     """
 
+    padding: tuple[int, int]  # PyTorch takes no words here, though it declares them
+
     def __init__(self, *args, num_bits: int = 8, input_num_bits: int = 8, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._init_quantization(num_bits, input_num_bits, per_channel=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # widths, where PyTorch's has output_size
         self,
         input: Tensor,
         num_bits: int | Tensor | None = None,
@@ -178,6 +190,7 @@ class QuantLinear(QuantizedInput, nn.Linear):
 
 
 def _run(function, input: Tensor, weight: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:
+    check_num_bits("num_bits", num_bits, input.shape[0])
     if isinstance(num_bits, Tensor) and input.shape[0] > 0:
         return conv_per_width(function, input, weight, num_bits, amax)
     width = num_bits if isinstance(num_bits, int) else 8
@@ -197,6 +210,8 @@ class BitSelector(nn.Module):
 
     Source: Med-DANet V2, section 3.4, Eq. 7.
     """
+
+    widths: Tensor
 
     def __init__(
         self, channels: int, in_channels: int = 4, num_bits: tuple[int, ...] = (8, 16)

@@ -132,7 +132,8 @@ class MedDANetV2(RoutedSegmenter):
         """
         patch = bilinear_crop(slices, offset, self.crop_sizes[index])
         features, num_bits = self.features(channels_last(patch))
-        canvas = affine_paste(features, offset, tuple(slices.shape[2:]))
+        height, width = slices.shape[2:]
+        canvas = affine_paste(features, offset, (height, width))
         return self.crop_last_stages[index](channels_last(canvas)), num_bits
 
     def whole_branch(self, slices: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,8 @@ def heat_loss(heat: Tensor, labels: Tensor) -> Tensor:
         for at in [torch.arange(side, device=labels.device)]
     ]
     box = (inside[0][:, :, None] & inside[1][:, None]).to(heat.dtype)
-    wanted = F.adaptive_avg_pool2d(box[:, None], list(heat.shape[2:])).flatten(1)
+    height, width = heat.shape[2:]
+    wanted = F.adaptive_avg_pool2d(box[:, None], (height, width)).flatten(1)
     wanted = wanted / wanted.sum(1, keepdim=True)
     return -(wanted * heat.flatten(1).log_softmax(1)).sum(1)
 

@@ -118,8 +118,7 @@ def run_phase(
     step_of: nn.Module = _Step(model, objective)
     if world() > 1:
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
-    layers: list[Any] = list(quantized_layers(model).values())
-    ranges = [layer.input_amax for layer in layers]
+    ranges = [layer.input_amax for layer in quantized_layers(model).values()]
     steps = tqdm(
         range(progress.step, int(phase.steps)), desc=name, initial=progress.step,
         total=phase.steps, disable=None if rank() == 0 else True,

@@ -25,7 +25,7 @@ from .data import (
 )
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
-from .routing import RoutedSegmenter, Segmentation, channels_last
+from .routing import RoutedSegmenter, Segmentation, channels_last, to_memory_format
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VolumePredictor:
         if window is not None and executor not in ("auto", "eager"):
             raise ValueError(f"executor {executor} runs no windows; use auto or eager with them")
         self.device = resolve_device(device)
-        self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.model = to_memory_format(model.eval().to(self.device), torch.channels_last)
         self.engine = compile_engine(model, self.device, "eager" if window else executor)
         self.window = window
         self.labels = labels

@@ -118,7 +118,7 @@ class PhaseConfig:
         return replace(self, unit="steps", **{**lengths, "steps": max(lengths["steps"], 1)})
 
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+_CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "unit": ("steps", "epochs"),
     "autocast": ("none", "bfloat16", "float16"),
     "arithmetic": (None, "float", "learning", "fixed"),

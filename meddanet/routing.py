@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .data.volume import window_origins
 from .networks.unet import check_input
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Segmentation(NamedTuple):
@@ -167,3 +169,9 @@ class RoutedSegmenter(nn.Module, ABC):
 def channels_last(input: Tensor) -> Tensor:
     """Lays [N, C, H, W] out as NHWC, which convolutions on CPU and GPU prefer."""
     return input.contiguous(memory_format=torch.channels_last)
+
+
+def to_memory_format(module: Module, memory_format: torch.memory_format) -> Module:
+    """Lays the weights [N, C, H, W] of a module out in a memory format, in place."""
+    # PyTorch's stubs leave this form of `to` out
+    return module.to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -27,6 +27,7 @@ from .objectives import OBJECTIVES, Objective
 from .objectives_v1 import DecisionObjective, bank, member_shares
 from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
+from .routing import to_memory_format
 from .weights import save_model, take_weights
 
 # quantised?, ranges still learnt?
@@ -181,7 +182,7 @@ class _Run:
         """Puts a model on the device, in the layout that convolutions prefer."""
         if world() > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(self.device, memory_format=torch.channels_last)
+        model = to_memory_format(model.to(self.device), torch.channels_last)
         if self.config.compile:
             compile_parts(model)
         return model

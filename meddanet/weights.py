@@ -15,7 +15,7 @@ from torch import Tensor
 from .build import build_med_danet, build_med_danet_v2
 from .data.storage import write_bytes
 from .layers import quantized_layers
-from .routing import RoutedSegmenter
+from .routing import RoutedSegmenter, to_memory_format
 from .version import __version__
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -112,7 +112,7 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     model.metadata = metadata
     for layer in quantized_layers(model).values():
         layer.update_range = False
-    return model.eval().to(memory_format=torch.channels_last)
+    return to_memory_format(model.eval(), torch.channels_last)
 
 
 def take_weights(

@@ -22,7 +22,7 @@ from PIL import Image
 
 from meddanet import engine, predictor, training
 from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS
-from meddanet.build import build_med_danet_v2
+from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
 from meddanet.data import LABELS
 from meddanet.data.phantom import write_phantom
@@ -526,6 +526,13 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
     assert result["ratios"]["engine"][names[0]]["seconds"] == round(eager / engine, 2)
     assert main(["bench", str(cohort / "case_0"), "--weights", str(weights), "--rounds", "0"]) == 1
     assert "rounds is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_bench_refuses_weights_of_v1(cohort, tmp_path, capsys):
+    path = tmp_path / "bank.safetensors"
+    save_model(build_med_danet(("unet-4",)), path)
+    assert main(["bench", str(cohort / "case_0"), "--weights", str(path)]) == 1
+    assert "MedDANetV2 only, these weights are a MedDANet" in capsys.readouterr().err
 
 
 def test_demo(tmp_path, capsys):

@@ -69,6 +69,21 @@ def test_widths_per_sample_are_as_each_sample_alone():
         torch.testing.assert_close(together[index : index + 1], alone)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("num_bits", "message"),
+    [
+        # what `nn.ConvTranspose2d` takes in this place
+        ([10, 8], r"num_bits must be an int from 2 to 16 or a tensor \[N\], got \[10, 8\]"),
+        (torch.tensor([8, 16]), r"one width per sample, shape \[3\], got shape \[2\]"),
+    ],
+)
+def test_what_is_no_width_is_refused(name, num_bits, message):
+    layer, _, args, kwargs, shape = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        layer(*args, **kwargs)(torch.randn(shape), num_bits)
+
+
 def test_the_range_is_learnt_in_training_and_fixed_afterwards():
     layer = QuantLinear(3, 2)
     first, second = torch.tensor([[1.0, -2.0, 0.5], [4.0, 0.0, 0.0]]), torch.full((1, 3), 5.0)

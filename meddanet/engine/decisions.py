@@ -23,6 +23,7 @@ from ..kernels import (
 from ..kernels.conv_train import weight_amax
 from ..layers import quantized_layers
 from ..networks.decision import ShuffleStem, ShuffleUnit
+from ..routing import to_memory_format
 
 
 class _OnGrid(nn.Module):
@@ -33,6 +34,8 @@ class _OnGrid(nn.Module):
         num_bits: Width of the input.
         amax: Range of the input.
     """
+
+    amax: Tensor
 
     def __init__(self, layer: nn.Module, num_bits: int, amax: Tensor) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ def frozen(
     for module in network.modules():
         if isinstance(module, nn.Sequential):
             _fold_norms(module)
-    network = network.to(dtype, memory_format=torch.channels_last).requires_grad_(False)
+    network = to_memory_format(network.to(dtype), torch.channels_last).requires_grad_(False)
     # ranges stay in full precision
     for name, (num_bits, amax) in rounding.items():
         parent, _, own = name.rpartition(".")
@@ -111,8 +114,9 @@ def _one_kernel(part: ShuffleStem | ShuffleUnit) -> _OneKernel:
 
     if isinstance(part, ShuffleStem):
         return _OneKernel(shuffle_stem, pack_stem(*layer(part)))
-    main, side = (map(layer, branch or ()) for branch in (part.main, part.project))
-    return _OneKernel(shuffle_unit, pack_unit(*main, list(side)))
+    expand, depth, mix = map(layer, part.main)
+    side = [layer(layers) for layers in part.project or ()]
+    return _OneKernel(shuffle_unit, pack_unit(expand, depth, mix, side))
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

@@ -144,8 +144,7 @@ def lower_features(
         The finest level: its stream holds the features, its codes the follower's input.
     """
     view = group.planes(1, images.shape[1], group.size)
-    routing = {"offset": group.corner, "slots": group.slices}
-    group.encode("image", images, net.begin, view, **routing)
+    group.encode("image", images, net.begin, view, offset=group.corner, slots=group.slices)
     sums = selector_kernel.new_sums(
         len(group.corner), images.shape[1], group.size, images.device
     )

@@ -64,7 +64,7 @@ class OpenVINONetworks:
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         self._threads = threads
-        layers: list[Any] = list(quantized_layers(self._model.segmenter).values())
+        layers = quantized_layers(self._model.segmenter).values()
         self._integers = all(
             layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
         )
@@ -179,7 +179,8 @@ class OpenVINONetworks:
             feature, gradients = self._begin(inputs)
             return [channels_last(feature), _spread(feature), gradients]
         if name == "at once":
-            return self._whole_way(*rest, inputs)
+            widths, finish = rest
+            return self._whole_way(widths, finish, inputs)
         if name == "stage":
             index, num_bits = rest
             stage = segmenter.encoder[index]

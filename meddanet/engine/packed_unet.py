@@ -85,7 +85,7 @@ class PackedUNet:
         self.whole = self._last(unet.last_stage)
         self.crops = [self._last(stage) for stage in self._model.crop_last_stages]
 
-    def _conv(self, layer: Any, num_bits: Any = None, norm: nn.Module | None = None) -> Conv:
+    def _conv(self, layer: Any, num_bits: Any = None, norm: nn.BatchNorm2d | None = None) -> Conv:
         transposed = isinstance(layer, QuantConvTranspose2d)
         packed = pack_conv(
             layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups,
@@ -116,8 +116,10 @@ class PackedUNet:
         )  # fmt: skip
 
     def _up(self, up: Any, block: ResidualBlock | None) -> Up:
-        layers = up.reduce, up.up, up.fuse
-        return Up(*map(self._conv, layers), None if block is None else self._block(block))
+        return Up(
+            self._conv(up.reduce), self._conv(up.up), self._conv(up.fuse),
+            None if block is None else self._block(block),
+        )  # fmt: skip
 
     def _last(self, stage: Any) -> Last:
         return Last(self._block(stage.block), self._conv(stage.end))

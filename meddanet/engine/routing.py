@@ -137,7 +137,7 @@ class SliceEngine:
         if not len(seen):
             return result
         views = self._views(images, seen)
-        routes = self._in_batches(self._networks.decide, views, range(len(seen))).argmax(1)
+        routes = self._in_batches(self._networks.decide, views, np.arange(len(seen))).argmax(1)
         result.decisions[seen] = torch.from_numpy(routes)
         cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
         if cropped.any():
@@ -167,7 +167,7 @@ class SliceEngine:
         return list(self._pool.map(lambda index: shrink(images[index], scale), indices))
 
     def _in_batches(
-        self, network: Callable[[Array], Array], views: Sequence[Array], chosen: Sequence[int]
+        self, network: Callable[[Array], Array], views: Sequence[Array], chosen: Array
     ) -> Array:
         """Returns a decision network's logits [N, K] of N chosen views [C, h, w]."""
 
@@ -197,12 +197,12 @@ class SliceEngine:
 
     def _run(self, image: Array, num_bits: Array, finish: bool) -> Array:
         """Returns the labels, or the features before the last stage, and fills in the widths."""
-        result = self._guess(image, finish)
-        if result is None:
+        guess = self._guess(image, finish)
+        if guess is None:
             ends = self._networks.finish if finish else self._networks.decode
             result = ends(*self._encode(image, num_bits))
         else:
-            result, num_bits[:] = result
+            result, num_bits[:] = guess
         # threads may lose a count to each other: only the pace depends on it
         self._chosen[tuple(num_bits.tolist())] += 1
         return result

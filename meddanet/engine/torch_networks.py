@@ -27,7 +27,7 @@ from ..layers import (
     quantized_layers,
 )
 from ..med_danet_v2 import MedDANetV2
-from ..routing import channels_last
+from ..routing import channels_last, to_memory_format
 from . import onednn
 
 Array = np.ndarray
@@ -41,7 +41,7 @@ class TorchNetworks:
     """
 
     def __init__(self, model: MedDANetV2) -> None:
-        self._model: Any = deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._model: Any = to_memory_format(deepcopy(model).eval(), torch.channels_last)
         integer = is_exact()
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:

@@ -83,14 +83,15 @@ class TritonEngine:
         self, images: Tensor, segment: Callable[[Tensor, Plan, Callable[[], Any]], Segmentation]
     ) -> Segmentation:
         """Segments by a plan with room for all slices where the small one has too little."""
-        plan, run = self.plan(len(images), *images.shape[2:])
+        count, _, height, width = images.shape
+        plan, run = self.plan(count, height, width)
         result, capacity, roomy = segment(images, plan, run), plan.capacity, plan.roomy
         # so that its memory can be had for another one
         del plan, run
         chunks, routes = result.decisions.split(capacity), len(self._model.routes)
         needed = any(overflows(chunk, capacity, routes) for chunk in chunks)
         if needed and not roomy:
-            result = segment(images, *self.plan(len(images), *images.shape[2:], roomy=True))
+            result = segment(images, *self.plan(count, height, width, roomy=True))
         self._roomy = needed
         return result
 

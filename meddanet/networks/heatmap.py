@@ -73,8 +73,9 @@ class HeatmapLocator(nn.Module):
         self.stages = trunk.stages[: sum(trunk.repeats[:2])]
         self.last = pointwise(widths[2], 64)
         self.map = QuantConv2d(64, 1, 1)
-        nn.init.normal_(self.map.weight, 0, 0.05)
-        nn.init.zeros_(self.map.bias)
+        weight, bias = self.map.parameters()
+        nn.init.normal_(weight, 0, 0.05)
+        nn.init.zeros_(bias)
         self.centre = HeatCentre(size)
 
     def heat(self, input: Tensor) -> Tensor:
