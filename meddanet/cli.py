@@ -54,7 +54,8 @@ def _demo(options: Namespace) -> int:
     from .cohort import output_folder, segment_case
     from .data import find_cases
     from .data.phantom import write_phantom
-    from .evaluation import compare, find_pairs
+    from .evaluation import compare
+    from .pairs import find_pairs
     from .predictor import VolumePredictor
     from .weights import load_model
 
@@ -139,15 +140,8 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from .evaluation import (
-        compare,
-        find_pairs,
-        json_ready,
-        mean_scores,
-        parse_groups,
-        unpaired,
-        write_csv,
-    )
+    from .evaluation import compare, json_ready, mean_scores, parse_groups, write_csv
+    from .pairs import find_pairs, unpaired
     from .report import write_json
 
     groups = parse_groups(options.groups) if options.groups else None

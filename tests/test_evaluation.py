@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from meddanet.data import VolumeError
-from meddanet.evaluation import (
-    compare,
-    find_pairs,
-    json_ready,
-    mean_scores,
-    parse_groups,
-    unpaired,
-    write_csv,
-)
+from meddanet.evaluation import compare, json_ready, mean_scores, parse_groups, write_csv
+from meddanet.pairs import find_pairs, unpaired
 
 SPACING = np.diag([-2.0, -1.0, 3.0, 1.0])
 
