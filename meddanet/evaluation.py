@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from .data import (
+    LABELS,
+    MODALITIES,
     Case,
     Volume,
     VolumeError,
@@ -84,12 +86,12 @@ def compare(
         values = report.get("label_values")
         if not isinstance(values, dict):
             raise VolumeError(
-                f"{pair.prediction}: the report beside it names no label_values; give the groups"
+                f"{pair.prediction}: the report beside it names no label_values; see --groups"
             )
         groups = {name: (value,) for name, value in values.items()}
     if groups is None:
         convention = _report(pair.reference).get("label_convention") or labels
-        convention = convention or _detected(pair.case, reference)
+        convention = convention or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
         own = report.get("label_convention") or convention
         prediction = _classes(prediction, own, pair.prediction)
@@ -132,10 +134,36 @@ def _report(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _detected(case: Case, labels: np.ndarray) -> str:
-    values = np.unique(labels)
-    # without labels all conventions say the same
-    return detect_label_convention(case, values) if values.any() else "brats2021"
+def _detected(pair: Pair, labels: np.ndarray) -> str:
+    """Returns the brain tumour convention of a reference; an error tells how to do without."""
+    values = _values(labels)
+    if not _may_be_brain_tumour(pair.case, values):
+        raise VolumeError(
+            f"{pair.reference}: its label values ({_listed(values)}) are no brain tumour's; "
+            "name regions with --groups, such as 'liver=1,2;tumour=2'"
+        )
+    try:
+        # without labels all conventions say the same
+        return detect_label_convention(pair.case, values) if values else "brats2021"
+    except VolumeError as error:
+        raise VolumeError(f"{error}; see --labels and --groups") from error
+
+
+def _may_be_brain_tumour(case: Case, values: set[int]) -> bool:
+    """Tells whether modalities and, where the naming does not, values are those of one."""
+    known = case.convention in LABELS or any(values <= {*v.values()} for v in LABELS.values())
+    return known and set(case.modalities) <= set(MODALITIES)
+
+
+def _values(labels: np.ndarray) -> set[int]:
+    """Returns the label values that occur, without the background's 0."""
+    return set(np.unique(labels[labels != 0]).tolist())
+
+
+def _listed(values: set[int]) -> str:
+    """Returns the first ten values, and how many more there are."""
+    first, more = sorted(values)[:10], len(values) - 10
+    return (", ".join(map(str, first)) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:

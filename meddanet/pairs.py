@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import stem
+from .data.conventions import is_label_name, labelled_case, stem
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
     """Finds the reference of every label map.
 
     Args:
-        predictions: A label file or a folder of `<case>.nii.gz`.
+        predictions: A label file or a folder of `<case>.nii.gz`, or named as labels (`a_seg`).
         references: A label file, a folder of label files, or a folder of labelled cases.
 
     Raises:
@@ -39,9 +38,10 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
         if predictions.is_dir():
             raise VolumeError(f"{references}: is one file; expected a folder, as {predictions} is")
         return [Pair(stem(predictions), predictions, references, _case_of(references))]
-    files = [predictions] if predictions.is_file() else _label_files(predictions)
+    single = predictions.is_file()
+    files = {labelled_case(predictions): predictions} if single else _label_files(predictions)
     known = _references(references)
-    pairs = [Pair(stem(p), p, *known[stem(p)]) for p in files if stem(p) in known]
+    pairs = [Pair(name, path, *known[name]) for name, path in files.items() if name in known]
     if not pairs:
         raise VolumeError(
             f"{predictions}: holds no <case>.nii.gz for any labelled case of {references}"
@@ -49,31 +49,50 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
     return pairs
 
 
-def unpaired(pairs: list[Pair], predictions: str | Path, references: str | Path) -> dict[str, list]:
-    """Returns the names that folders hold on one side only, as "without_prediction" and so on."""
+def unpaired(
+    pairs: list[Pair], predictions: str | Path, references: str | Path
+) -> dict[str, list[str]]:
+    """Returns the names that folders hold on one side only, as "without_prediction" and so on.
+
+    One file as prediction asks for its own reference alone, so that nothing is missing.
+    """
+    if Path(predictions).is_file():
+        return {"without_prediction": [], "without_reference": []}
     paired = {pair.name for pair in pairs}
-    names: dict[str, set[str]] = {"without_prediction": set(), "without_reference": set()}
-    if Path(references).is_dir():
-        names["without_prediction"] = set(_references(Path(references))) - paired
-    if Path(predictions).is_dir():
-        files = {stem(path) for path in _label_files(Path(predictions))}
-        names["without_reference"] = files - paired
-    return {key: sorted(value) for key, value in names.items()}
+    return {
+        "without_prediction": sorted(_references(Path(references)).keys() - paired),
+        "without_reference": sorted(_label_files(Path(predictions)).keys() - paired),
+    }
 
 
-def _label_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
+def _label_files(folder: Path) -> dict[str, Path]:
+    """Returns the label files in a folder by case.
+
+    Raises:
+        VolumeError: If a case has two.
+    """
+    paths = sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
+    # beside files that are named as labels the others are their scans
+    paths = [path for path in paths if is_label_name(path)] or paths
+    files: dict[str, Path] = {}
+    for path in paths:
+        name = labelled_case(path)
+        if files.setdefault(name, path) != path:
+            raise VolumeError(
+                f"{path}: is of case {name}, as {files[name].name} is; expected one file per case"
+            )
+    return files
 
 
 def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
-    """Returns label file and case by name: loose label files, and what `find_cases` knows."""
-    found = {
-        re.sub(r"[_-]seg$", "", stem(path)): (path, Case(stem(path), path, "files"))
-        for path in _label_files(folder)
-    }
+    """Returns label file and case by name: of the labelled cases, without any of loose files."""
+    cases: list[Case] = []
     with suppress(VolumeError):
-        found |= {c.name: (c.label, c) for c in find_cases(folder) if c.label is not None}
-    return found
+        cases = find_cases(folder)
+    known = {case.name: (case.label, case) for case in cases if case.label is not None}
+    return known or {
+        name: (path, Case(stem(path), path, "files")) for name, path in _label_files(folder).items()
+    }
 
 
 def _case_of(reference: Path) -> Case:
