@@ -140,26 +140,19 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from .evaluation import compare, json_ready, mean_scores, parse_groups, write_csv
+    from .evaluation import check_groups, json_ready, mean_scores, parse_groups, write_csv
     from .pairs import find_pairs, unpaired
     from .report import write_json
 
     groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
+    if groups:
+        check_groups(groups, pairs)
     alone = unpaired(pairs, options.predictions, options.references)
     for what, names in alone.items():
         if names:
             _say(f"{len(names)} {what.replace('_', ' ')}: {', '.join(names)}", sys.stderr)
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for pair in pairs:
-        try:
-            table[pair.name] = compare(
-                pair, options.labels, groups=groups, tolerance=options.tolerance,
-                empty=options.empty,
-            )
-            _say(f"{pair.name}  {_score_line(table[pair.name])}")
-        except (ValueError, OSError, MemoryError) as error:
-            _complain(error)
+    table = _score_all(pairs, groups, options)
     if not table:
         return 1
     mean = mean_scores(table)
@@ -173,6 +166,23 @@ def _evaluate(options: Namespace) -> int:
     if options.csv:
         write_csv(table, Path(options.csv))
     return 0 if len(table) == len(pairs) else 1
+
+
+def _score_all(pairs: list[Any], groups: Any, options: Namespace) -> dict[str, Any]:
+    """Prints and returns the scores of the pairs; what is wrong with one does not stop others."""
+    from .evaluation import compare
+
+    table = {}
+    for pair in pairs:
+        try:
+            table[pair.name] = compare(
+                pair, options.labels, groups=groups, tolerance=options.tolerance,
+                empty=options.empty,
+            )
+            _say(f"{pair.name}  {_score_line(table[pair.name])}")
+        except (ValueError, OSError, MemoryError) as error:
+            _complain(error)
+    return table
 
 
 def _score_line(scores: dict[str, dict[str, float]]) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -123,6 +124,32 @@ def parse_groups(text: str) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"groups are {text!r}, expected a form such as WT=1,2,4;TC=1,4")
         groups[match[1]] = tuple(int(value) for value in match[2].split(","))
     return groups
+
+
+def check_groups(groups: Groups, pairs: Sequence[Pair]) -> None:
+    """Compares groups with the label values in all files; warns of values that lie in none.
+
+    Files that cannot be read are left to `compare`.
+
+    Raises:
+        VolumeError: If a group occurs in no file: it would score as perfect.
+    """
+    contents: list[set[int]] = []
+    for path in {path for pair in pairs for path in (pair.prediction, pair.reference)}:
+        with suppress(ValueError, OSError, MemoryError):
+            contents.append(_values(load_labels(path)))
+    found = set().union(*contents)
+    absent = [
+        f"{name}={','.join(map(str, values))}"
+        for name, values in groups.items() if found.isdisjoint(values)
+    ]
+    if absent and contents:
+        raise VolumeError(
+            f"--groups {';'.join(absent)}: found in no prediction and no reference, which hold "
+            f"the label values {_listed(found)}; name those, or leave the group out"
+        )
+    if ungrouped := found.difference(*groups.values()):
+        warnings.warn(f"label values in no group of --groups: {_listed(ungrouped)}", stacklevel=2)
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -438,6 +438,39 @@ def test_evaluate(cohort, tmp_path, capsys):
     assert "absent: no such file or folder" in capsys.readouterr().err
 
 
+def label_files(folder: Path, contents: dict[str, list[int]]) -> Path:
+    """Writes label files whose first voxels have the values given."""
+    folder.mkdir()
+    for name, found in contents.items():
+        labels = np.zeros((6, 5, 4), np.uint8)
+        labels[: len(found), 2, 2] = found
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
+    folders = [str(label_files(tmp_path / side, {"a": [1, 2, 4], "b": [2]})) for side in "pr"]
+    assert main(["evaluate", *folders, "--groups", "ET=3"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == (
+        "meddanet: error: --groups ET=3: found in no prediction and no reference, which hold the "
+        "label values 1, 2, 4; name those, or leave the group out\n"
+    )
+    assert main(["evaluate", *folders, "--groups", "TC=1,4;ET=4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "meddanet: warning: label values in no group of --groups: 2\n"
+    assert captured.out.splitlines()[1].startswith("b  Dice TC 1.0000 ET 1.0000")
+
+
+def test_evaluate_a_cohort_without_enhancing_tumour(tmp_path, capsys):
+    """The convention names the region, so that it may be empty in every file."""
+    folders = [str(label_files(tmp_path / side, {"a_seg": [1, 2], "b_seg": [2]})) for side in "pr"]
+    assert main(["evaluate", *folders, "--labels", "brats2021"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert all("ET 1.0000" in line for line in captured.out.splitlines())
+
+
 def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")

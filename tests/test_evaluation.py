@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from meddanet.data import VolumeError
-from meddanet.evaluation import compare, json_ready, mean_scores, parse_groups, write_csv
+from meddanet.evaluation import (
+    check_groups,
+    compare,
+    json_ready,
+    mean_scores,
+    parse_groups,
+    write_csv,
+)
 from meddanet.pairs import find_pairs, unpaired
 
 SPACING = np.diag([-2.0, -1.0, 3.0, 1.0])
@@ -162,6 +169,40 @@ def test_any_groups_of_any_values(tmp_path):
     for wrong in ("", "WT", "WT=", "WT=1,a", "WT=1;WT=2", "WT=1,,2", "=1"):
         with pytest.raises(ValueError, match="expected a form such as WT=1,2,4;TC=1,4"):
             parse_groups(wrong)
+
+
+def test_a_group_that_occurs_nowhere_is_an_error(tmp_path, recwarn):
+    """Label 4 taken for label 3: nothing in both files would be a perfect score."""
+    for name, value in (("a", 4), ("b", 2)):
+        for side in ("p", "r"):
+            write(tmp_path / side / f"{name}.nii.gz", {(1, 1, 1): 1, (2, 1, 1): value})
+    pairs = find_pairs(tmp_path / "p", tmp_path / "r")
+    wrong = parse_groups("WT=1,2,3;ET=3;far=7,8")
+    with pytest.raises(VolumeError) as error:
+        check_groups(wrong, pairs)
+    assert str(error.value) == (
+        "--groups ET=3;far=7,8: found in no prediction and no reference, which hold the label "
+        "values 1, 2, 4; name those, or leave the group out"
+    )
+    # b alone has no 4 in either file, but the run does
+    check_groups(parse_groups("WT=1,2,4;ET=4"), pairs)
+    assert not recwarn.list
+    assert compare(pairs[1], groups={"ET": (4,)})["dice"] == {"ET": 1}
+    with pytest.raises(VolumeError, match="--groups ET=4: .* label values 1, 2;"):
+        check_groups({"ET": (4,)}, pairs[1:])
+    with pytest.warns(UserWarning, match="^label values in no group of --groups: 1, 2$"):
+        check_groups({"ET": (4,)}, pairs)
+
+
+def test_one_side_is_enough_for_a_group_to_occur(tmp_path):
+    ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 2})
+    check_groups({"found": (1,), "missed": (2,)}, [the_pair(ours, truth)])
+    # a file that cannot be read is another error
+    ours.write_bytes(b"")
+    check_groups({"missed": (2,)}, [the_pair(ours, truth)])
+    truth.write_bytes(b"")
+    check_groups({"missed": (2,)}, [the_pair(ours, truth)])
 
 
 def test_a_report_of_other_labels_makes_them_regions(tmp_path):
