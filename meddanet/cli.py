@@ -149,23 +149,35 @@ def _evaluate(options: Namespace) -> int:
     if groups:
         check_groups(groups, pairs)
     alone = unpaired(pairs, options.predictions, options.references)
-    for what, names in alone.items():
-        if names:
-            _say(f"{len(names)} {what.replace('_', ' ')}: {', '.join(names)}", sys.stderr)
+    _report_unpaired(alone, options.predictions)
     table = _score_all(pairs, groups, options)
     if not table:
         return 1
+    failed = [pair.name for pair in pairs if pair.name not in table]
+    missing = sorted([*alone["without_prediction"], *failed])
+    total = len(table) + len(missing)
     mean = mean_scores(table)
-    _say(f"mean of {len(table)}  {_score_line(mean)}")
+    _say(f"mean of {len(table)} of {total} cases  {_score_line(mean)}")
     if options.json:
         content = {
-            "mean": json_ready(mean), "empty_rule": options.empty,
-            "tolerance_mm": options.tolerance, **alone, "cases": json_ready(table),
+            "mean": json_ready(mean), "scored": len(table), "expected": total,
+            "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
+            "failed": failed, "cases": json_ready(table),
         }
         write_json(content, Path(options.json))
     if options.csv:
-        write_csv(table, Path(options.csv))
-    return 0 if len(table) == len(pairs) else 1
+        write_csv(table, Path(options.csv), missing)
+    return 1 if missing else 0
+
+
+def _report_unpaired(alone: dict[str, list[str]], predictions: str) -> None:
+    if names := alone["without_reference"]:
+        _say(f"{len(names)} without reference: {', '.join(names)}", sys.stderr)
+    if names := alone["without_prediction"]:
+        _complain(
+            f"{predictions}: holds no prediction of {', '.join(names)}; "
+            "segment these too, the mean is over the others"
+        )
 
 
 def _score_all(pairs: list[Any], groups: Any, options: Namespace) -> dict[str, Any]:

@@ -219,8 +219,13 @@ def json_ready(value: Any) -> Any:
     return value
 
 
-def write_csv(table: Mapping[str, Scores], path: Path) -> None:
-    """Writes one row per case, one column per measure and region.
+def write_csv(table: Mapping[str, Scores], path: Path, missing: Sequence[str] = ()) -> None:
+    """Writes one row per case, one column per measure and region; cases without scores at the end.
+
+    Args:
+        table: Scores by case.
+        path: Of the file.
+        missing: Cases that have none: their cells are empty.
 
     Raises:
         VolumeError: If the file cannot be written.
@@ -231,4 +236,5 @@ def write_csv(table: Mapping[str, Scores], path: Path) -> None:
     writer.writerow(["case", *(f"{measure}_{region}" for measure, region in columns)])
     for name, scores in table.items():
         writer.writerow([name, *(scores[measure].get(region, "") for measure, region in columns)])
+    writer.writerows([name, *[""] * len(columns)] for name in missing)
     write_bytes(path, text.getvalue().encode())

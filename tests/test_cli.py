@@ -424,7 +424,7 @@ def test_evaluate(cohort, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("case_0  Dice WT 1.0000 TC 1.0000 ET 1.0000")
     assert lines[1].startswith("case_1  Dice WT 0.0000")
-    assert lines[2].startswith("mean of 2  Dice WT 0.5000")
+    assert lines[2].startswith("mean of 2 of 2 cases  Dice WT 0.5000")
     content = json.loads(table.read_text())
     assert content["mean"]["dice"]["WT"] == 0.5 and content["empty_rule"] == "brats"
     assert len(sheet.read_text().splitlines()) == 3
@@ -432,8 +432,9 @@ def test_evaluate(cohort, tmp_path, capsys):
     (out / "case_1.nii.gz").write_bytes(b"")
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1].startswith("mean of 1  Dice WT 1.0000")
+    assert captured.out.splitlines()[-1].startswith("mean of 1 of 2 cases  Dice WT 1.0000")
     assert captured.err.startswith(f"meddanet: error: {out}/case_1.nii.gz")
+    assert json.loads(table.read_text())["failed"] == ["case_1"]
     assert main(["evaluate", str(out), str(tmp_path / "absent")]) == 1
     assert "absent: no such file or folder" in capsys.readouterr().err
 
@@ -446,6 +447,32 @@ def label_files(folder: Path, contents: dict[str, list[int]]) -> Path:
         labels[: len(found), 2, 2] = found
         nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"{name}.nii.gz")
     return folder
+
+
+def test_evaluate_references_without_prediction(tmp_path, capsys):
+    ours = label_files(tmp_path / "p", {"a": [4], "c": [4], "z": [4]})
+    truth = label_files(tmp_path / "r", {"a": [4], "b": [4], "c": [0, 4]})
+    table, sheet = tmp_path / "table.json", tmp_path / "table.csv"
+    files = ["--json", str(table), "--csv", str(sheet)]
+    assert main(["evaluate", str(ours), str(truth), *files]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "1 without reference: z",
+        f"meddanet: error: {ours}: holds no prediction of b; segment these too, the mean is "
+        "over the others",
+    ]
+    lines = captured.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "c", "mean"]
+    assert lines[2].startswith("mean of 2 of 3 cases  Dice WT 0.5000")
+    content = json.loads(table.read_text())
+    assert (content["scored"], content["expected"]) == (2, 3)
+    assert content["without_prediction"] == ["b"] and content["failed"] == []
+    assert [row.split(",")[:2] for row in sheet.read_text().splitlines()] == [
+        ["case", "dice_WT"], ["a", "1.0"], ["c", "0.0"], ["b", ""],
+    ]
+    # one file asks for its own reference alone
+    assert main(["evaluate", str(ours / "a.nii.gz"), str(truth)]) == 0
+    assert "mean of 1 of 1 cases" in capsys.readouterr().out
 
 
 def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):

@@ -149,14 +149,15 @@ def test_the_table(tmp_path):
     assert mean_scores(table) == {
         "dice": {"WT": 0.625, "ET": 0.5}, "hd95_mm": {"WT": 2.5, "ET": 373.13 / 2},
     }
-    write_csv(table, tmp_path / "table.csv")
+    write_csv(table, tmp_path / "table.csv", missing=["c"])
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[1] == {
         "case": "b", "dice_WT": "0.75", "dice_ET": "0.0", "hd95_mm_WT": "1.0",
         "hd95_mm_ET": "373.13",
     }
-    assert len(rows) == 2
+    # a case without scores has its row
+    assert len(rows) == 3 and rows[2].pop("case") == "c" and set(rows[2].values()) == {""}
 
 
 def test_any_groups_of_any_values(tmp_path):
