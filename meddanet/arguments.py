@@ -34,6 +34,10 @@ def error_line(error: object) -> str:
 class _Parser(ArgumentParser):
     """Reports a usage error in one line."""
 
+    def __init__(self, *args: Any, prog: str = "meddanet", **kwargs: Any) -> None:
+        # jsonargparse makes parsers of nested options, which would be named after sys.argv[0]
+        super().__init__(*args, prog=prog, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
         print(error_line(f"{message} (see {command} --help)"), file=sys.stderr)
@@ -43,7 +47,6 @@ class _Parser(ArgumentParser):
 def command_parser() -> ArgumentParser:
     """Returns the parser of the whole command."""
     parser = _Parser(
-        prog="meddanet",
         description="Segments volumes slice by slice, each only as closely as it needs.",
         version=__version__,
     )

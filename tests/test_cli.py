@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from meddanet import engine, predictor, training
-from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS
+from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS, command_parser
 from meddanet.build import build_med_danet_v2
 from meddanet.cli import main
 from meddanet.data import LABELS
@@ -387,6 +387,13 @@ def test_a_usage_error_exits_with_2(arguments, capsys):
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert re.fullmatch(r"meddanet: error: .* \(see meddanet[a-z ]* --help\)\n", message)
+
+
+def test_every_parser_has_the_name_of_the_command(monkeypatch):
+    """Those too that jsonargparse makes of the class, under `python -m meddanet`."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/meddanet/__main__.py"])
+    parser = command_parser()
+    assert parser.prog == type(parser)().prog == "meddanet"
 
 
 def test_the_conventions_are_those_of_the_data():
