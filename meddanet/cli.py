@@ -171,11 +171,13 @@ def _evaluate(options: Namespace) -> int:
 
 
 def _report_unpaired(alone: dict[str, list[str]], predictions: str) -> None:
+    from .evaluation import listed
+
     if names := alone["without_reference"]:
-        _say(f"{len(names)} without reference: {', '.join(names)}", sys.stderr)
+        _say(f"{len(names)} without reference: {listed(names)}", sys.stderr)
     if names := alone["without_prediction"]:
         _complain(
-            f"{predictions}: holds no prediction of {', '.join(names)}; "
+            f"{predictions}: holds no prediction of {listed(names)}; "
             "segment these too, the mean is over the others"
         )
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,10 +146,17 @@ def check_groups(groups: Groups, pairs: Sequence[Pair]) -> None:
     if absent and contents:
         raise VolumeError(
             f"--groups {';'.join(absent)}: found in no prediction and no reference, which hold "
-            f"the label values {_listed(found)}; name those, or leave the group out"
+            f"the label values {listed(found)}; name those, or leave the group out"
         )
     if ungrouped := found.difference(*groups.values()):
-        warnings.warn(f"label values in no group of --groups: {_listed(ungrouped)}", stacklevel=2)
+        warnings.warn(f"label values in no group of --groups: {listed(ungrouped)}", stacklevel=2)
+
+
+def listed(items: Iterable[Any]) -> str:
+    """Returns the first ten of the items, sorted, in one line, and how many more there are."""
+    ordered = [str(item) for item in sorted(items)]
+    more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return (", ".join(ordered[:10]) or "none") + more
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _detected(pair: Pair, labels: np.ndarray) -> str:
     values = _values(labels)
     if not _may_be_brain_tumour(pair.case, values):
         raise VolumeError(
-            f"{pair.reference}: its label values ({_listed(values)}) are no brain tumour's; "
+            f"{pair.reference}: its label values ({listed(values)}) are no brain tumour's; "
             "name regions with --groups, such as 'liver=1,2;tumour=2'"
         )
     try:
@@ -185,12 +192,6 @@ def _may_be_brain_tumour(case: Case, values: set[int]) -> bool:
 def _values(labels: np.ndarray) -> set[int]:
     """Returns the label values that occur, without the background's 0."""
     return set(np.unique(labels[labels != 0]).tolist())
-
-
-def _listed(values: set[int]) -> str:
-    """Returns the first ten values, and how many more there are."""
-    first, more = sorted(values)[:10], len(values) - 10
-    return (", ".join(map(str, first)) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
