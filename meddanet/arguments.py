@@ -37,6 +37,10 @@ def error_line(error: object) -> str:
 class _Parser(ArgumentParser):
     """Reports a usage error in one line."""
 
+    def __init__(self, *args: Any, prog: str = "meddanet", **kwargs: Any) -> None:
+        # jsonargparse makes parsers of nested options, which would be named after sys.argv[0]
+        super().__init__(*args, prog=prog, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
         print(error_line(f"{message} (see {command} --help)"), file=sys.stderr)
@@ -52,7 +56,6 @@ def parse_command(arguments: Sequence[str] | None = None) -> Namespace:
 def command_parser(recipe: str = "meddanet") -> ArgumentParser:
     """Returns the parser of the whole command; training has the defaults of a recipe."""
     parser = _Parser(
-        prog="meddanet",
         description="Segments volumes slice by slice, each only as closely as it needs.",
         version=__version__,
     )

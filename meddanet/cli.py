@@ -54,7 +54,8 @@ def _demo(options: Namespace) -> int:
     from .cohort import output_folder, segment_case
     from .data import find_cases
     from .data.phantom import write_phantom
-    from .evaluation import compare, find_pairs
+    from .evaluation import compare
+    from .pairs import find_pairs
     from .predictor import VolumePredictor
     from .weights import load_model
 
@@ -139,24 +140,53 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from .evaluation import (
-        compare,
-        find_pairs,
-        json_ready,
-        mean_scores,
-        parse_groups,
-        unpaired,
-        write_csv,
-    )
+    from .evaluation import check_groups, json_ready, mean_scores, parse_groups, write_csv
+    from .pairs import find_pairs, unpaired
     from .report import write_json
 
     groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
+    if groups:
+        check_groups(groups, pairs)
     alone = unpaired(pairs, options.predictions, options.references)
-    for what, names in alone.items():
-        if names:
-            _say(f"{len(names)} {what.replace('_', ' ')}: {', '.join(names)}", sys.stderr)
-    table: dict[str, dict[str, dict[str, float]]] = {}
+    _report_unpaired(alone, options.predictions)
+    table = _score_all(pairs, groups, options)
+    if not table:
+        return 1
+    failed = [pair.name for pair in pairs if pair.name not in table]
+    missing = sorted([*alone["without_prediction"], *failed])
+    total = len(table) + len(missing)
+    mean = mean_scores(table)
+    _say(f"mean of {len(table)} of {total} cases  {_score_line(mean)}")
+    if options.json:
+        content = {
+            "mean": json_ready(mean), "scored": len(table), "expected": total,
+            "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
+            "failed": failed, "cases": json_ready(table),
+        }
+        write_json(content, Path(options.json))
+    if options.csv:
+        write_csv(table, Path(options.csv), missing)
+    return 1 if missing else 0
+
+
+def _report_unpaired(alone: dict[str, list[str]], predictions: str) -> None:
+    from .evaluation import listed
+
+    if names := alone["without_reference"]:
+        _say(f"{len(names)} without reference: {listed(names)}", sys.stderr)
+    if names := alone["without_prediction"]:
+        _complain(
+            f"{predictions}: holds no prediction of {listed(names)}; "
+            "segment these too, the mean is over the others"
+        )
+
+
+def _score_all(pairs: list[Any], groups: Any, options: Namespace) -> dict[str, Any]:
+    """Prints and returns the scores of the pairs; what is wrong with one does not stop others."""
+    from .evaluation import compare
+
+    table = {}
     for pair in pairs:
         try:
             table[pair.name] = compare(
@@ -166,19 +196,7 @@ def _evaluate(options: Namespace) -> int:
             _say(f"{pair.name}  {_score_line(table[pair.name])}")
         except (ValueError, OSError, MemoryError) as error:
             _complain(error)
-    if not table:
-        return 1
-    mean = mean_scores(table)
-    _say(f"mean of {len(table)}  {_score_line(mean)}")
-    if options.json:
-        content = {
-            "mean": json_ready(mean), "empty_rule": options.empty,
-            "tolerance_mm": options.tolerance, **alone, "cases": json_ready(table),
-        }
-        write_json(content, Path(options.json))
-    if options.csv:
-        write_csv(table, Path(options.csv))
-    return 0 if len(table) == len(pairs) else 1
+    return table
 
 
 def _score_line(scores: dict[str, dict[str, float]]) -> str:

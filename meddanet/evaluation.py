@@ -1,4 +1,4 @@
-"""Label maps against their references: which belongs to which, and how well they agree."""
+"""How well label maps agree with their references, by region."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from .data import (
+    LABELS,
+    MODALITIES,
     Case,
     Volume,
     VolumeError,
     detect_label_convention,
-    find_cases,
     load_labels,
     to_classes,
 )
@@ -29,85 +30,13 @@ from .data.conventions import stem
 from .data.nifti import load_affine
 from .data.storage import write_bytes
 from .metrics import brats_regions, dice_score, surface_scores
+from .pairs import Pair
 
 # classes are numbered as the values of brats2023
 REGIONS = brats_regions("brats2023")
 
 Scores = Mapping[str, Mapping[str, float]]
 Groups = Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A label map and what it should have been; `case` is the reference's."""
-
-    name: str
-    prediction: Path
-    reference: Path
-    case: Case
-
-
-def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
-    """Finds the reference of every label map.
-
-    Args:
-        predictions: A label file or a folder of `<case>.nii.gz`.
-        references: A label file, a folder of label files, or a folder of labelled cases.
-
-    Raises:
-        VolumeError: If a path does not exist or nothing belongs together.
-    """
-    predictions, references = Path(predictions), Path(references)
-    for path in (predictions, references):
-        if not path.exists():
-            raise VolumeError(f"{path}: no such file or folder")
-    if references.is_file():
-        if predictions.is_dir():
-            raise VolumeError(f"{references}: is one file; expected a folder, as {predictions} is")
-        return [Pair(stem(predictions), predictions, references, _case_of(references))]
-    files = [predictions] if predictions.is_file() else _label_files(predictions)
-    known = _references(references)
-    pairs = [Pair(stem(p), p, *known[stem(p)]) for p in files if stem(p) in known]
-    if not pairs:
-        raise VolumeError(
-            f"{predictions}: holds no <case>.nii.gz for any labelled case of {references}"
-        )
-    return pairs
-
-
-def unpaired(pairs: list[Pair], predictions: str | Path, references: str | Path) -> dict[str, list]:
-    """Returns the names that folders hold on one side only, as "without_prediction" and so on."""
-    paired = {pair.name for pair in pairs}
-    names: dict[str, set[str]] = {"without_prediction": set(), "without_reference": set()}
-    if Path(references).is_dir():
-        names["without_prediction"] = set(_references(Path(references))) - paired
-    if Path(predictions).is_dir():
-        files = {stem(path) for path in _label_files(Path(predictions))}
-        names["without_reference"] = files - paired
-    return {key: sorted(value) for key, value in names.items()}
-
-
-def _label_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
-
-
-def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
-    """Returns label file and case by name: loose label files, and what `find_cases` knows."""
-    found = {
-        re.sub(r"[_-]seg$", "", stem(path)): (path, Case(stem(path), path, "files"))
-        for path in _label_files(folder)
-    }
-    with suppress(VolumeError):
-        found |= {c.name: (c.label, c) for c in find_cases(folder) if c.label is not None}
-    return found
-
-
-def _case_of(reference: Path) -> Case:
-    with suppress(VolumeError):
-        for case in find_cases(reference.parent):
-            if case.label == reference:
-                return case
-    return Case(stem(reference), reference, "files")
 
 
 def _classes(labels: np.ndarray, convention: str, path: Path) -> np.ndarray:
@@ -158,12 +87,12 @@ def compare(
         values = report.get("label_values")
         if not isinstance(values, dict):
             raise VolumeError(
-                f"{pair.prediction}: the report beside it names no label_values; give the groups"
+                f"{pair.prediction}: the report beside it names no label_values; see --groups"
             )
         groups = {name: (value,) for name, value in values.items()}
     if groups is None:
         convention = _report(pair.reference).get("label_convention") or labels
-        convention = convention or _detected(pair.case, reference)
+        convention = convention or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
         own = report.get("label_convention") or convention
         prediction = _classes(prediction, own, pair.prediction)
@@ -197,6 +126,39 @@ def parse_groups(text: str) -> dict[str, tuple[int, ...]]:
     return groups
 
 
+def check_groups(groups: Groups, pairs: Sequence[Pair]) -> None:
+    """Compares groups with the label values in all files; warns of values that lie in none.
+
+    Files that cannot be read are left to `compare`.
+
+    Raises:
+        VolumeError: If a group occurs in no file: it would score as perfect.
+    """
+    contents: list[set[int]] = []
+    for path in {path for pair in pairs for path in (pair.prediction, pair.reference)}:
+        with suppress(ValueError, OSError, MemoryError):
+            contents.append(_values(load_labels(path)))
+    found = set().union(*contents)
+    absent = [
+        f"{name}={','.join(map(str, values))}"
+        for name, values in groups.items() if found.isdisjoint(values)
+    ]
+    if absent and contents:
+        raise VolumeError(
+            f"--groups {';'.join(absent)}: found in no prediction and no reference, which hold "
+            f"the label values {listed(found)}; name those, or leave the group out"
+        )
+    if ungrouped := found.difference(*groups.values()):
+        warnings.warn(f"label values in no group of --groups: {listed(ungrouped)}", stacklevel=2)
+
+
+def listed(items: Iterable[Any]) -> str:
+    """Returns the first ten of the items, sorted, in one line, and how many more there are."""
+    ordered = [str(item) for item in sorted(items)]
+    more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return (", ".join(ordered[:10]) or "none") + more
+
+
 def _report(path: Path) -> dict[str, Any]:
     """Returns what the report beside a label file says; nothing without one."""
     report = path.with_name(f"{stem(path)}.json")
@@ -206,10 +168,30 @@ def _report(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _detected(case: Case, labels: np.ndarray) -> str:
-    values = np.unique(labels)
-    # without labels all conventions say the same
-    return detect_label_convention(case, values) if values.any() else "brats2021"
+def _detected(pair: Pair, labels: np.ndarray) -> str:
+    """Returns the brain tumour convention of a reference; an error tells how to do without."""
+    values = _values(labels)
+    if not _may_be_brain_tumour(pair.case, values):
+        raise VolumeError(
+            f"{pair.reference}: its label values ({listed(values)}) are no brain tumour's; "
+            "name regions with --groups, such as 'liver=1,2;tumour=2'"
+        )
+    try:
+        # without labels all conventions say the same
+        return detect_label_convention(pair.case, values) if values else "brats2021"
+    except VolumeError as error:
+        raise VolumeError(f"{error}; see --labels and --groups") from error
+
+
+def _may_be_brain_tumour(case: Case, values: set[int]) -> bool:
+    """Tells whether modalities and, where the naming does not, values are those of one."""
+    known = case.convention in LABELS or any(values <= {*v.values()} for v in LABELS.values())
+    return known and set(case.modalities) <= set(MODALITIES)
+
+
+def _values(labels: np.ndarray) -> set[int]:
+    """Returns the label values that occur, without the background's 0."""
+    return set(np.unique(labels[labels != 0]).tolist())
 
 
 def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
@@ -238,8 +220,13 @@ def json_ready(value: Any) -> Any:
     return value
 
 
-def write_csv(table: Mapping[str, Scores], path: Path) -> None:
-    """Writes one row per case, one column per measure and region.
+def write_csv(table: Mapping[str, Scores], path: Path, missing: Sequence[str] = ()) -> None:
+    """Writes one row per case, one column per measure and region; cases without scores at the end.
+
+    Args:
+        table: Scores by case.
+        path: Of the file.
+        missing: Cases that have none: their cells are empty.
 
     Raises:
         VolumeError: If the file cannot be written.
@@ -250,4 +237,5 @@ def write_csv(table: Mapping[str, Scores], path: Path) -> None:
     writer.writerow(["case", *(f"{measure}_{region}" for measure, region in columns)])
     for name, scores in table.items():
         writer.writerow([name, *(scores[measure].get(region, "") for measure, region in columns)])
+    writer.writerows([name, *[""] * len(columns)] for name in missing)
     write_bytes(path, text.getvalue().encode())

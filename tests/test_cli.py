@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from meddanet import engine, predictor, training
-from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS
+from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS, command_parser
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
 from meddanet.data import LABELS
@@ -389,6 +389,13 @@ def test_a_usage_error_exits_with_2(arguments, capsys):
     assert re.fullmatch(r"meddanet: error: .* \(see meddanet[a-z ]* --help\)\n", message)
 
 
+def test_every_parser_has_the_name_of_the_command(monkeypatch):
+    """Those too that jsonargparse makes of the class, under `python -m meddanet`."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/meddanet/__main__.py"])
+    parser = command_parser()
+    assert parser.prog == type(parser)().prog == "meddanet"
+
+
 def test_the_conventions_are_those_of_the_data():
     assert set(LABEL_CONVENTIONS) == LABELS.keys()
     assert EXECUTORS == engine.EXECUTORS
@@ -424,7 +431,7 @@ def test_evaluate(cohort, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("case_0  Dice WT 1.0000 TC 1.0000 ET 1.0000")
     assert lines[1].startswith("case_1  Dice WT 0.0000")
-    assert lines[2].startswith("mean of 2  Dice WT 0.5000")
+    assert lines[2].startswith("mean of 2 of 2 cases  Dice WT 0.5000")
     content = json.loads(table.read_text())
     assert content["mean"]["dice"]["WT"] == 0.5 and content["empty_rule"] == "brats"
     assert len(sheet.read_text().splitlines()) == 3
@@ -432,10 +439,70 @@ def test_evaluate(cohort, tmp_path, capsys):
     (out / "case_1.nii.gz").write_bytes(b"")
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1].startswith("mean of 1  Dice WT 1.0000")
+    assert captured.out.splitlines()[-1].startswith("mean of 1 of 2 cases  Dice WT 1.0000")
     assert captured.err.startswith(f"meddanet: error: {out}/case_1.nii.gz")
+    assert json.loads(table.read_text())["failed"] == ["case_1"]
     assert main(["evaluate", str(out), str(tmp_path / "absent")]) == 1
     assert "absent: no such file or folder" in capsys.readouterr().err
+
+
+def label_files(folder: Path, contents: dict[str, list[int]]) -> Path:
+    """Writes label files whose first voxels have the values given."""
+    folder.mkdir()
+    for name, found in contents.items():
+        labels = np.zeros((6, 5, 4), np.uint8)
+        labels[: len(found), 2, 2] = found
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_evaluate_references_without_prediction(tmp_path, capsys):
+    ours = label_files(tmp_path / "p", {"a": [4], "c": [4], "z": [4]})
+    truth = label_files(tmp_path / "r", {"a": [4], "b": [4], "c": [0, 4]})
+    table, sheet = tmp_path / "table.json", tmp_path / "table.csv"
+    files = ["--json", str(table), "--csv", str(sheet)]
+    assert main(["evaluate", str(ours), str(truth), *files]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "1 without reference: z",
+        f"meddanet: error: {ours}: holds no prediction of b; segment these too, the mean is "
+        "over the others",
+    ]
+    lines = captured.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "c", "mean"]
+    assert lines[2].startswith("mean of 2 of 3 cases  Dice WT 0.5000")
+    content = json.loads(table.read_text())
+    assert (content["scored"], content["expected"]) == (2, 3)
+    assert content["without_prediction"] == ["b"] and content["failed"] == []
+    assert [row.split(",")[:2] for row in sheet.read_text().splitlines()] == [
+        ["case", "dice_WT"], ["a", "1.0"], ["c", "0.0"], ["b", ""],
+    ]
+    # one file asks for its own reference alone
+    assert main(["evaluate", str(ours / "a.nii.gz"), str(truth)]) == 0
+    assert "mean of 1 of 1 cases" in capsys.readouterr().out
+
+
+def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
+    folders = [str(label_files(tmp_path / side, {"a": [1, 2, 4], "b": [2]})) for side in "pr"]
+    assert main(["evaluate", *folders, "--groups", "ET=3"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == (
+        "meddanet: error: --groups ET=3: found in no prediction and no reference, which hold the "
+        "label values 1, 2, 4; name those, or leave the group out\n"
+    )
+    assert main(["evaluate", *folders, "--groups", "TC=1,4;ET=4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "meddanet: warning: label values in no group of --groups: 2\n"
+    assert captured.out.splitlines()[1].startswith("b  Dice TC 1.0000 ET 1.0000")
+
+
+def test_evaluate_a_cohort_without_enhancing_tumour(tmp_path, capsys):
+    """The convention names the region, so that it may be empty in every file."""
+    folders = [str(label_files(tmp_path / side, {"a_seg": [1, 2], "b_seg": [2]})) for side in "pr"]
+    assert main(["evaluate", *folders, "--labels", "brats2021"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert all("ET 1.0000" in line for line in captured.out.splitlines())
 
 
 def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):

@@ -14,14 +14,14 @@ import pytest
 
 from meddanet.data import VolumeError
 from meddanet.evaluation import (
+    check_groups,
     compare,
-    find_pairs,
     json_ready,
     mean_scores,
     parse_groups,
-    unpaired,
     write_csv,
 )
+from meddanet.pairs import find_pairs, unpaired
 
 SPACING = np.diag([-2.0, -1.0, 3.0, 1.0])
 
@@ -149,14 +149,15 @@ def test_the_table(tmp_path):
     assert mean_scores(table) == {
         "dice": {"WT": 0.625, "ET": 0.5}, "hd95_mm": {"WT": 2.5, "ET": 373.13 / 2},
     }
-    write_csv(table, tmp_path / "table.csv")
+    write_csv(table, tmp_path / "table.csv", missing=["c"])
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[1] == {
         "case": "b", "dice_WT": "0.75", "dice_ET": "0.0", "hd95_mm_WT": "1.0",
         "hd95_mm_ET": "373.13",
     }
-    assert len(rows) == 2
+    # a case without scores has its row
+    assert len(rows) == 3 and rows[2].pop("case") == "c" and set(rows[2].values()) == {""}
 
 
 def test_any_groups_of_any_values(tmp_path):
@@ -169,6 +170,40 @@ def test_any_groups_of_any_values(tmp_path):
     for wrong in ("", "WT", "WT=", "WT=1,a", "WT=1;WT=2", "WT=1,,2", "=1"):
         with pytest.raises(ValueError, match="expected a form such as WT=1,2,4;TC=1,4"):
             parse_groups(wrong)
+
+
+def test_a_group_that_occurs_nowhere_is_an_error(tmp_path, recwarn):
+    """Label 4 taken for label 3: nothing in both files would be a perfect score."""
+    for name, value in (("a", 4), ("b", 2)):
+        for side in ("p", "r"):
+            write(tmp_path / side / f"{name}.nii.gz", {(1, 1, 1): 1, (2, 1, 1): value})
+    pairs = find_pairs(tmp_path / "p", tmp_path / "r")
+    wrong = parse_groups("WT=1,2,3;ET=3;far=7,8")
+    with pytest.raises(VolumeError) as error:
+        check_groups(wrong, pairs)
+    assert str(error.value) == (
+        "--groups ET=3;far=7,8: found in no prediction and no reference, which hold the label "
+        "values 1, 2, 4; name those, or leave the group out"
+    )
+    # b alone has no 4 in either file, but the run does
+    check_groups(parse_groups("WT=1,2,4;ET=4"), pairs)
+    assert not recwarn.list
+    assert compare(pairs[1], groups={"ET": (4,)})["dice"] == {"ET": 1}
+    with pytest.raises(VolumeError, match="--groups ET=4: .* label values 1, 2;"):
+        check_groups({"ET": (4,)}, pairs[1:])
+    with pytest.warns(UserWarning, match="^label values in no group of --groups: 1, 2$"):
+        check_groups({"ET": (4,)}, pairs)
+
+
+def test_one_side_is_enough_for_a_group_to_occur(tmp_path):
+    ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 2})
+    check_groups({"found": (1,), "missed": (2,)}, [the_pair(ours, truth)])
+    # a file that cannot be read is another error
+    ours.write_bytes(b"")
+    check_groups({"missed": (2,)}, [the_pair(ours, truth)])
+    truth.write_bytes(b"")
+    check_groups({"missed": (2,)}, [the_pair(ours, truth)])
 
 
 def test_a_report_of_other_labels_makes_them_regions(tmp_path):
@@ -203,6 +238,72 @@ def test_what_is_on_one_side_only_is_named(tmp_path):
     assert unpaired(pairs, tmp_path / "p", tmp_path / "r") == {
         "without_prediction": ["c", "d"], "without_reference": ["a"],
     }
+    # who names one file asks for no other
+    one = tmp_path / "p" / "b.nii.gz"
+    assert not any(unpaired(find_pairs(one, tmp_path / "r"), one, tmp_path / "r").values())
+
+
+def test_lits_naming(tmp_path):
+    """volume-0 and its segmentation-0 are one case, with and without the scans beside."""
+    lits, loose, out = (tmp_path / name for name in ("lits", "loose", "out"))
+    for number in (0, 1):
+        write_scan(lits / f"volume-{number}.nii")
+        write(lits / f"segmentation-{number}.nii", {(1, 1, 1): 1, (2, 2, 2): 2})
+        write(loose / f"segmentation-{number}.nii", {(1, 1, 1): 1})
+        write(out / f"volume-{number}.nii.gz", {(1, 1, 1): 1, (3, 3, 3): 2})
+    write(lits / "segmentation-7.nii", {})  # its scan is not there
+    nothing = {"without_prediction": [], "without_reference": []}
+    for references in (lits, loose):
+        pairs = find_pairs(out, references)
+        assert [pair.name for pair in pairs] == ["volume-0", "volume-1"]
+        assert pairs[1].reference == references / "segmentation-1.nii"
+        assert unpaired(pairs, out, references) == nothing
+    groups = {"liver": (1, 2), "tumour": (2,)}
+    scores = [compare(find_pairs(out, folder)[0], groups=groups) for folder in (lits, loose)]
+    assert [s["dice"] for s in scores] == [
+        {"liver": 0.5, "tumour": 0}, {"liver": pytest.approx(2 / 3), "tumour": 0},
+    ]
+    # named alike on both sides
+    assert [pair.name for pair in find_pairs(loose, lits)] == ["volume-0", "volume-1"]
+
+
+def test_other_labels_than_a_brain_tumours_need_groups(tmp_path):
+    lits, out = tmp_path / "lits", tmp_path / "out"
+    write_scan(lits / "volume-0.nii")
+    # the values alone could be a brain tumour's
+    truth = write(lits / "segmentation-0.nii", {(1, 1, 1): 1, (2, 2, 2): 2})
+    ours = write(out / "volume-0.nii.gz", {})
+    wanted = r"label values \(1, 2\) are no brain tumour's; name regions with --groups, such as"
+    with pytest.raises(VolumeError, match=wanted):
+        compare(the_pair(ours, truth))
+    write(lits / "segmentation-0.nii", {})
+    with pytest.raises(VolumeError, match=r"label values \(none\) are no brain tumour's"):
+        compare(the_pair(ours, truth))
+    organs = write(tmp_path / "organs.nii.gz", {(i, 1, k): 3 + i + 8 * k
+                                                for i in range(8) for k in range(2)})
+    many = r"values \(3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 6 more\) are no brain tumour's"
+    with pytest.raises(VolumeError, match=many):
+        compare(the_pair(ours, organs))
+    undecided = write(tmp_path / "brain.nii.gz", {(1, 1, 1): 3})
+    with pytest.raises(VolumeError, match="choose one of brats2023, msd; see --labels and --group"):
+        compare(the_pair(ours, undecided))
+
+
+def test_scans_beside_loose_labels_are_no_references(tmp_path):
+    write_scan(tmp_path / "ct" / "x_scan.nii.gz")
+    write(tmp_path / "ct" / "x_seg.nii.gz", {(1, 1, 1): 5})
+    write(tmp_path / "out" / "x.nii.gz", {(1, 1, 1): 5})
+    pairs = find_pairs(tmp_path / "out", tmp_path / "ct")
+    assert [pair.reference.name for pair in pairs] == ["x_seg.nii.gz"]
+    assert unpaired(pairs, tmp_path / "out", tmp_path / "ct")["without_prediction"] == []
+
+
+def test_two_label_maps_of_one_case(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        write(tmp_path / "out" / name, {(1, 1, 1): 1})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1})
+    with pytest.raises(VolumeError, match=r"out/a.nii.gz: is of case a, as a.nii is; expected one"):
+        find_pairs(tmp_path / "out", truth.parent)
 
 
 def test_a_real_pair_agrees_with_deepmind_and_is_quick(real_data):

@@ -74,6 +74,12 @@ def is_label_name(path: Path) -> bool:
     return (parsed is not None and parsed[2] == _LABEL) or _is_label_folder(path.parent)
 
 
+def labelled_case(path: Path) -> str:
+    """Returns the case whose labels a file holds: "volume-0" for segmentation-0, "a" for a_seg."""
+    parsed = _parse(path)
+    return parsed[1] if parsed is not None and parsed[2] == _LABEL else stem(path)
+
+
 def find_cases(path: str | Path) -> list[Case]:
     """Finds the cases in a case folder, a folder of cases (nested or flat) or one file.
 

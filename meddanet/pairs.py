@@ -1,0 +1,103 @@
+"""Which label map belongs to which reference, by the names of their files."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .data import Case, VolumeError, find_cases
+from .data.conventions import is_label_name, labelled_case, stem
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A label map and what it should have been; `case` is the reference's."""
+
+    name: str
+    prediction: Path
+    reference: Path
+    case: Case
+
+
+def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
+    """Finds the reference of every label map.
+
+    Args:
+        predictions: A label file or a folder of `<case>.nii.gz`, or named as labels (`a_seg`).
+        references: A label file, a folder of label files, or a folder of labelled cases.
+
+    Raises:
+        VolumeError: If a path does not exist or nothing belongs together.
+    """
+    predictions, references = Path(predictions), Path(references)
+    for path in (predictions, references):
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file or folder")
+    if references.is_file():
+        if predictions.is_dir():
+            raise VolumeError(f"{references}: is one file; expected a folder, as {predictions} is")
+        return [Pair(stem(predictions), predictions, references, _case_of(references))]
+    single = predictions.is_file()
+    files = {labelled_case(predictions): predictions} if single else _label_files(predictions)
+    known = _references(references)
+    pairs = [Pair(name, path, *known[name]) for name, path in files.items() if name in known]
+    if not pairs:
+        raise VolumeError(
+            f"{predictions}: holds no <case>.nii.gz for any labelled case of {references}"
+        )
+    return pairs
+
+
+def unpaired(
+    pairs: list[Pair], predictions: str | Path, references: str | Path
+) -> dict[str, list[str]]:
+    """Returns the names that folders hold on one side only, as "without_prediction" and so on.
+
+    One file as prediction asks for its own reference alone, so that nothing is missing.
+    """
+    if Path(predictions).is_file():
+        return {"without_prediction": [], "without_reference": []}
+    paired = {pair.name for pair in pairs}
+    return {
+        "without_prediction": sorted(_references(Path(references)).keys() - paired),
+        "without_reference": sorted(_label_files(Path(predictions)).keys() - paired),
+    }
+
+
+def _label_files(folder: Path) -> dict[str, Path]:
+    """Returns the label files in a folder by case.
+
+    Raises:
+        VolumeError: If a case has two.
+    """
+    paths = sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
+    # beside files that are named as labels the others are their scans
+    paths = [path for path in paths if is_label_name(path)] or paths
+    files: dict[str, Path] = {}
+    for path in paths:
+        name = labelled_case(path)
+        if files.setdefault(name, path) != path:
+            raise VolumeError(
+                f"{path}: is of case {name}, as {files[name].name} is; expected one file per case"
+            )
+    return files
+
+
+def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
+    """Returns label file and case by name: of the labelled cases, without any of loose files."""
+    cases: list[Case] = []
+    with suppress(VolumeError):
+        cases = find_cases(folder)
+    known = {case.name: (case.label, case) for case in cases if case.label is not None}
+    return known or {
+        name: (path, Case(stem(path), path, "files")) for name, path in _label_files(folder).items()
+    }
+
+
+def _case_of(reference: Path) -> Case:
+    with suppress(VolumeError):
+        for case in find_cases(reference.parent):
+            if case.label == reference:
+                return case
+    return Case(stem(reference), reference, "files")
