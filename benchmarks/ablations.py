@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,22 +79,45 @@ def rows_of(config: TrainConfig) -> list[str]:
     return [*members, "decided", "skips", "oracle"]
 
 
-def run_configs(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores everything: configuration -> row -> fold -> scores."""
+def run_configs(
+    options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
+) -> list[str]:
+    """Trains and scores everything, and keeps the results after every run.
+
+    Args:
+        options: Of the command line.
+        keep: Takes configuration -> row -> fold -> scores.
+
+    Returns:
+        What failed, a line each.
+    """
     results: dict[str, Any] = {}
+    failed = []
     for file in options.configs:
-        rows: dict[str, Any] = results.setdefault(file.stem, {})
         for fold in options.folds:
-            config = read_config(file, options, fold)
-            train(config)
-            data = prepare_dataset(config)
-            for row in rows_of(config):
-                run = (load_v1_row if config.bank else load_row)(config, data, row)
-                if run is not None:
-                    rows.setdefault(row, {})[str(fold)] = score(run, data, config)
-            seconds = rows.setdefault("training CPU seconds", {})
-            seconds[str(fold)] = training_seconds(Path(config.out))
-    return results
+            try:
+                scores = run_fold(read_config(file, options, fold))
+            except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+                failed.append(f"{file.stem}, fold {fold}: {' '.join(str(error).split())}")
+                print(failed[-1], file=sys.stderr)
+                continue
+            rows = results.setdefault(file.stem, {})
+            for row, score in scores.items():
+                rows.setdefault(row, {})[str(fold)] = score
+            keep(results)
+    return failed
+
+
+def run_fold(config: TrainConfig) -> dict[str, Any]:
+    """Trains one configuration on one fold; returns row -> scores, and the CPU time per phase."""
+    train(config)
+    data = prepare_dataset(config)
+    scores: dict[str, Any] = {}
+    for row in rows_of(config):
+        run = (load_v1_row if config.bank else load_row)(config, data, row)
+        if run is not None:
+            scores[row] = score(run, data, config)
+    return {**scores, "training CPU seconds": training_seconds(Path(config.out))}
 
 
 def read_config(file: Path, options: argparse.Namespace, fold: int) -> TrainConfig:
@@ -279,14 +303,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    results = run_configs(options)
-    table = render(results)
-    print(table)
-    if options.table:
-        options.table.write_text(table + "\n")
-    if options.json:
-        content = {"machine": machine(), "results": results}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    for path in (options.json, options.table):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path.parent}: is no folder")
+
+    def keep(results: dict[str, Any]) -> None:
+        if options.table:
+            options.table.write_text(render(results) + "\n")
+        if options.json:
+            content = {"machine": machine(), "results": results}
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+        print(render(results), flush=True)
+
+    failed = run_configs(options, keep)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

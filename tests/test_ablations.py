@@ -106,6 +106,26 @@ def test_runs_start_from_another_configuration(decathlon, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first if "weight" in name)
 
 
+def test_what_fails_leaves_the_others_their_rows(decathlon, tmp_path):
+    content = {"window": None, "segmenter": "unet-12", "crop_sizes": [16], "validate_every": 0,
+               "device": "cpu", "threads": 1, "baseline": None,
+               "phases": [{"objective": "segmenter", "steps": 1, "batch": 2}]}
+    for name, changed in (("good", {}), ("bad", {"crop_sizes": [20]}), ("better", {})):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**content, **changed}))
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
+        str(tmp_path / "out"), *(str(tmp_path / f"{name}.yaml") for name in ("good", "bad")),
+        str(tmp_path / "better.yaml"), "--json", str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 runs failed: bad, fold 0: crop_sizes must ascend and be multiples" in done.stderr
+    assert list(json.loads((tmp_path / "r.json").read_text())["results"]) == ["good", "better"]
+    command[-1] = str(tmp_path / "nowhere" / "r.json")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere: is no folder" in done.stderr
+
+
 def test_a_run_of_v1_scores_its_members_and_its_decisions(decathlon, tmp_path):
     config = tmp_path / "v1.yaml"
     config.write_text("""
