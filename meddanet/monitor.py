@@ -19,6 +19,11 @@ from .distributed import rank
 # slices [N, C, H, W] -> labels [N, H, W]
 Predict = Callable[[Tensor], Tensor]
 _CHUNK = 8
+# what a loss has to do with a class that swallows background
+_ADVICE = {
+    "dice": "which counts foreground alone and allows that, see dice+ce",
+    "dice+ce": "which forbids that: lower learning_rate if the next looks say the same",
+}
 
 
 class Monitor:
@@ -83,7 +88,9 @@ class Monitor:
                 self.writer.add_scalar(f"{phase}/{name}", value, step)
             self.writer.flush()
 
-    def look(self, phase: str, step: int, predict: Predict, device: torch.device) -> None:
+    def look(
+        self, phase: str, step: int, predict: Predict, device: torch.device, loss: str = "dice+ce"
+    ) -> None:
         """Logs the Dice of each class on held-out slices; warns where one swallows background.
 
         Args:
@@ -91,27 +98,37 @@ class Monitor:
             step: Steps done.
             predict: Labels of slices.
             device: Where slices are taken.
+            loss: What the phase minimises, for the warning.
         """
         if rank() > 0:
             return
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        background = np.zeros((2, self.num_classes), np.int64)
         with torch.inference_mode():
             for start in range(0, len(self.samples), _CHUNK):
                 part = self.samples[start : start + _CHUNK]
                 images = np.stack([pad(c.images[z], self.canvas) for c, z in part])
                 truth = np.stack([pad(c.labels[z], self.canvas) for c, z in part])
                 found = predict(torch.from_numpy(images.astype(np.float32)).to(device))
-                pair = truth.astype(np.int64) * self.num_classes + found.cpu().numpy()
-                counts += np.bincount(pair.ravel(), minlength=counts.size).reshape(counts.shape)
-        dice, swallowed = dice_per_class(counts), swallowed_background(counts)
+                found = found.cpu().numpy()
+                counts += _pairs(truth, found, counts.shape)
+                outside = truth == 0
+                background += _pairs(images.any(1)[outside], found[outside], background.shape)
+        dice, swallowed = dice_per_class(counts), swallowed_background(*background)
         self.log(phase, step, "validation.jsonl", dice=dice, swallowed_background=swallowed)
         for name, share in swallowed.items():
             if share > 0.5:
                 warnings.warn(
                     f"{phase}, step {step}: class {name} takes {share:.0%} of the background of "
-                    "held-out slices; foreground Dice alone allows that, see loss dice+ce",
+                    f"held-out slices; the phase's loss is {loss}, {_ADVICE[loss]}",
                     stacklevel=2,
                 )
+
+
+def _pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Counts how often each row meets each column, whole numbers below `shape`."""
+    index = rows.astype(np.int64) * shape[1] + columns
+    return np.bincount(index.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def dice_per_class(counts: np.ndarray) -> dict[str, float | None]:
@@ -123,10 +140,19 @@ def dice_per_class(counts: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def swallowed_background(counts: np.ndarray) -> dict[str, float]:
-    """Returns, by class, the share of the true background that is taken for it."""
-    background = max(int(counts[0].sum()), 1)
-    return {str(k): round(int(counts[0, k]) / background, 4) for k in range(1, len(counts))}
+def swallowed_background(air: np.ndarray, signal: np.ndarray) -> dict[str, float]:
+    """Returns, by class, the share of the true background that is taken for it.
+
+    Of all background, or of that where the image holds signal, whichever is more: air is most of
+    a brain scan's background and would hide that a class swallows the brain.
+
+    Args:
+        air: Background pixels without signal in any channel, by the class found there.
+        signal: Those with signal.
+    """
+    parts = np.stack([air + signal, signal])
+    shares = (parts / np.maximum(parts.sum(1, keepdims=True), 1)).max(0)
+    return {str(k): round(float(shares[k]), 4) for k in range(1, len(shares))}
 
 
 def _writer(folder: Path) -> Any:

@@ -142,7 +142,7 @@ def run_phase(
                 cpu_seconds=round(progress.cpu_seconds, 1),
             )
         if predict and monitor.every and (progress.step % monitor.every == 0 or last):
-            monitor.look(name, progress.step, predict, device)
+            monitor.look(name, progress.step, predict, device, phase.loss)
             train_parts(model, phase.parts)
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes

@@ -1,6 +1,8 @@
 """The schedules by name against what paper and published code say, worked out by hand."""
 
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.checkpoint import Progress
 from meddanet.cli import main
-from meddanet.data.slices import read_cache
+from meddanet.data.slices import read_cache, write_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
 from meddanet.losses import papers_dice_loss
@@ -144,7 +146,12 @@ def test_dice_and_swallowed_background_by_hand():
     assert dice_per_class(counts) == {
         "1": round(2 * 6 / (8 + 16), 4), "2": round(2 * 8 / (8 + 68), 4), "3": None
     }
-    assert swallowed_background(counts) == {"1": 0.1, "2": 0.6, "3": 0.0}
+    assert swallowed_background(np.zeros(4, int), counts[0]) == {"1": 0.1, "2": 0.6, "3": 0.0}
+    # 100 pixels of air, 20 with signal: 15 of 20 are more than 15 of 120
+    expected = {"1": 0.75, "2": 0.0}
+    assert swallowed_background(np.array([100, 0, 0]), np.array([5, 15, 0])) == expected
+    # a class that takes the air alone: 60 of 80, none of those with signal
+    assert swallowed_background(np.array([0, 60, 0]), np.array([20, 0, 0])) == expected
 
 
 def test_a_class_that_swallows_the_background_is_named(batches, tmp_path):
@@ -159,6 +166,32 @@ def test_a_class_that_swallows_the_background_is_named(batches, tmp_path):
     share = (truth == 2).sum() / truth.size
     assert row["dice"]["2"] == pytest.approx(2 * share / (share + 1), abs=1e-4)
     assert row["dice"]["1"] == 0
+
+
+def test_a_class_that_swallows_the_brain_is_named_however_much_air_there_is(tmp_path):
+    """Every pixel with signal is called 2: 16 of them, 12 background, in 144 pixels."""
+    images, labels = np.zeros((1, 2, 12, 12), np.float32), np.zeros((1, 12, 12), np.uint8)
+    # half of the brain is seen in the second channel alone
+    images[0, 0, 2:4, 3:7], images[0, 1, 4:6, 3:7] = -1.5, 0.5
+    labels[0, 3:5, 4:6] = [[1, 2], [2, 2]]
+    write_cache("brain", images, labels, tmp_path)
+    monitor = Monitor(tmp_path, [read_cache("brain", tmp_path)], every=1, canvas=(16, 16))
+    brain_two = lambda slices: 2 * (slices != 0).any(1).long()  # noqa: E731
+    for loss, advice in (("dice", "see dice[+]ce"), ("dice+ce", "lower learning_rate")):
+        text = f"class 2 takes 100% of .*; the phase's loss is {re.escape(loss)}, .*{advice}"
+        with pytest.warns(UserWarning, match=text):
+            monitor.look("0-x", 7, brain_two, torch.device("cpu"), loss)
+    row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[0])
+    assert row["swallowed_background"] == {"1": 0.0, "2": 1.0, "3": 0.0}
+    # Dice counts every pixel: class 2 is found 16 times and there 3 times
+    assert row["dice"] == {"1": 0.0, "2": round(2 * 3 / 19, 4), "3": None}
+    # six of the twelve are no alarm
+    few = lambda slices: 2 * (slices[:, 0] != 0).long()  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.look("0-x", 8, few, torch.device("cpu"))
+    row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
+    assert row["swallowed_background"]["2"] == 0.5
 
 
 def test_tensorboard(model, batches, tmp_path):
