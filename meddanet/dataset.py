@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,8 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     found = {case.name: case for case in find_cases(config.data) if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
+    if config.label_map is not None:
+        _check_map(config.label_map)
     with first_alone() as first:
         if first:
             _fill_cache(found, config, cache)
@@ -97,10 +99,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
             if first:
                 _cache_phantoms(phantoms, cache)
     training, held_out = folds(list(found), config.folds, config.fold)
-    highest = max(f["highest"] for f in facts.values())
-    num_classes = 4 if gliomas else 1 + max(highest, *(config.label_map or {}).values(), 0)
-    if num_classes < 2:
-        raise VolumeError(f"{config.data}: no case has a labelled voxel; check label_map")
+    num_classes = 4 if gliomas else 1 + _count_classes(config, facts)
     spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
     parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]
     return Dataset(
@@ -108,6 +107,51 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         {**_label_facts(config, gliomas, num_classes), **_normalisation(config),
          "spacing_mm": spacing.round(4).tolist()},
     )
+
+
+def _check_map(label_map: dict[int, int]) -> None:
+    """Raises ValueError unless a map's classes are 1..K."""
+    if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
+        raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
+    classes = set(label_map.values()) - {0}
+    if not classes or max(classes) > len(classes):
+        raise ValueError(
+            f"label_map is {label_map}, whose classes are {_listed(classes)}; "
+            f"expected {_listed(range(1, len(classes) + 1)) if classes else '1 and so on'}"
+        )
+
+
+def _count_classes(config: TrainConfig, facts: dict[str, dict]) -> int:
+    """Returns K where the classes of all label files are 1..K.
+
+    Raises:
+        VolumeError: If a class has no voxel anywhere; the values that there are are named.
+    """
+    holders = {value: name for name, fact in facts.items() for value in fact["values"]}
+    if not holders:
+        raise VolumeError(f"{config.data}: no case has a labelled voxel; expected labels above 0")
+    there = f"{config.data}: the labels hold {_listed(holders)}"
+    if config.label_map is None:
+        highest = max(holders)
+        if highest > len(holders):
+            example = {value: k for k, value in enumerate(sorted(holders), 1)}
+            raise VolumeError(
+                f"{there} ({highest} in {holders[highest]}), expected 1, 2 and so on without gap; "
+                f"correct the files, or name the classes: --label_map '{example}', where what is "
+                "left out becomes background"
+            )
+        return highest
+    classes = set(config.label_map.values()) - {0}
+    if empty := classes - {config.label_map.get(value) for value in holders}:
+        raise VolumeError(
+            f"{there}, none that label_map {config.label_map} turns into class {_listed(empty)}; "
+            "expected a value for each class"
+        )
+    return len(classes)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
 
 
 def _label_facts(config: TrainConfig, gliomas: bool, num_classes: int) -> dict[str, object]:
@@ -154,7 +198,8 @@ def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> Non
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
-            if row.get("files") != files or not is_cached(name, cache):
+            # rows without values are of an earlier version
+            if row.get("files") != files or "values" not in row or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
 
 
@@ -171,9 +216,10 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     """Caches one case and returns its row of the table."""
     volume = load_volume(case, config.modalities)
     labels = load_labels(str(case.label), like=volume)
+    values = np.unique(labels)
     gliomas = config.label_map is None and set(volume.modalities) <= set(MODALITIES)
     if gliomas:
-        classes = to_classes(labels, detect_label_convention(volume, np.unique(labels)))
+        classes = to_classes(labels, detect_label_convention(volume, values))
     else:
         classes = _by_value(labels, config.label_map, case)
     images = to_slices(volume, window_hu=config.window_hu)
@@ -184,8 +230,8 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     classes = canonical(classes, volume.affine).transpose(2, 0, 1)
     write_cache(case.name, images, classes, cache)
     return {
-        "modalities": volume.modalities, "gliomas": gliomas, "highest": int(classes.max()),
-        "spacing_mm": volume.spacing,
+        "modalities": volume.modalities, "gliomas": gliomas,
+        "values": values[values > 0].tolist(), "spacing_mm": volume.spacing,
     }
 
 
@@ -195,8 +241,6 @@ def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) 
         raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
     if label_map is None:
         return labels
-    if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
-        raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
     lookup = np.zeros(256, np.uint8)
     for value, k in label_map.items():
         lookup[value] = k

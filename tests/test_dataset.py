@@ -79,6 +79,45 @@ def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
     write_preview(volume, prediction, tmp_path / "p.png")
 
 
+def write_labels(task, number, change):
+    """Changes one label file of the Decathlon task in place."""
+    path = task / "labelsTr" / f"disc_{number:03d}.nii.gz"
+    image = nib.load(path)
+    labels = np.asarray(image.dataobj).copy()
+    change(labels)
+    nib.save(nib.Nifti1Image(labels, image.affine), path)
+
+
+def test_a_class_without_a_voxel_is_refused(decathlon, tmp_path):
+    """The task's values are 1 and 2."""
+    for label_map, classes in (({7: 1}, "1"), ({1: 1, 7: 2, 8: 3}, "2, 3")):
+        out = tmp_path / str(len(label_map))
+        with pytest.raises(VolumeError, match=rf"labels hold 1, 2, none .* class {classes};"):
+            prepare_dataset(config(decathlon, out, label_map=label_map))
+    for number in range(5):
+        write_labels(decathlon, number, lambda labels: labels.fill(0))
+    with pytest.raises(VolumeError, match="no case has a labelled voxel"):
+        prepare_dataset(config(decathlon, tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("label_map", "classes"),
+    [({2: 9}, "9; expected 1"), ({1: 1, 2: 3}, "1, 3; expected 1, 2"), ({2: 0}, "none; expected")],
+)
+def test_the_classes_of_a_label_map_have_no_gap(decathlon, tmp_path, label_map, classes):
+    with pytest.raises(ValueError, match=f"label_map is .*, whose classes are {classes}"):
+        prepare_dataset(config(decathlon, tmp_path / "run", label_map=label_map))
+
+
+def test_a_stray_value_is_no_class(decathlon, tmp_path):
+    write_labels(decathlon, 3, lambda labels: labels.__setitem__((0, 0, 0), 200))
+    stray = r"hold 1, 2, 200 \(200 in disc_003\), expected 1, 2 .*'\{1: 1, 2: 2, 200: 3\}'"
+    with pytest.raises(VolumeError, match=stray):
+        prepare_dataset(config(decathlon, tmp_path / "run"))
+    mapped = config(decathlon, tmp_path / "mapped", label_map={1: 1, 2: 2})
+    assert prepare_dataset(mapped).num_classes == 3
+
+
 def test_other_settings_do_not_get_the_old_cache(decathlon, tmp_path):
     first = config(decathlon, tmp_path / "run")
     prepare_dataset(first)
