@@ -198,7 +198,7 @@ def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> Non
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
-            # rows without values are of an earlier version
+            # rows without values are from before single modalities were told from gliomas
             if row.get("files") != files or "values" not in row or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
 
@@ -217,7 +217,8 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     volume = load_volume(case, config.modalities)
     labels = load_labels(str(case.label), like=volume)
     values = np.unique(labels)
-    gliomas = config.label_map is None and set(volume.modalities) <= set(MODALITIES)
+    # one T1 or T2 may be of anything
+    gliomas = config.label_map is None and set(volume.modalities) == set(MODALITIES)
     if gliomas:
         classes = to_classes(labels, detect_label_convention(volume, values))
     else:

@@ -118,6 +118,27 @@ def test_a_stray_value_is_no_class(decathlon, tmp_path):
     assert prepare_dataset(mapped).num_classes == 3
 
 
+@pytest.mark.parametrize("modality", ["T1", "T2"])
+def test_one_modality_is_no_glioma_whatever_its_name(decathlon, tmp_path, modality):
+    (decathlon / "dataset.json").write_text(json.dumps({"modality": {"0": modality}}))
+    settings = config(decathlon, tmp_path / "run")
+    # a cache of a version that swapped the values, as in the brain tumour task
+    prepare_dataset(settings)
+    cache = tmp_path / "run" / "cache"
+    table = json.loads((cache / "cases.json").read_text())
+    for name, row in table["cases"].items():
+        row["gliomas"], row["highest"] = True, 2
+        del row["values"]
+        labels = np.load(cache / f"{name}.labels.npy")
+        np.save(cache / f"{name}.labels.npy", np.array([0, 2, 1], np.uint8)[labels])
+    (cache / "cases.json").write_text(json.dumps(table))
+    data = prepare_dataset(settings)
+    assert data.num_classes == 3 and data.facts["label_values"] == {1: 1, 2: 2}
+    for case in (*data.training, *data.held_out):
+        stored = np.asarray(nib.load(decathlon / "labelsTr" / f"{case.name}.nii.gz").dataobj)
+        np.testing.assert_array_equal(case.labels, stored.transpose(2, 0, 1))
+
+
 def test_other_settings_do_not_get_the_old_cache(decathlon, tmp_path):
     first = config(decathlon, tmp_path / "run")
     prepare_dataset(first)
