@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.storage import write_bytes
+from .data.storage import read_record, write_bytes
 from .layers import quantized_layers
 from .recipe import TrainConfig
 
@@ -76,17 +75,23 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, d
 
     Raises:
         ValueError: If the file is damaged or belongs to another model.
+        OSError: If it cannot be read.
     """
+    stream = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(stream, weights_only=True, map_location="cpu")
         progress = Progress(**content.pop("progress"))
         model.load_state_dict(content.pop("model"))
         layers: dict[str, Any] = dict(quantized_layers(model))
         for name, amax in content.pop("input_amax").items():
             layers[name].input_amax.copy_(amax)
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    # damaged bytes make readers raise nearly anything
+    except Exception as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path}: is no checkpoint of this run ({str(error).splitlines()[0]}); "
+            f"{path}: is no checkpoint of this run ({why}); "
             "delete it to repeat its phase, or name another out"
         ) from error
     return progress, content
@@ -98,14 +103,15 @@ def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
     Steps, devices, threads and how a run is watched may differ, and phases may be added.
 
     Raises:
-        ValueError: If anything else differs; the first such field is named.
+        ValueError: If anything else differs; the first such field is named. If a file is damaged.
     """
     out = Path(config.out)
     for path, content in ((out / "split.json", split), (out / "config.json", asdict(config))):
         # as it will be read
         content = json.loads(json.dumps(content))
         if path.exists():
-            _check_same(path, json.loads(path.read_text()), content)
+            cure = "delete it and give the run's own settings again, or name another out"
+            _check_same(path, read_record(path, cure), content)
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

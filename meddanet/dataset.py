@@ -27,7 +27,7 @@ from .data import (
 )
 from .data.phantom import make_phantom
 from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
-from .data.storage import write_bytes
+from .data.storage import read_record, write_bytes
 from .distributed import first_alone
 from .recipe import TrainConfig
 
@@ -88,7 +88,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     with first_alone() as first:
         if first:
             _fill_cache(found, config, cache)
-    table = json.loads((cache / "cases.json").read_text())["cases"]
+    table = _read_table(cache / "cases.json")["cases"]
     facts = {name: table[name] for name in found}
     modalities = tuple(_common(facts, "modalities"))
     gliomas = _common(facts, "gliomas")
@@ -178,7 +178,7 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
     }
     settings = json.loads(json.dumps(settings))
     path = cache / "cases.json"
-    content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "cases": {}}
+    content = _read_table(path) if path.exists() else {"settings": settings, "cases": {}}
     for name, value in settings.items():
         if content["settings"][name] != value:
             raise ValueError(
@@ -190,6 +190,14 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
         yield content["cases"]
     finally:
         write_bytes(path, json.dumps(content).encode())
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    cure = "delete it to have the cache filled again"
+    content = read_record(path, cure)
+    if not content.keys() >= {"settings", "cases"}:
+        raise VolumeError(f"{path}: is no table of a cache; {cure}")
+    return content
 
 
 def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
