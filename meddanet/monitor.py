@@ -109,11 +109,11 @@ class Monitor:
                 part = self.samples[start : start + _CHUNK]
                 images = np.stack([pad(c.images[z], self.canvas) for c, z in part])
                 truth = np.stack([pad(c.labels[z], self.canvas) for c, z in part])
-                found = predict(torch.from_numpy(images.astype(np.float32)).to(device))
-                found = found.cpu().numpy()
+                labels = predict(torch.from_numpy(images.astype(np.float32)).to(device))
+                found, outside = labels.cpu().numpy(), truth == 0
+                signal = (images != 0).any(axis=1)
                 counts += _pairs(truth, found, counts.shape)
-                outside = truth == 0
-                background += _pairs(images.any(1)[outside], found[outside], background.shape)
+                background += _pairs(signal[outside], found[outside], background.shape)
         dice, swallowed = dice_per_class(counts), swallowed_background(*background)
         self.log(phase, step, "validation.jsonl", dice=dice, swallowed_background=swallowed)
         for name, share in swallowed.items():
