@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data.lock import hold
 from .data.storage import read_record, write_bytes
+from .distributed import rank
 from .layers import quantized_layers
 from .recipe import TrainConfig
 
@@ -95,6 +98,24 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, d
             "delete it to repeat its phase, or name another out"
         ) from error
     return progress, content
+
+
+def hold_run(out: Path) -> AbstractContextManager[object]:
+    """Keeps other runs out of a run's folder, which is made, while the context lasts.
+
+    Only the first process of a run holds it. Where the file system has no locks, nothing does.
+
+    Raises:
+        ValueError: If another run is in it.
+    """
+    if rank() > 0:
+        return nullcontext()
+    try:
+        return hold(out / "run.lock")
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another run is using {out}; wait until it ends, or name another out"
+        ) from error
 
 
 def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:

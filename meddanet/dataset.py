@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .data import (
     to_classes,
     to_slices,
 )
+from .data.lock import hold
 from .data.phantom import make_phantom
 from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
 from .data.storage import read_record, write_bytes
@@ -185,7 +187,6 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
                 f"{cache}: was made with {name} {content['settings'][name]}, not {value}; "
                 "delete it or name another cache"
             )
-    cache.mkdir(parents=True, exist_ok=True)
     try:
         yield content["cases"]
     finally:
@@ -200,9 +201,19 @@ def _read_table(path: Path) -> dict[str, Any]:
     return content
 
 
+def _hold(cache: Path) -> AbstractContextManager[object]:
+    """Keeps other runs from filling the cache, or waits until they have filled it."""
+    lock = cache / "cache.lock"
+    try:
+        return hold(lock)
+    except BlockingIOError:
+        warnings.warn(f"{cache}: another run is filling it; waiting for its end", stacklevel=2)
+        return hold(lock, wait=True)
+
+
 def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
     """Caches what is not cached yet, or whose files are others than then."""
-    with _table(cache, config) as table:
+    with _hold(cache), _table(cache, config) as table:
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
@@ -257,8 +268,9 @@ def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) 
 
 
 def _cache_phantoms(names: list[str], cache: Path) -> None:
-    for name in names:
-        if not is_cached(name, cache):
+    missing = [name for name in names if not is_cached(name, cache)]
+    with _hold(cache) if missing else nullcontext():
+        for name in missing:
             phantom = make_phantom(int(name.removeprefix("phantom-")))
             images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
             write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)

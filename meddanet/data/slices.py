@@ -6,6 +6,7 @@ cache, so that memory stays bounded whatever the number of cases.
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .storage import write_bytes
 from .volume import VolumeError
 
 _KINDS = ("labels", "seen", "images")
@@ -56,9 +58,9 @@ def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path)
         "labels": labels.astype(np.uint8), "seen": seen, "images": images.astype(np.float16)
     }
     for kind in _KINDS:
-        partial = folder / f".{name}.{kind}.partial.npy"
-        np.save(partial, arrays[kind])
-        partial.replace(folder / f"{name}.{kind}.npy")
+        stream = io.BytesIO()
+        np.save(stream, arrays[kind])
+        write_bytes(folder / f"{name}.{kind}.npy", stream.getbuffer())
 
 
 def is_cached(name: str, folder: Path) -> bool:
