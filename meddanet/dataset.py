@@ -180,7 +180,9 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
     }
     settings = json.loads(json.dumps(settings))
     path = cache / "cases.json"
-    content = _read_table(path) if path.exists() else {"settings": settings, "cases": {}}
+    content = _read_table(path) if path.exists() else {"cases": {}}
+    # a table without cases binds nobody
+    content = content if content["cases"] else {"settings": settings, "cases": {}}
     for name, value in settings.items():
         if content["settings"][name] != value:
             raise ValueError(

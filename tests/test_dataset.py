@@ -1,12 +1,14 @@
 """Labelled cases of several kinds: what is cached, what the weights note, what comes back."""
 
 import json
+import re
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from meddanet.arguments import command_parser, train_config
 from meddanet.data import VolumeError, find_cases, load_volume
 from meddanet.data.phantom import write_phantom
 from meddanet.dataset import prepare_dataset
@@ -137,6 +139,40 @@ def test_one_modality_is_no_glioma_whatever_its_name(decathlon, tmp_path, modali
     for case in (*data.training, *data.held_out):
         stored = np.asarray(nib.load(decathlon / "labelsTr" / f"{case.name}.nii.gz").dataobj)
         np.testing.assert_array_equal(case.labels, stored.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("convention", "values"), [("brats2023", [0, 1, 2, 0, 3]), ("msd", [0, 2, 1, 0, 3])]
+)
+def test_gliomas_in_nnunet_layout_train_as_the_error_says(tmp_path, convention, values):
+    """A phantom, whose own label file has 1, 2 and 4, as each convention writes it."""
+    source = write_phantom(tmp_path / "source", seed=1, name="p")
+    task = tmp_path / "Dataset001"
+    for kind in ("imagesTr", "labelsTr"):
+        (task / kind).mkdir(parents=True)
+    channels = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    (task / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+    for number, kind in enumerate(("flair", "t1", "t1ce", "t2")):
+        image = source / f"p_{kind}.nii.gz"
+        (task / "imagesTr" / f"p_{number:04d}.nii.gz").symlink_to(image)
+    stored = nib.load(source / "p_seg.nii.gz")
+    truth = np.asarray(stored.dataobj)
+    labels = np.array(values, np.uint8)[truth]
+    nib.save(nib.Nifti1Image(labels, stored.affine), task / "labelsTr" / "p.nii.gz")
+    settings = config(task, tmp_path / "run", folds=0)
+    with pytest.raises(VolumeError, match="p: .* label convention") as caught:
+        prepare_dataset(settings)
+    # the mapping, as it would be pasted
+    pasted = re.search(rf"--label_map '([^']+)' \({convention}\)", str(caught.value))[1]
+    parsed = command_parser().parse_args(
+        ["train", "--data", "a", "--out", "b", "--label_map", pasted]
+    )
+    data = prepare_dataset(replace(settings, label_map=train_config(parsed["train"]).label_map))
+    assert data.modalities == ("flair", "t1ce", "t1", "t2") and data.num_classes == 4
+    classes = np.array([0, 1, 2, 0, 3])[truth].transpose(2, 0, 1)
+    np.testing.assert_array_equal(data.training[0].labels, classes)
+    # predictions get the values of the label files back
+    assert data.facts["label_values"] == {1: values[1], 2: values[2], 3: values[4]}
 
 
 def test_other_settings_do_not_get_the_old_cache(decathlon, tmp_path):
