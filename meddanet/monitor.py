@@ -36,7 +36,7 @@ class Monitor:
         slices: Slices that one takes, spread evenly over all cases.
         num_classes: Classes, background included.
         canvas: Height and width that slices are padded to.
-        tensorboard: Write `<out>/tensorboard` too.
+        tensorboard: Write `<out>/tensorboard/<phase>` too.
         log: Name of the log.
 
     Raises:
@@ -61,10 +61,15 @@ class Monitor:
         all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
         chosen = np.linspace(0, len(all_slices) - 1, min(slices, len(all_slices))).round()
         self.samples = [all_slices[int(index)] for index in chosen]
-        self.writer = _writer(out / "tensorboard") if tensorboard and rank() == 0 else None
+        self.summary_writer = _summary_writer() if tensorboard and rank() == 0 else None
+        self.writer: Any = None
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drops what was logged of a phase after `step`, which will be logged again."""
+        """Opens the log of a phase; drops what is there of it after `step`, to be logged again."""
+        if self.summary_writer is not None:
+            # a folder per phase, since purging does not tell one tag from another
+            folder = self.out / "tensorboard" / phase
+            self.writer = self.summary_writer(str(folder), purge_step=step + 1)
         for path in (self.out / self.log_name, self.out / "validation.jsonl"):
             if rank() == 0 and path.exists():
                 # a killed process leaves half a line
@@ -85,7 +90,7 @@ class Monitor:
             numbers = {k: v for k, v in values.items() if isinstance(v, float)}
             numbers |= {f"dice/{k}": v for k, v in values.get("dice", {}).items() if v is not None}
             for name, value in numbers.items():
-                self.writer.add_scalar(f"{phase}/{name}", value, step)
+                self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
     def look(
@@ -155,11 +160,11 @@ def swallowed_background(air: np.ndarray, signal: np.ndarray) -> dict[str, float
     return {str(k): round(float(shares[k]), 4) for k in range(1, len(shares))}
 
 
-def _writer(folder: Path) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             'tensorboard is not installed: pip install "meddanet[train]", or leave it off'
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter

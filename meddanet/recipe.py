@@ -268,7 +268,7 @@ class TrainConfig:
         checkpoint_steps: And every so many steps; 0 = by time alone.
         validate_every: Steps between looks at the held-out cases; 0 = none.
         validation_slices: Slices that such a look takes, spread over the held-out cases.
-        tensorboard: Write `<out>/tensorboard` too (extra "train").
+        tensorboard: Write `<out>/tensorboard/<phase>` too (extra "train").
     """
 
     data: str

@@ -207,9 +207,32 @@ def test_tensorboard(model, batches, tmp_path):
         model, decisions, phase, batches, tmp_path / "0-decisions.pt", monitor,
         predict=lambda slices: torch.zeros(len(slices), 32, 32, dtype=torch.long),
     )
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard" / "0-decisions"))
     events.Reload()
     loss = json.loads((tmp_path / "log.jsonl").read_text())["loss"]
-    assert events.Scalars("0-decisions/loss")[0].value == pytest.approx(loss)
-    assert "0-decisions/learning_rate" in events.Tags()["scalars"]
-    assert events.Scalars("0-decisions/dice/1")[0].value == 0
+    assert events.Scalars("loss")[0].value == pytest.approx(loss)
+    assert "learning_rate" in events.Tags()["scalars"]
+    assert events.Scalars("dice/1")[0].value == 0
+
+
+def test_tensorboard_holds_a_step_once_after_a_kill(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def log(phase: str, after: int, steps: range, loss: float) -> None:
+        monitor = Monitor(tmp_path, tensorboard=True)
+        monitor.rewind(phase, after)
+        for step in steps:
+            monitor.log(phase, step, loss=loss)
+
+    log("0-static", 0, range(1, 7), 0.5)
+    log("1-joint", 0, range(1, 6), 0.25)  # killed after step 5, its checkpoint stands at 3
+    log("1-joint", 3, range(4, 9), 0.125)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for phase, expected in (
+        ("0-static", [0.5] * 6), ("1-joint", [0.25] * 3 + [0.125] * 5),
+    ):
+        events = reader.EventAccumulator(str(tmp_path / "tensorboard" / phase))
+        events.Reload()
+        scalars = [(event.step, event.value) for event in events.Scalars("loss")]
+        assert scalars == list(enumerate(expected, 1))
+        assert scalars == [(row["step"], row["loss"]) for row in rows if row["phase"] == phase]
