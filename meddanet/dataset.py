@@ -30,7 +30,7 @@ from .data.lock import hold
 from .data.phantom import make_phantom
 from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
 from .data.storage import read_record, write_bytes
-from .distributed import first_alone
+from .distributed import first_alone, rank
 from .recipe import TrainConfig
 
 _FIRST_PHANTOM = 1000
@@ -90,6 +90,11 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     with first_alone() as first:
         if first:
             _fill_cache(found, config, cache)
+    if not (cache / "cases.json").exists():
+        raise VolumeError(
+            f"{cache}: is empty for process {rank()}, filled by process 0; out and cache have to "
+            "lie on a disk that all machines share"
+        )
     table = _read_table(cache / "cases.json")["cases"]
     facts = {name: table[name] for name in found}
     modalities = tuple(_common(facts, "modalities"))
