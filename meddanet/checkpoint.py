@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.storage import write_bytes
+from .data.lock import hold
+from .data.storage import read_record, write_bytes
+from .distributed import rank
 from .layers import quantized_layers
 from .recipe import TrainConfig
 
@@ -75,20 +77,44 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, d
 
     Raises:
         ValueError: If the file is damaged or belongs to another model.
+        OSError: If it cannot be read.
     """
+    stream = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(stream, weights_only=True, map_location="cpu")
         progress = Progress(**content.pop("progress"))
         model.load_state_dict(content.pop("model"))
         layers = quantized_layers(model)
         for name, amax in content.pop("input_amax").items():
             layers[name].input_amax.copy_(amax)
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    # damaged bytes make readers raise nearly anything
+    except Exception as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path}: is no checkpoint of this run ({str(error).splitlines()[0]}); "
+            f"{path}: is no checkpoint of this run ({why}); "
             "delete it to repeat its phase, or name another out"
         ) from error
     return progress, content
+
+
+def hold_run(out: Path) -> AbstractContextManager[object]:
+    """Keeps other runs out of a run's folder, which is made, while the context lasts.
+
+    Only the first process of a run holds it. Where the file system has no locks, nothing does.
+
+    Raises:
+        ValueError: If another run is in it.
+    """
+    if rank() > 0:
+        return nullcontext()
+    try:
+        return hold(out / "run.lock")
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another run is using {out}; wait until it ends, or name another out"
+        ) from error
 
 
 def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
@@ -97,14 +123,15 @@ def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
     Steps, devices, threads and how a run is watched may differ, and phases may be added.
 
     Raises:
-        ValueError: If anything else differs; the first such field is named.
+        ValueError: If anything else differs; the first such field is named. If a file is damaged.
     """
     out = Path(config.out)
     for path, content in ((out / "split.json", split), (out / "config.json", asdict(config))):
         # as it will be read
         content = json.loads(json.dumps(content))
         if path.exists():
-            _check_same(path, json.loads(path.read_text()), content)
+            cure = "delete it and give the run's own settings again, or name another out"
+            _check_same(path, read_record(path, cure), content)
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from .data import (
     to_classes,
     to_slices,
 )
+from .data.lock import hold
 from .data.phantom import make_phantom
 from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
-from .data.storage import write_bytes
-from .distributed import first_alone
+from .data.storage import read_record, write_bytes
+from .distributed import first_alone, rank
 from .recipe import TrainConfig
 
 _FIRST_PHANTOM = 1000
@@ -83,10 +85,17 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     found = {case.name: case for case in find_cases(config.data) if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
+    if config.label_map is not None:
+        _check_map(config.label_map)
     with first_alone() as first:
         if first:
             _fill_cache(found, config, cache)
-    table = json.loads((cache / "cases.json").read_text())["cases"]
+    if not (cache / "cases.json").exists():
+        raise VolumeError(
+            f"{cache}: is empty for process {rank()}, filled by process 0; out and cache have to "
+            "lie on a disk that all machines share"
+        )
+    table = _read_table(cache / "cases.json")["cases"]
     facts = {name: table[name] for name in found}
     modalities = tuple(_common(facts, "modalities"))
     gliomas = _common(facts, "gliomas")
@@ -97,10 +106,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
             if first:
                 _cache_phantoms(phantoms, cache)
     training, held_out = folds(list(found), config.folds, config.fold)
-    highest = max(f["highest"] for f in facts.values())
-    num_classes = 4 if gliomas else 1 + max(highest, *(config.label_map or {}).values(), 0)
-    if num_classes < 2:
-        raise VolumeError(f"{config.data}: no case has a labelled voxel; check label_map")
+    num_classes = 4 if gliomas else 1 + _count_classes(config, facts)
     spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
     parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]
     return Dataset(
@@ -108,6 +114,51 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         {**_label_facts(config, gliomas, num_classes), **_normalisation(config),
          "spacing_mm": spacing.round(4).tolist()},
     )
+
+
+def _check_map(label_map: dict[int, int]) -> None:
+    """Raises ValueError unless a map's classes are 1..K."""
+    if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
+        raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
+    classes = set(label_map.values()) - {0}
+    if not classes or max(classes) > len(classes):
+        raise ValueError(
+            f"label_map is {label_map}, whose classes are {_listed(classes)}; "
+            f"expected {_listed(range(1, len(classes) + 1)) if classes else '1 and so on'}"
+        )
+
+
+def _count_classes(config: TrainConfig, facts: dict[str, dict]) -> int:
+    """Returns K where the classes of all label files are 1..K.
+
+    Raises:
+        VolumeError: If a class has no voxel anywhere; the values that there are are named.
+    """
+    holders = {value: name for name, fact in facts.items() for value in fact["values"]}
+    if not holders:
+        raise VolumeError(f"{config.data}: no case has a labelled voxel; expected labels above 0")
+    there = f"{config.data}: the labels hold {_listed(holders)}"
+    if config.label_map is None:
+        highest = max(holders)
+        if highest > len(holders):
+            example = {value: k for k, value in enumerate(sorted(holders), 1)}
+            raise VolumeError(
+                f"{there} ({highest} in {holders[highest]}), expected 1, 2 and so on without gap; "
+                f"correct the files, or name the classes: --label_map '{example}', where what is "
+                "left out becomes background"
+            )
+        return highest
+    classes = set(config.label_map.values()) - {0}
+    if empty := classes - {config.label_map.get(value) for value in holders}:
+        raise VolumeError(
+            f"{there}, none that label_map {config.label_map} turns into class {_listed(empty)}; "
+            "expected a value for each class"
+        )
+    return len(classes)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
 
 
 def _label_facts(config: TrainConfig, gliomas: bool, num_classes: int) -> dict[str, object]:
@@ -134,27 +185,47 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
     }
     settings = json.loads(json.dumps(settings))
     path = cache / "cases.json"
-    content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "cases": {}}
+    content = _read_table(path) if path.exists() else {"cases": {}}
+    # a table without cases binds nobody
+    content = content if content["cases"] else {"settings": settings, "cases": {}}
     for name, value in settings.items():
         if content["settings"][name] != value:
             raise ValueError(
                 f"{cache}: was made with {name} {content['settings'][name]}, not {value}; "
                 "delete it or name another cache"
             )
-    cache.mkdir(parents=True, exist_ok=True)
     try:
         yield content["cases"]
     finally:
         write_bytes(path, json.dumps(content).encode())
 
 
+def _read_table(path: Path) -> dict[str, Any]:
+    cure = "delete it to have the cache filled again"
+    content = read_record(path, cure)
+    if not content.keys() >= {"settings", "cases"}:
+        raise VolumeError(f"{path}: is no table of a cache; {cure}")
+    return content
+
+
+def _hold(cache: Path) -> AbstractContextManager[object]:
+    """Keeps other runs from filling the cache, or waits until they have filled it."""
+    lock = cache / "cache.lock"
+    try:
+        return hold(lock)
+    except BlockingIOError:
+        warnings.warn(f"{cache}: another run is filling it; waiting for its end", stacklevel=2)
+        return hold(lock, wait=True)
+
+
 def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
     """Caches what is not cached yet, or whose files are others than then."""
-    with _table(cache, config) as table:
+    with _hold(cache), _table(cache, config) as table:
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
-            if row.get("files") != files or not is_cached(name, cache):
+            # rows without values are from before single modalities were told from gliomas
+            if row.get("files") != files or "values" not in row or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
 
 
@@ -171,9 +242,11 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     """Caches one case and returns its row of the table."""
     volume = load_volume(case, config.modalities)
     labels = load_labels(str(case.label), like=volume)
-    gliomas = config.label_map is None and set(volume.modalities) <= set(MODALITIES)
+    values = np.unique(labels)
+    # one T1 or T2 may be of anything
+    gliomas = config.label_map is None and set(volume.modalities) == set(MODALITIES)
     if gliomas:
-        classes = to_classes(labels, detect_label_convention(volume, np.unique(labels)))
+        classes = to_classes(labels, detect_label_convention(volume, values))
     else:
         classes = _by_value(labels, config.label_map, case)
     images = to_slices(volume, window_hu=config.window_hu)
@@ -184,8 +257,8 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     classes = canonical(classes, volume.affine).transpose(2, 0, 1)
     write_cache(case.name, images, classes, cache)
     return {
-        "modalities": volume.modalities, "gliomas": gliomas, "highest": int(classes.max()),
-        "spacing_mm": volume.spacing,
+        "modalities": volume.modalities, "gliomas": gliomas,
+        "values": values[values > 0].tolist(), "spacing_mm": volume.spacing,
     }
 
 
@@ -195,8 +268,6 @@ def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) 
         raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
     if label_map is None:
         return labels
-    if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
-        raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
     lookup = np.zeros(256, np.uint8)
     for value, k in label_map.items():
         lookup[value] = k
@@ -204,8 +275,9 @@ def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) 
 
 
 def _cache_phantoms(names: list[str], cache: Path) -> None:
-    for name in names:
-        if not is_cached(name, cache):
+    missing = [name for name in names if not is_cached(name, cache)]
+    with _hold(cache) if missing else nullcontext():
+        for name in missing:
             phantom = make_phantom(int(name.removeprefix("phantom-")))
             images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
             write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)

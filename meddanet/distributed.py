@@ -76,6 +76,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gathered(value: Any) -> list[Any]:
+    """Returns every process's value, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def first_alone() -> Iterator[bool]:
     """Lets the first process work while the others wait, a day if need be; yields whether it is.

@@ -19,6 +19,11 @@ from .distributed import rank
 # slices [N, C, H, W] -> labels [N, H, W]
 Predict = Callable[[Tensor], Tensor]
 _CHUNK = 8
+# what a loss has to do with a class that swallows background
+_ADVICE = {
+    "dice": "which counts foreground alone and allows that, see dice+ce",
+    "dice+ce": "which forbids that: lower learning_rate if the next looks say the same",
+}
 
 
 class Monitor:
@@ -31,7 +36,7 @@ class Monitor:
         slices: Slices that one takes, spread evenly over all cases.
         num_classes: Classes, background included.
         canvas: Height and width that slices are padded to.
-        tensorboard: Write `<out>/tensorboard` too.
+        tensorboard: Write `<out>/tensorboard/<phase>` too.
         log: Name of the log.
 
     Raises:
@@ -56,10 +61,15 @@ class Monitor:
         all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
         chosen = np.linspace(0, len(all_slices) - 1, min(slices, len(all_slices))).round()
         self.samples = [all_slices[int(index)] for index in chosen]
-        self.writer = _writer(out / "tensorboard") if tensorboard and rank() == 0 else None
+        self.summary_writer = _summary_writer() if tensorboard and rank() == 0 else None
+        self.writer: Any = None
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drops what was logged of a phase after `step`, which will be logged again."""
+        """Opens the log of a phase; drops what is there of it after `step`, to be logged again."""
+        if self.summary_writer is not None:
+            # a folder per phase, since purging does not tell one tag from another
+            folder = self.out / "tensorboard" / phase
+            self.writer = self.summary_writer(str(folder), purge_step=step + 1)
         for path in (self.out / self.log_name, self.out / "validation.jsonl"):
             if rank() == 0 and path.exists():
                 # a killed process leaves half a line
@@ -80,10 +90,12 @@ class Monitor:
             numbers = {k: v for k, v in values.items() if isinstance(v, float)}
             numbers |= {f"dice/{k}": v for k, v in values.get("dice", {}).items() if v is not None}
             for name, value in numbers.items():
-                self.writer.add_scalar(f"{phase}/{name}", value, step)
+                self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
-    def look(self, phase: str, step: int, predict: Predict, device: torch.device) -> None:
+    def look(
+        self, phase: str, step: int, predict: Predict, device: torch.device, loss: str = "dice+ce"
+    ) -> None:
         """Logs the Dice of each class on held-out slices; warns where one swallows background.
 
         Args:
@@ -91,27 +103,37 @@ class Monitor:
             step: Steps done.
             predict: Labels of slices.
             device: Where slices are taken.
+            loss: What the phase minimises, for the warning.
         """
         if rank() > 0:
             return
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        background = np.zeros((2, self.num_classes), np.int64)
         with torch.inference_mode():
             for start in range(0, len(self.samples), _CHUNK):
                 part = self.samples[start : start + _CHUNK]
                 images = np.stack([pad(c.images[z], self.canvas) for c, z in part])
                 truth = np.stack([pad(c.labels[z], self.canvas) for c, z in part])
-                found = predict(torch.from_numpy(images.astype(np.float32)).to(device))
-                pair = truth.astype(np.int64) * self.num_classes + found.cpu().numpy()
-                counts += np.bincount(pair.ravel(), minlength=counts.size).reshape(counts.shape)
-        dice, swallowed = dice_per_class(counts), swallowed_background(counts)
+                labels = predict(torch.from_numpy(images.astype(np.float32)).to(device))
+                found, outside = labels.cpu().numpy(), truth == 0
+                signal = (images != 0).any(axis=1)
+                counts += _pairs(truth, found, counts.shape)
+                background += _pairs(signal[outside], found[outside], background.shape)
+        dice, swallowed = dice_per_class(counts), swallowed_background(*background)
         self.log(phase, step, "validation.jsonl", dice=dice, swallowed_background=swallowed)
         for name, share in swallowed.items():
             if share > 0.5:
                 warnings.warn(
                     f"{phase}, step {step}: class {name} takes {share:.0%} of the background of "
-                    "held-out slices; foreground Dice alone allows that, see loss dice+ce",
+                    f"held-out slices; the phase's loss is {loss}, {_ADVICE[loss]}",
                     stacklevel=2,
                 )
+
+
+def _pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Counts how often each row meets each column, whole numbers below `shape`."""
+    index = rows.astype(np.int64) * shape[1] + columns
+    return np.bincount(index.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def dice_per_class(counts: np.ndarray) -> dict[str, float | None]:
@@ -123,17 +145,26 @@ def dice_per_class(counts: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def swallowed_background(counts: np.ndarray) -> dict[str, float]:
-    """Returns, by class, the share of the true background that is taken for it."""
-    background = max(int(counts[0].sum()), 1)
-    return {str(k): round(int(counts[0, k]) / background, 4) for k in range(1, len(counts))}
+def swallowed_background(air: np.ndarray, signal: np.ndarray) -> dict[str, float]:
+    """Returns, by class, the share of the true background that is taken for it.
+
+    Of all background, or of that where the image holds signal, whichever is more: air is most of
+    a brain scan's background and would hide that a class swallows the brain.
+
+    Args:
+        air: Background pixels without signal in any channel, by the class found there.
+        signal: Those with signal.
+    """
+    parts = np.stack([air + signal, signal])
+    shares = (parts / np.maximum(parts.sum(1, keepdims=True), 1)).max(0)
+    return {str(k): round(float(shares[k]), 4) for k in range(1, len(shares))}
 
 
-def _writer(folder: Path) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             'tensorboard is not installed: pip install "meddanet[train]", or leave it off'
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .batches import Batches
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
-from .distributed import average_, barrier, rank, world
+from .distributed import average_, barrier, gathered, rank, world
 from .layers import quantized_layers
 from .monitor import Monitor, Predict
 from .objectives import Objective
@@ -99,7 +99,8 @@ def run_phase(
 
     Raises:
         FloatingPointError: If loss or gradient stop being finite; the step and the batch are named.
-        ValueError: If the checkpoint has more steps than the phase.
+        ValueError: If the checkpoint has more steps than the phase, or not as many for every
+            process.
     """
     device = next(model.parameters()).device
     name = name or (checkpoint.stem if checkpoint else phase.objective)
@@ -141,7 +142,7 @@ def run_phase(
                 cpu_seconds=round(progress.cpu_seconds, 1),
             )
         if predict and monitor.every and (progress.step % monitor.every == 0 or last):
-            monitor.look(name, progress.step, predict, device)
+            monitor.look(name, progress.step, predict, device, phase.loss)
             train_parts(model, phase.parts)
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes
@@ -167,9 +168,12 @@ def _resume(
     model: nn.Module, stateful: dict[str, Any], phase: PhaseConfig, checkpoint: Path | None
 ) -> Progress:
     """Loads the checkpoint, if any; a phase of other length than then gets its ramp."""
-    if checkpoint is None or not checkpoint.exists():
-        return Progress(steps=int(phase.steps))
-    progress, states = load_checkpoint(checkpoint, model)
+    progress, states = Progress(steps=int(phase.steps)), None
+    if checkpoint is not None and checkpoint.exists():
+        progress, states = load_checkpoint(checkpoint, model)
+    _check_shared(checkpoint, progress.step)
+    if states is None:
+        return progress
     if progress.step > phase.steps:
         raise ValueError(
             f"{checkpoint}: has {progress.step} steps done, more than the {phase.steps} asked for; "
@@ -181,6 +185,17 @@ def _resume(
         progress.ramp_start, progress.ramp_share = progress.step, progress.share
         progress.steps = int(phase.steps)
     return progress
+
+
+def _check_shared(checkpoint: Path | None, step: int) -> None:
+    """Raises ValueError where processes stand at different steps: OUT is not one folder."""
+    steps = gathered(step)
+    for number, other in enumerate(steps):
+        if other != steps[0]:
+            raise ValueError(
+                f"{checkpoint}: has {steps[0]} steps done for process 0 and {other} for process "
+                f"{number}; out and cache have to lie on a disk that all machines share"
+            )
 
 
 def _make_step(

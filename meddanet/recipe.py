@@ -304,7 +304,8 @@ class TrainConfig:
         cache: Folder for the uncompressed slices; None = `<out>/cache`.
         modalities: What the channels are, in file order, where the naming does not tell.
         label_map: Label file's values and the classes 1, 2, ... they become; others are background.
-            None = the convention of the case's naming, or the values themselves.
+            None = the convention of the naming where the four modalities of a glioma are there, of
+            other cases the values themselves.
         window_hu: Hounsfield values that become 0 and 1 (CT); None = z-score in the joint mask.
         folds: Number of folds k; every k-th case by name is held out. 0 = none is.
         fold: Which of them is held out.
@@ -342,7 +343,7 @@ class TrainConfig:
         checkpoint_steps: And every so many steps; 0 = by time alone.
         validate_every: Steps between looks at the held-out cases; 0 = none.
         validation_slices: Slices that such a look takes, spread over the held-out cases.
-        tensorboard: Write `<out>/tensorboard` too (extra "train").
+        tensorboard: Write `<out>/tensorboard/<phase>` too (extra "train").
     """
 
     data: str

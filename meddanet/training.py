@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
-from .checkpoint import keep_config, load_checkpoint
+from .checkpoint import hold_run, keep_config, load_checkpoint
 from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
 from .distributed import barrier, process_group, rank, world
@@ -48,7 +48,8 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         VolumeError: If the data is bad.
-        ValueError: If the configuration does not fit the data, or the run that is there.
+        ValueError: If the configuration does not fit the data, or the run that is there. If
+            another run is using `out`.
         FloatingPointError: If a loss is not finite.
         ConnectionError: If another process of the run stops.
     """
@@ -58,7 +59,7 @@ def train(config: TrainConfig) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    with process_group(config.device) as device:
+    with process_group(config.device) as device, hold_run(output_folder(config.out)):
         return _Run(config, device).run()
 
 
@@ -67,7 +68,6 @@ class _Run:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.out = config, device, Path(config.out)
-        output_folder(self.out)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
         self.model = _build(config, self.data)
@@ -85,8 +85,6 @@ class _Run:
         # only what can be trained is kept: the next call has to ask for the same
         if rank() == 0:
             keep_config(config, self.data.split)
-            for leftover in self.out.glob(".*.partial"):
-                leftover.unlink()
         barrier()
         self.canvas = self.data.canvas(stride, max(stride, largest))
         self.monitor = Monitor(

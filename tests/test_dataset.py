@@ -1,12 +1,14 @@
 """Labelled cases of several kinds: what is cached, what the weights note, what comes back."""
 
 import json
+import re
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from meddanet.arguments import command_parser, train_config
 from meddanet.data import VolumeError, find_cases, load_volume
 from meddanet.data.phantom import write_phantom
 from meddanet.dataset import prepare_dataset
@@ -77,6 +79,100 @@ def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
     report = case_report(volume, prediction, 1.0)
     assert report["label_values"] == {"label 5": 5, "label 1": 1}
     write_preview(volume, prediction, tmp_path / "p.png")
+
+
+def write_labels(task, number, change):
+    """Changes one label file of the Decathlon task in place."""
+    path = task / "labelsTr" / f"disc_{number:03d}.nii.gz"
+    image = nib.load(path)
+    labels = np.asarray(image.dataobj).copy()
+    change(labels)
+    nib.save(nib.Nifti1Image(labels, image.affine), path)
+
+
+def test_a_class_without_a_voxel_is_refused(decathlon, tmp_path):
+    """The task's values are 1 and 2."""
+    for label_map, classes in (({7: 1}, "1"), ({1: 1, 7: 2, 8: 3}, "2, 3")):
+        out = tmp_path / str(len(label_map))
+        with pytest.raises(VolumeError, match=rf"labels hold 1, 2, none .* class {classes};"):
+            prepare_dataset(config(decathlon, out, label_map=label_map))
+    for number in range(5):
+        write_labels(decathlon, number, lambda labels: labels.fill(0))
+    with pytest.raises(VolumeError, match="no case has a labelled voxel"):
+        prepare_dataset(config(decathlon, tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("label_map", "classes"),
+    [({2: 9}, "9; expected 1"), ({1: 1, 2: 3}, "1, 3; expected 1, 2"), ({2: 0}, "none; expected")],
+)
+def test_the_classes_of_a_label_map_have_no_gap(decathlon, tmp_path, label_map, classes):
+    with pytest.raises(ValueError, match=f"label_map is .*, whose classes are {classes}"):
+        prepare_dataset(config(decathlon, tmp_path / "run", label_map=label_map))
+
+
+def test_a_stray_value_is_no_class(decathlon, tmp_path):
+    write_labels(decathlon, 3, lambda labels: labels.__setitem__((0, 0, 0), 200))
+    stray = r"hold 1, 2, 200 \(200 in disc_003\), expected 1, 2 .*'\{1: 1, 2: 2, 200: 3\}'"
+    with pytest.raises(VolumeError, match=stray):
+        prepare_dataset(config(decathlon, tmp_path / "run"))
+    mapped = config(decathlon, tmp_path / "mapped", label_map={1: 1, 2: 2})
+    assert prepare_dataset(mapped).num_classes == 3
+
+
+@pytest.mark.parametrize("modality", ["T1", "T2"])
+def test_one_modality_is_no_glioma_whatever_its_name(decathlon, tmp_path, modality):
+    (decathlon / "dataset.json").write_text(json.dumps({"modality": {"0": modality}}))
+    settings = config(decathlon, tmp_path / "run")
+    # a cache of a version that swapped the values, as in the brain tumour task
+    prepare_dataset(settings)
+    cache = tmp_path / "run" / "cache"
+    table = json.loads((cache / "cases.json").read_text())
+    for name, row in table["cases"].items():
+        row["gliomas"], row["highest"] = True, 2
+        del row["values"]
+        labels = np.load(cache / f"{name}.labels.npy")
+        np.save(cache / f"{name}.labels.npy", np.array([0, 2, 1], np.uint8)[labels])
+    (cache / "cases.json").write_text(json.dumps(table))
+    data = prepare_dataset(settings)
+    assert data.num_classes == 3 and data.facts["label_values"] == {1: 1, 2: 2}
+    for case in (*data.training, *data.held_out):
+        stored = np.asarray(nib.load(decathlon / "labelsTr" / f"{case.name}.nii.gz").dataobj)
+        np.testing.assert_array_equal(case.labels, stored.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("convention", "values"), [("brats2023", [0, 1, 2, 0, 3]), ("msd", [0, 2, 1, 0, 3])]
+)
+def test_gliomas_in_nnunet_layout_train_as_the_error_says(tmp_path, convention, values):
+    """A phantom, whose own label file has 1, 2 and 4, as each convention writes it."""
+    source = write_phantom(tmp_path / "source", seed=1, name="p")
+    task = tmp_path / "Dataset001"
+    for kind in ("imagesTr", "labelsTr"):
+        (task / kind).mkdir(parents=True)
+    channels = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    (task / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+    for number, kind in enumerate(("flair", "t1", "t1ce", "t2")):
+        image = source / f"p_{kind}.nii.gz"
+        (task / "imagesTr" / f"p_{number:04d}.nii.gz").symlink_to(image)
+    stored = nib.load(source / "p_seg.nii.gz")
+    truth = np.asarray(stored.dataobj)
+    labels = np.array(values, np.uint8)[truth]
+    nib.save(nib.Nifti1Image(labels, stored.affine), task / "labelsTr" / "p.nii.gz")
+    settings = config(task, tmp_path / "run", folds=0)
+    with pytest.raises(VolumeError, match="p: .* label convention") as caught:
+        prepare_dataset(settings)
+    # the mapping, as it would be pasted
+    pasted = re.search(rf"--label_map '([^']+)' \({convention}\)", str(caught.value))[1]
+    parsed = command_parser().parse_args(
+        ["train", "--data", "a", "--out", "b", "--label_map", pasted]
+    )
+    data = prepare_dataset(replace(settings, label_map=train_config(parsed["train"]).label_map))
+    assert data.modalities == ("flair", "t1ce", "t1", "t2") and data.num_classes == 4
+    classes = np.array([0, 1, 2, 0, 3])[truth].transpose(2, 0, 1)
+    np.testing.assert_array_equal(data.training[0].labels, classes)
+    # predictions get the values of the label files back
+    assert data.facts["label_values"] == {1: values[1], 2: values[2], 3: values[4]}
 
 
 def test_other_settings_do_not_get_the_old_cache(decathlon, tmp_path):

@@ -34,6 +34,32 @@ with process_group("cpu"):
     learning_run(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
+# as on two machines of which each has its own disk
+TWO_DISKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_distributed import static_run
+from meddanet.dataset import prepare_dataset
+from meddanet.distributed import process_group, rank
+from meddanet.recipe import TrainConfig
+
+data, cache, out = map(Path, sys.argv[1:])
+messages = []
+with process_group("cpu"):
+    number = rank()
+    own = out / f"disk-{{number}}"
+    for task in (
+        lambda: prepare_dataset(TrainConfig(str(data), str(own), cache=str(own / "cache"))),
+        lambda: static_run(cache, own, 3),
+    ):
+        try:
+            task()
+        except ValueError as error:
+            messages.append(str(error))
+(out / f"messages-{{number}}").write_text("\\n".join(messages))
+"""
+
 ONE_DIES = """
 import os, sys
 from pathlib import Path
@@ -77,6 +103,15 @@ def learning_run(cache, out) -> None:
     phase = PhaseConfig("static", 30, batch=8, learning_rate=3e-3)
     run_phase(
         model, OBJECTIVES["static"], phase, batches_of(cache), out / "learning.pt", Monitor(out)
+    )
+
+
+def static_run(cache, out, steps: int) -> None:
+    phase = PhaseConfig("static", steps, batch=2)
+    model = tiny_model()
+    set_quantization(model, quantize=False, update_range=True)
+    run_phase(
+        model, OBJECTIVES["static"], phase, batches_of(cache), out / "static.pt", Monitor(out)
     )
 
 
@@ -127,6 +162,32 @@ def test_two_processes_make_the_steps_of_one(cache, tmp_path):
     assert together == pytest.approx(alone, rel=0.1)
     # untrained: ln 3 + about 0.75
     assert max(alone, together) < 1.7
+
+
+def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
+    for number in range(2):
+        (tmp_path / f"disk-{number}").mkdir()
+    static_run(cache, tmp_path / "disk-0", 2)
+    text = TWO_DISKS.format(tests=os.path.dirname(__file__))
+    done = subprocess.run(
+        [*LAUNCH, script(tmp_path, text), str(decathlon), str(cache), str(tmp_path)],
+        capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        (tmp_path / f"messages-{number}").read_text().splitlines() for number in range(2)
+    )
+    shared = "out and cache have to lie on a disk that all machines share"
+    # the first process fills its cache, the second finds none
+    assert second[0] == (
+        f"{tmp_path}/disk-1/cache: is empty for process 1, filled by process 0; {shared}"
+    )
+    for number, messages in enumerate((first, second)):
+        assert messages[-1] == (
+            f"{tmp_path}/disk-{number}/static.pt: has 2 steps done for process 0 and 0 for "
+            f"process 1; {shared}"
+        )
+    assert (len(first), len(second)) == (1, 2)
 
 
 def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_path):

@@ -1,6 +1,8 @@
 """The schedules by name against what paper and published code say, worked out by hand."""
 
 import json
+import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.checkpoint import Progress
 from meddanet.cli import main
-from meddanet.data.slices import read_cache
+from meddanet.data.slices import read_cache, write_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
 from meddanet.losses import papers_dice_loss
@@ -204,7 +206,12 @@ def test_dice_and_swallowed_background_by_hand():
     assert dice_per_class(counts) == {
         "1": round(2 * 6 / (8 + 16), 4), "2": round(2 * 8 / (8 + 68), 4), "3": None
     }
-    assert swallowed_background(counts) == {"1": 0.1, "2": 0.6, "3": 0.0}
+    assert swallowed_background(np.zeros(4, int), counts[0]) == {"1": 0.1, "2": 0.6, "3": 0.0}
+    # 100 pixels of air, 20 with signal: 15 of 20 are more than 15 of 120
+    expected = {"1": 0.75, "2": 0.0}
+    assert swallowed_background(np.array([100, 0, 0]), np.array([5, 15, 0])) == expected
+    # a class that takes the air alone: 60 of 80, none of those with signal
+    assert swallowed_background(np.array([0, 60, 0]), np.array([20, 0, 0])) == expected
 
 
 def test_a_class_that_swallows_the_background_is_named(batches, tmp_path):
@@ -221,6 +228,32 @@ def test_a_class_that_swallows_the_background_is_named(batches, tmp_path):
     assert row["dice"]["1"] == 0
 
 
+def test_a_class_that_swallows_the_brain_is_named_however_much_air_there_is(tmp_path):
+    """Every pixel with signal is called 2: 16 of them, 12 background, in 144 pixels."""
+    images, labels = np.zeros((1, 2, 12, 12), np.float32), np.zeros((1, 12, 12), np.uint8)
+    # half of the brain is seen in the second channel alone
+    images[0, 0, 2:4, 3:7], images[0, 1, 4:6, 3:7] = -1.5, 0.5
+    labels[0, 3:5, 4:6] = [[1, 2], [2, 2]]
+    write_cache("brain", images, labels, tmp_path)
+    monitor = Monitor(tmp_path, [read_cache("brain", tmp_path)], every=1, canvas=(16, 16))
+    brain_two = lambda slices: 2 * (slices != 0).any(1).long()  # noqa: E731
+    for loss, advice in (("dice", "see dice[+]ce"), ("dice+ce", "lower learning_rate")):
+        text = f"class 2 takes 100% of .*; the phase's loss is {re.escape(loss)}, .*{advice}"
+        with pytest.warns(UserWarning, match=text):
+            monitor.look("0-x", 7, brain_two, torch.device("cpu"), loss)
+    row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[0])
+    assert row["swallowed_background"] == {"1": 0.0, "2": 1.0, "3": 0.0}
+    # Dice counts every pixel: class 2 is found 16 times and there 3 times
+    assert row["dice"] == {"1": 0.0, "2": round(2 * 3 / 19, 4), "3": None}
+    # six of the twelve are no alarm
+    few = lambda slices: 2 * (slices[:, 0] != 0).long()  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.look("0-x", 8, few, torch.device("cpu"))
+    row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
+    assert row["swallowed_background"]["2"] == 0.5
+
+
 def test_tensorboard(model, batches, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monitor = Monitor(
@@ -234,9 +267,32 @@ def test_tensorboard(model, batches, tmp_path):
         model, decisions, phase, batches, tmp_path / "0-decisions.pt", monitor,
         predict=lambda slices: torch.zeros(len(slices), 32, 32, dtype=torch.long),
     )
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard" / "0-decisions"))
     events.Reload()
     loss = json.loads((tmp_path / "log.jsonl").read_text())["loss"]
-    assert events.Scalars("0-decisions/loss")[0].value == pytest.approx(loss)
-    assert "0-decisions/learning_rate" in events.Tags()["scalars"]
-    assert events.Scalars("0-decisions/dice/1")[0].value == 0
+    assert events.Scalars("loss")[0].value == pytest.approx(loss)
+    assert "learning_rate" in events.Tags()["scalars"]
+    assert events.Scalars("dice/1")[0].value == 0
+
+
+def test_tensorboard_holds_a_step_once_after_a_kill(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def log(phase: str, after: int, steps: range, loss: float) -> None:
+        monitor = Monitor(tmp_path, tensorboard=True)
+        monitor.rewind(phase, after)
+        for step in steps:
+            monitor.log(phase, step, loss=loss)
+
+    log("0-static", 0, range(1, 7), 0.5)
+    log("1-joint", 0, range(1, 6), 0.25)  # killed after step 5, its checkpoint stands at 3
+    log("1-joint", 3, range(4, 9), 0.125)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for phase, expected in (
+        ("0-static", [0.5] * 6), ("1-joint", [0.25] * 3 + [0.125] * 5),
+    ):
+        events = reader.EventAccumulator(str(tmp_path / "tensorboard" / phase))
+        events.Reload()
+        scalars = [(event.step, event.value) for event in events.Scalars("loss")]
+        assert scalars == list(enumerate(expected, 1))
+        assert scalars == [(row["step"], row["loss"]) for row in rows if row["phase"] == phase]

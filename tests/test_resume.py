@@ -1,6 +1,7 @@
 """A run that was stopped, anywhere and by anything, ends in the same bits as one that was not."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from meddanet import phase as phase_module
-from meddanet.checkpoint import Progress, load_checkpoint
+from meddanet.checkpoint import Progress, load_checkpoint, save_checkpoint
+from meddanet.data import VolumeError
 from meddanet.data.slices import read_cache
+from meddanet.dataset import prepare_dataset
 from meddanet.phase import phase_share, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import train
@@ -271,9 +274,58 @@ def test_a_checkpoint_executes_nothing(config, tmp_path):
     torch.save({"model": Harm(), "progress": {}, "input_amax": {}}, path)
     with pytest.raises(ValueError, match="is no checkpoint of this run .* delete it to repeat"):
         load_checkpoint(path, torch.nn.Linear(1, 1))
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match="is no checkpoint of this run"):
-        load_checkpoint(path, torch.nn.Linear(1, 1))
+
+
+def test_a_damaged_checkpoint_is_named_whatever_is_left_of_it(tmp_path):
+    model, path = torch.nn.Conv2d(40, 40, 3), tmp_path / "0-static.pt"
+    save_checkpoint(path, model, Progress())
+    whole = path.read_bytes()
+    assert len(whole) > 50_000
+    short = [0, 1, 40, 5000, len(whole) // 2, *range(len(whole) - 150, len(whole), 7)]
+    for damaged in [*(whole[:length] for length in short), b"\0" * 5000, b"\x80\x02}", b"PK" * 99]:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError) as caught:
+            load_checkpoint(path, model)
+        message = str(caught.value)
+        assert re.fullmatch(
+            f"{path}: is no checkpoint of this run [(].+[)]; delete it to repeat its phase, or "
+            "name another out", message
+        )
+    path.write_bytes(whole)
+    load_checkpoint(path, model)
+
+
+@pytest.mark.parametrize("name", ["run/config.json", "run/split.json", "cache/cases.json"])
+def test_a_damaged_table_is_named(config, tmp_path, name):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:1], whole[: len(whole) // 2], whole[:-2], b"\xff\xfe", b"[1]"):
+        path.write_bytes(damaged)
+        with pytest.raises(VolumeError, match=f"^{path}: .*; delete it ") as caught:
+            train(config)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    train(config)  # the cure
+
+
+def test_a_damaged_slice_file_is_named(config, tmp_path):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    config.phases[0].steps = 5
+    for kind in ("seen", "images", "labels"):
+        path = tmp_path / "cache" / f"disc_001.{kind}.npy"
+        whole = path.read_bytes()
+        for length in (0, 5, 100, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(VolumeError, match=f"^{path}: is damaged; delete it to cache"):
+                data = prepare_dataset(config).training
+                case = next(case for case in data if case.name == "disc_001")
+                assert len(case.images) == len(case.labels)
+        path.unlink()
+        prepare_dataset(config)  # the cure
+        assert path.read_bytes() == whole
 
 
 def test_a_number_that_is_not_finite_names_its_batch_and_saves_nothing(config, tmp_path):

@@ -80,9 +80,18 @@ def detect_label_convention(case: Case | Volume, values: Iterable[int] = ()) -> 
     if len(fitting) != 1:
         raise VolumeError(
             f"{case.name}: the names of its files do not tell the label convention; "
-            f"choose one of {', '.join(fitting or LABELS)}"
+            f"choose one of {_choices(fitting or list(LABELS))}"
         )
     return fitting[0]
+
+
+def _choices(conventions: list[str]) -> str:
+    """Returns how each of some conventions is asked for."""
+    maps = {
+        name: {value: index for index, value in LABELS[name].items()} for name in conventions
+    }
+    spelt = " or ".join(f"--label_map '{table}' ({name})" for name, table in maps.items())
+    return f"{', '.join(conventions)}: by --labels, in train by {spelt}"
 
 
 def _table(convention: str) -> dict[int, int]:
@@ -122,7 +131,10 @@ def _check_values(found: set[int], convention: str, name: str = "labels") -> Non
         f"{name}: values {sorted(found)} are not those of the {convention} convention {expected}"
     )
     if convention == "brats2021" and 3 in found:
-        message += "; enhancing tumour as 3 points to brats2023, or msd where 1 is oedema"
+        message += (
+            "; enhancing tumour as 3 points to brats2023, or msd where 1 is oedema; choose one of "
+            f"{_choices(['brats2023', 'msd'])}"
+        )
     elif 4 in found:
         message += (
             "; 4 is enhancing tumour in brats2021 files, "

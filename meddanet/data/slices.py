@@ -6,14 +6,18 @@ cache, so that memory stays bounded whatever the number of cases.
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .storage import write_bytes
+from .volume import VolumeError
 
 _KINDS = ("labels", "seen", "images")
 
@@ -38,12 +42,12 @@ class CachedCase:
     @property
     def images(self) -> np.ndarray:
         """Memory map [D, C, H, W] float16, normalised."""
-        return np.load(self.folder / f"{self.name}.images.npy", mmap_mode="r")
+        return _load(self.folder / f"{self.name}.images.npy", "r")
 
     @property
     def labels(self) -> np.ndarray:
         """Memory map [D, H, W] uint8, classes."""
-        return np.load(self.folder / f"{self.name}.labels.npy", mmap_mode="r")
+        return _load(self.folder / f"{self.name}.labels.npy", "r")
 
 
 def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
@@ -54,9 +58,9 @@ def write_cache(name: str, images: np.ndarray, labels: np.ndarray, folder: Path)
         "labels": labels.astype(np.uint8), "seen": seen, "images": images.astype(np.float16)
     }
     for kind in _KINDS:
-        partial = folder / f".{name}.{kind}.partial.npy"
-        np.save(partial, arrays[kind])
-        partial.replace(folder / f"{name}.{kind}.npy")
+        stream = io.BytesIO()
+        np.save(stream, arrays[kind])
+        write_bytes(folder / f"{name}.{kind}.npy", stream.getbuffer())
 
 
 def is_cached(name: str, folder: Path) -> bool:
@@ -69,9 +73,17 @@ def read_cache(name: str, folder: Path) -> CachedCase:
 
     Raises:
         FileNotFoundError: If the case was not cached.
+        VolumeError: If its file is damaged.
     """
-    seen, labelled = np.load(folder / f"{name}.seen.npy")
+    seen, labelled = _load(folder / f"{name}.seen.npy")
     return CachedCase(name, folder, np.flatnonzero(seen), np.flatnonzero(labelled))
+
+
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode)
+    except (ValueError, EOFError) as error:
+        raise VolumeError(f"{path}: is damaged; delete it to cache its case again") from error
 
 
 def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]]:

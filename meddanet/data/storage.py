@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from isal import igzip, igzip_lib, igzip_threaded
@@ -73,6 +74,26 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def read_record(path: Path, cure: str) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Args:
+        path: The file.
+        cure: What to do where it is damaged.
+
+    Raises:
+        VolumeError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise VolumeError(f"{path}: is damaged ({error}); {cure}") from error
+    if not isinstance(content, dict):
+        raise VolumeError(f"{path}: holds no record; {cure}")
+    return content
 
 
 def compress(*parts: bytes | memoryview) -> bytes:

@@ -1,0 +1,42 @@
+"""Locks of folders that several runs may want at once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
+    """Takes the lock of a folder, then clears what killed writers left there.
+
+    It is let go when the context, or the process, ends. Where the platform or the file system has
+    no locks, nothing is held and nothing cleared.
+
+    Args:
+        lock: A file in the folder; made where there is none, and it stays.
+        wait: Whether to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: If another process holds it and `wait` is False.
+        OSError: If there can be no such file.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return nullcontext()
+    stream = lock.open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        stream.close()
+        raise
+    except OSError:
+        stream.close()
+        return nullcontext()
+    for leftover in lock.parent.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+    return stream
