@@ -13,7 +13,7 @@ autograd's threads must see it.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +70,22 @@ def chosen_backend() -> str:
     return _chosen
 
 
+def import_fault(package: str, requirement: str) -> str:
+    """Returns why a package cannot be imported, with the cure; "" if it can.
+
+    Args:
+        package: Its name.
+        requirement: What to install for it.
+    """
+    try:
+        import_module(package)
+    except ImportError as error:
+        if error.name == package and isinstance(error, ModuleNotFoundError):
+            return f"{package} is not installed; pip install {requirement}"
+        return f"{package} is damaged ({error}); pip install --force-reinstall {package}"
+    return ""
+
+
 def triton_runs(input: Tensor) -> bool:
     """Returns whether Triton, not the reference, computes on `input`.
 
@@ -77,11 +93,11 @@ def triton_runs(input: Tensor) -> bool:
         ValueError: If "triton" was asked for and cannot run here.
     """
     if _chosen == "auto":
-        return input.is_cuda and find_spec("triton") is not None
+        return input.is_cuda and not import_fault("triton", "triton")
     if _chosen != "triton":
         return False
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton: pip install triton")
+    if fault := import_fault("triton", "triton"):
+        raise ValueError(f"backend 'triton': {fault}")
     from triton import knobs
 
     if not input.is_cuda and not knobs.runtime.interpret:

@@ -508,8 +508,22 @@ def test_what_openvino_cannot_run_goes_to_pytorch(tolerances):
     assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
 
 
+@pytest.fixture
+def damaged(tmp_path, monkeypatch) -> None:
+    """Puts an OpenVINO in place that lacks its library."""
+    (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+
+
+def test_a_damaged_openvino_is_passed_over(model, damaged):
+    assert compile_engine(model, "cpu").executor == "torch"
+    with pytest.raises(ValueError, match=r"openvino is damaged \(libopenvino.so: .*reinstall"):
+        compile_engine(model, "cpu", "openvino")
+
+
 def test_without_openvino(model, monkeypatch):
-    monkeypatch.setattr("meddanet.engine.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     assert compile_engine(model, "cpu").executor == "torch"
     with pytest.raises(ValueError, match=r'not installed; pip install "meddanet\[cpu\]"'):
         compile_engine(model, "cpu", "openvino")

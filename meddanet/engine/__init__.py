@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..devices import resolve_device
-from ..kernels.backend import chosen_backend
+from ..kernels.backend import chosen_backend, import_fault
 from ..layers import quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
@@ -119,8 +118,8 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(
             f"executor triton: backend {chosen_backend()} is chosen; use_backend auto or triton"
         )
-    if find_spec("triton") is None:
-        raise ValueError("executor triton: triton is not installed; pip install triton")
+    if fault := import_fault("triton", "triton"):
+        raise ValueError(f"executor triton: {fault}")
     from triton import knobs
 
     if (place.type == "cpu") != bool(knobs.runtime.interpret):
@@ -136,10 +135,8 @@ def check_triton(place: torch.device) -> None:
 
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:
-    if find_spec("openvino") is None:
-        raise ValueError(
-            'executor openvino: OpenVINO is not installed; pip install "meddanet[cpu]"'
-        )
+    if fault := import_fault("openvino", '"meddanet[cpu]"'):
+        raise ValueError(f"executor openvino: {fault}")
     from .openvino_networks import OpenVINONetworks
 
     threads = torch.get_num_threads()

@@ -28,7 +28,8 @@ class Cuda:
 
 def install(monkeypatch, package):
     """Makes triton look installed or not, whatever this machine has."""
-    monkeypatch.setattr(chooser, "find_spec", lambda name: object() if package else None)
+    fault = "" if package else "triton is not installed; pip install triton"
+    monkeypatch.setattr(chooser, "import_fault", lambda *names: fault)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,24 @@ def test_triton_that_is_not_installed(monkeypatch):
     install(monkeypatch, False)
     with use_backend("triton"), pytest.raises(ValueError, match="pip install triton"):
         bilinear_crop(x, offset, 2)
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch) -> str:
+    """The name of a package whose import fails as one does that lacks a library."""
+    (tmp_path / "broken.py").write_text("raise ImportError('libbroken.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "broken"
+
+
+def test_what_is_wrong_with_a_package(broken):
+    assert chooser.import_fault("json", "json") == ""
+    assert chooser.import_fault("nothere", '"all[it]"') == (
+        'nothere is not installed; pip install "all[it]"'
+    )
+    assert chooser.import_fault(broken, "broken") == (
+        "broken is damaged (libbroken.so: cannot open); pip install --force-reinstall broken"
+    )
 
 
 def test_a_setter_and_a_context():
