@@ -279,7 +279,7 @@ def _last_stage_only(model: MedDANetV2, executor: str):
     if executor == "torch":
         from meddanet.engine.torch_networks import TorchNetworks
 
-        return TorchNetworks(model)
+        return TorchNetworks(deepcopy(model))
     from meddanet.engine.openvino_networks import OpenVINONetworks
 
     class Unchecked(OpenVINONetworks):
@@ -331,6 +331,29 @@ def test_work_follows_the_decisions(model):
     assert counting.calls["last"] == 1
     counting.calls.clear()
     assert not engine.segment(torch.zeros(4, 2, 40, 48)).labels.any() and not counting.calls
+
+
+def change_everything(model: torch.nn.Module) -> None:
+    """Gives a model other weights, ranges and choices of widths, and the mode of training."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(-2).add_(1)
+    model.train()
+
+
+@pytest.mark.parametrize("executor", [*EXECUTORS, "eager"])
+def test_changes_of_the_model_do_not_reach_the_engine(executor):
+    """Neither what was made already, at the size seen before, nor what another size makes."""
+    model = build()
+    untouched = compile_engine(deepcopy(model), "cpu", executor)
+    engine = compile_engine(model.train(), "cpu", executor)
+    assert model.training, "the model keeps its mode"
+    before = slices_for([1, 2, 3])
+    engine.segment(before)
+    change_everything(model)
+    for slices in (before, slices_for([1, 2, 3], (48, 40))):
+        pairs = zip(engine.segment(slices), untouched.segment(slices), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from typing import Protocol
 
 import torch
@@ -50,10 +51,10 @@ class EagerEngine:
 def compile_engine(
     model: RoutedSegmenter, device: str | torch.device = "auto", executor: str = "auto"
 ) -> Engine:
-    """Prepares a model for inference; later changes of its weights do not reach the engine.
+    """Prepares a copy of a model for inference: later changes of its weights do not reach it.
 
     Args:
-        model: Trained, in `eval()`.
+        model: Trained; stays as it is, in its mode and on its device.
         device: "auto", "cpu", "cuda" or "cuda:N".
         executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
             float32), "eager" (the model's own layers), or "auto": the first of these that this
@@ -78,7 +79,7 @@ def compile_engine(
         raise ValueError(f"executor {executor} runs MedDANetV2 only; use auto or eager")
     if place.type != "cpu" and executor in ("openvino", "torch"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
-    model = model.eval()
+    model = deepcopy(model).eval()
     if executor == "eager" or not isinstance(model, MedDANetV2):
         return EagerEngine(model.to(place), place)
     _check_ranges(model)

@@ -6,7 +6,6 @@ by oneDNN where a probe says that it is exact; everything else in float32 on the
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -37,11 +36,12 @@ class TorchNetworks:
     """Implements `routing.Networks` for any model.
 
     Args:
-        model: In `eval()`, on the CPU, every quantised layer with a range.
+        model: In `eval()`, on the CPU, every quantised layer with a range; these layers are
+            replaced in it.
     """
 
     def __init__(self, model: MedDANetV2) -> None:
-        self._model: Any = deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._model: Any = model.to(memory_format=torch.channels_last)
         integer = is_exact()
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:
