@@ -18,9 +18,16 @@ import torch.nn.functional as F
 from meddanet.build import build_decision_network, build_med_danet, build_med_danet_v2
 from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.decisions import frozen
+from meddanet.engine.packed_unet import PackedUNet
 from meddanet.engine.routing import Tile, holds_signal, shrink
 from meddanet.kernels import affine_paste, forward_way, use_backend
-from meddanet.layers import QuantLinear, quantized_layers, set_quantization
+from meddanet.layers import (
+    BitSelector,
+    QuantConv2d,
+    QuantLinear,
+    quantized_layers,
+    set_quantization,
+)
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.routing import channels_last
 
@@ -572,6 +579,40 @@ def test_a_model_in_full_precision(executor, tolerances):
 def test_arguments_that_cannot_be(model, device, executor, message):
     with pytest.raises(ValueError, match=message):
         compile_engine(model, device, executor)
+
+
+class SmallestSegmenter(torch.nn.Module):
+    """What `MedDANetV2` asks of a segmenter, and nothing else."""
+
+    stride, in_channels, num_classes = 1, 2, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last_stage = QuantConv2d(2, 4, 3, padding=1), QuantConv2d(4, 3, 1)
+
+    def features(self, input, choose_bits=None):
+        bits = None if choose_bits is None else choose_bits(0, input)
+        return self.conv(input, bits, bits)
+
+
+def test_a_segmenter_of_ones_own():
+    """It has no parts to run one by one: its own layers run, and others say what is missing."""
+    model = MedDANetV2(
+        segmenter=SmallestSegmenter(), policy=MeanPolicy(2, 3), position=MeanPolicy(2, 2),
+        bit_selectors=torch.nn.ModuleList([BitSelector(2, 2)]),
+        crop_last_stages=torch.nn.ModuleList([QuantConv2d(4, 3, 1)]), crop_sizes=(16,),
+    ).eval()
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "eager"
+    slices = slices_for([0, 1, 2])
+    pairs = zip(engine.segment(slices), model.segment(slices), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    missing = "needs a segmenter with init, dropout, encoder, decode, stage_channels; use auto"
+    for executor in ("openvino", "torch", "triton"):
+        with pytest.raises(ValueError, match=f"executor {executor} {missing}"):
+            compile_engine(model, "cpu", executor)
+    with pytest.raises(ValueError, match=r"executor triton runs unet-\* segmenters only"):
+        PackedUNet(model, torch.device("cpu"))
 
 
 def test_a_plan_runs_v2_alone():

@@ -18,6 +18,8 @@ from .routing import SliceEngine
 
 EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 CHUNK = 16
+# what executors other than eager run one by one: see `networks.unet.UNet`
+SEGMENTER_PARTS = ("init", "dropout", "encoder", "decode", "stage_channels")
 
 
 class Engine(Protocol):
@@ -60,8 +62,9 @@ def compile_engine(
             float32), "eager" (the model's own layers), or "auto": the first of these that this
             machine, installation and model allow. On a GPU "triton" (a recorded plan of this
             package's integer kernels; compute capability 8.0, U-Net segmenters, every layer of
-            theirs quantised), "eager", or "auto", likewise. V1's bank runs in "eager" alone. Under
-            TRITON_INTERPRET=1 "triton" runs on the CPU too, very slowly, for tests.
+            theirs quantised), "eager", or "auto", likewise. V1's bank, and a segmenter without the
+            parts of `UNet`, run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
+            too, very slowly, for tests.
 
     Returns:
         An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
@@ -75,12 +78,13 @@ def compile_engine(
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
     place = resolve_device(device)
-    if executor not in ("auto", "eager") and not isinstance(model, MedDANetV2):
-        raise ValueError(f"executor {executor} runs MedDANetV2 only; use auto or eager")
+    misfit = _misfit(model)
+    if misfit and executor not in ("auto", "eager"):
+        raise ValueError(f"executor {executor} {misfit}; use auto or eager")
     if place.type != "cpu" and executor in ("openvino", "torch"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
     model = deepcopy(model).eval()
-    if executor == "eager" or not isinstance(model, MedDANetV2):
+    if executor == "eager" or misfit:
         return EagerEngine(model.to(place), place)
     _check_ranges(model)
     if executor == "triton":
@@ -96,6 +100,14 @@ def compile_engine(
         if executor == "openvino":
             raise
         return _torch_engine(model)
+
+
+def _misfit(model: RoutedSegmenter) -> str:
+    """Returns why no executor but eager runs a model; "" if others may."""
+    if not isinstance(model, MedDANetV2):
+        return "runs MedDANetV2 only"
+    missing = [name for name in SEGMENTER_PARTS if not hasattr(model.segmenter, name)]
+    return f"needs a segmenter with {', '.join(missing)}" if missing else ""
 
 
 def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
