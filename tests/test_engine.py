@@ -547,9 +547,11 @@ def damaged(tmp_path, monkeypatch) -> None:
 
 
 def test_a_damaged_openvino_is_passed_over(model, damaged):
-    assert compile_engine(model, "cpu").executor == "torch"
-    with pytest.raises(ValueError, match=r"openvino is damaged \(libopenvino.so: .*reinstall"):
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "torch"
+    with pytest.raises(ValueError, match=r"damaged \(libopenvino.so: .*reinstall") as told:
         compile_engine(model, "cpu", "openvino")
+    assert engine.passed_over == str(told.value)
 
 
 def test_without_openvino(model, monkeypatch):
@@ -603,7 +605,7 @@ def test_a_segmenter_of_ones_own():
         crop_last_stages=torch.nn.ModuleList([QuantConv2d(4, 3, 1)]), crop_sizes=(16,),
     ).eval()
     engine = compile_engine(model, "cpu")
-    assert engine.executor == "eager"
+    assert engine.executor == "eager" and engine.passed_over.startswith("any other executor needs")
     slices = slices_for([0, 1, 2])
     pairs = zip(engine.segment(slices), model.segment(slices), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
@@ -642,10 +644,14 @@ def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, found):
 
     monkeypatch.setattr(triton_engine, "PlannedModel", lambda model, device: None)
     with use_backend(backend):
-        assert compile_engine(model, "cuda").executor == found
+        engine = compile_engine(model, "cuda")
+        assert engine.executor == found
         if found == "eager":
-            with pytest.raises(ValueError, match="compute capability 8.0|backend reference"):
+            with pytest.raises(ValueError, match="compute capability 8.0|backend ref") as told:
                 compile_engine(model, "cuda", "triton")
+            assert engine.passed_over == str(told.value)
+        else:
+            assert engine.passed_over == ""
 
 
 @pytest.mark.parametrize("quantize", [True, False], ids=["on the grid", "float"])

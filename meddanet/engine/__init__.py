@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from copy import deepcopy
 from typing import Protocol
 
@@ -27,9 +26,11 @@ class Engine(Protocol):
 
     Attributes:
         executor: "openvino", "torch", "triton" or "eager".
+        passed_over: Why "auto" took none that comes before it; "" where it took the first.
     """
 
     executor: str
+    passed_over: str
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Segments slices [N, C, H, W] float32 on the CPU; see `RoutedSegmenter.segment`."""
@@ -39,6 +40,7 @@ class EagerEngine:
     """A model's own `segment` on any device, a bounded number of slices at a time."""
 
     executor = "eager"
+    passed_over = ""
 
     def __init__(self, model: RoutedSegmenter, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -69,7 +71,8 @@ def compile_engine(
     Returns:
         An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
         rounds the decision networks and the residual stream to float16. On a CPU it works on as
-        many slices at a time as `torch.get_num_threads()` says now.
+        many slices at a time as `torch.get_num_threads()` says now. Its `executor` and
+        `passed_over` say what "auto" chose, and why nothing before it.
 
     Raises:
         ValueError: If the device is not there, or the executor unknown, not installed or not able
@@ -84,8 +87,11 @@ def compile_engine(
     if place.type != "cpu" and executor in ("openvino", "torch"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
     model = deepcopy(model).eval()
-    if executor == "eager" or misfit:
+    if executor == "eager":
         return EagerEngine(model.to(place), place)
+    if misfit:
+        return _instead(EagerEngine(model.to(place), place), f"any other executor {misfit}")
+    assert isinstance(model, MedDANetV2), "all others are misfits"
     _check_ranges(model)
     if executor == "triton":
         return _triton_engine(model, place)
@@ -96,10 +102,16 @@ def compile_engine(
         return _torch_engine(model)
     try:
         return _openvino_engine(model)
-    except ValueError:
+    except ValueError as error:
         if executor == "openvino":
             raise
-        return _torch_engine(model)
+        return _instead(_torch_engine(model), error)
+
+
+def _instead(engine: Engine, reason: object) -> Engine:
+    """Notes why "auto" comes to an engine that is not its first choice."""
+    engine.passed_over = str(reason)
+    return engine
 
 
 def _misfit(model: RoutedSegmenter) -> str:
@@ -114,8 +126,7 @@ def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
     try:
         return _triton_engine(model, place)
     except ValueError as error:
-        logging.getLogger("meddanet").info("%s; the model's own layers run instead", error)
-        return EagerEngine(model.to(place), place)
+        return _instead(EagerEngine(model.to(place), place), error)
 
 
 def _triton_engine(model: MedDANetV2, place: torch.device) -> Engine:
@@ -149,7 +160,7 @@ def check_triton(place: torch.device) -> None:
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:
     if fault := import_fault("openvino", '"meddanet[cpu]"'):
-        raise ValueError(f"executor openvino: {fault}")
+        raise ValueError(f"executor openvino, the fastest on a CPU: {fault}")
     from .openvino_networks import OpenVINONetworks
 
     threads = torch.get_num_threads()

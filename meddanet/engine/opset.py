@@ -56,7 +56,8 @@ def translate(
     try:
         graph = _Tracer().trace(module)
     except fx.proxy.TraceError as error:
-        raise ValueError(f"{type(module).__name__} cannot be recorded ({error})") from error
+        name = type(module).__name__
+        raise ValueError(f"{name} cannot be recorded for OpenVINO ({error})") from error
     return _Translation(module, graph, channels_last).run(inputs)
 
 

@@ -101,8 +101,11 @@ class SliceEngine:
 
     Attributes:
         executor: What runs the networks.
+        passed_over: As for `Engine`.
         threads: How many slices are worked on at a time.
     """
+
+    passed_over = ""
 
     def __init__(
         self, model: MedDANetV2, networks: Networks, executor: str, threads: int

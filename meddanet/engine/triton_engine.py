@@ -42,6 +42,7 @@ class TritonEngine:
     """
 
     executor = "triton"
+    passed_over = ""
 
     def __init__(
         self, model: MedDANetV2, device: torch.device, capacities: tuple[int, ...] = CAPACITIES
