@@ -630,15 +630,17 @@ class SomeGpu:
 
 
 @pytest.mark.parametrize(
-    ("capability", "backend", "found"),
-    [((9, 0), "auto", "triton"), ((8, 0), "triton", "triton"), ((7, 5), "auto", "eager"),
-     ((9, 0), "reference", "eager")],
+    ("capability", "backend", "fault", "found"),
+    [((9, 0), "auto", "", "triton"), ((8, 0), "triton", "", "triton"),
+     ((7, 5), "auto", "", "eager"), ((9, 0), "reference", "", "eager"),
+     ((9, 0), "auto", "no C compiler", "eager")],
 )
-def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, found):
+def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, fault, found):
     """The plan where the GPU and the chosen backend allow it, else the model's own layers."""
     pytest.importorskip("triton")
     monkeypatch.setattr("meddanet.engine.resolve_device", lambda name: SomeGpu())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("meddanet.engine.triton_fault", lambda: fault)
     monkeypatch.setattr(MedDANetV2, "to", lambda self, device: self)
     from meddanet.engine import triton_engine
 
@@ -647,7 +649,7 @@ def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, found):
         engine = compile_engine(model, "cuda")
         assert engine.executor == found
         if found == "eager":
-            with pytest.raises(ValueError, match="compute capability 8.0|backend ref") as told:
+            with pytest.raises(ValueError, match="capability 8.0|backend ref|no C com") as told:
                 compile_engine(model, "cuda", "triton")
             assert engine.passed_over == str(told.value)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..devices import resolve_device
-from ..kernels.backend import chosen_backend, import_fault
+from ..kernels.backend import chosen_backend, import_fault, triton_fault
 from ..layers import quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
@@ -156,6 +156,8 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(
             f"executor triton needs compute capability 8.0, this GPU has {major}.{minor}; use eager"
         )
+    if place.type == "cuda" and (fault := triton_fault()):
+        raise ValueError(f"executor triton: {fault}")
 
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:
