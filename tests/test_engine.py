@@ -21,6 +21,7 @@ from meddanet.engine.decisions import frozen
 from meddanet.engine.packed_unet import PackedUNet
 from meddanet.engine.routing import Tile, holds_signal, shrink
 from meddanet.kernels import affine_paste, forward_way, use_backend
+from meddanet.kernels.onednn import is_exact
 from meddanet.layers import (
     BitSelector,
     QuantConv2d,
@@ -484,6 +485,24 @@ def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
     begun = [shape[2:] for (part, *_), (shape, *_) in graphs if part == "begin"]
     assert len(graphs) == 9 and begun == [(48, 48)]
     tolerances.labels(engine.segment(small).labels.numpy(), expected.numpy())
+
+
+@pytest.mark.skipif(not is_exact(), reason="oneDNN's int8 sums are not exact on this CPU")
+def test_weights_packed_for_few_image_sizes_are_kept(model, monkeypatch):
+    """As with OpenVINO's graphs: old sizes go, one that returns is right."""
+    from meddanet.engine import torch_networks
+
+    monkeypatch.setattr(torch_networks, "KEPT", 2)
+    choose(model, (8, 8, 8, 8))
+    engine = compile_engine(model, "cpu", "torch")
+    small = slices_for([3, 1], (40, 48))
+    expected = engine.segment(small).labels
+    for height in (48, 56, 64):
+        engine.segment(slices_for([3], (height, 48)))
+    layers = engine._networks._model.modules()
+    kept = [layer.packed.cache_info().currsize for layer in layers if hasattr(layer, "packed")]
+    assert max(kept) == 2
+    assert torch.equal(engine.segment(small).labels, expected)
 
 
 @needs_openvino

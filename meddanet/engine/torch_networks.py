@@ -6,7 +6,7 @@ by oneDNN where a probe says that it is exact; everything else in float32 on the
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ from ..routing import channels_last
 from . import onednn
 
 Array = np.ndarray
+
+# shapes and widths for which a layer's weights stay packed: crops and a few sizes of whole slices
+KEPT = 8
 
 
 class TorchNetworks:
@@ -110,7 +113,7 @@ class _Frozen(nn.Module):
         dense = isinstance(layer, QuantConv2d) and layer.groups == 1 and layer.kernel_size != (1, 1)
         self.integer = integer and dense and layer.padding_mode == "zeros"
         self.codes, self.weight = cache(self._codes), cache(self._weight)
-        self.packed = cache(self._pack)
+        self.packed = lru_cache(KEPT)(self._pack)
 
     def forward(
         self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None
