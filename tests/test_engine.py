@@ -487,7 +487,28 @@ def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
     tolerances.labels(engine.segment(small).labels.numpy(), expected.numpy())
 
 
-@pytest.mark.skipif(not is_exact(), reason="oneDNN's int8 sums are not exact on this CPU")
+exact_only = pytest.mark.skipif(not is_exact(), reason="oneDNN's int8 sums are not exact here")
+
+
+@exact_only
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("auto", True), ("onednn", True), ("reference", False)]
+)
+def test_pytorch_takes_onednn_where_the_backend_says(backend, expected, monkeypatch, tolerances):
+    from meddanet.engine import onednn
+
+    calls, convolve = [], onednn.convolve
+    monkeypatch.setattr(onednn, "convolve", lambda *given: calls.append(0) or convolve(*given))
+    model = build()
+    choose(model, (8, 8, 8, 8))
+    with use_backend(backend):
+        engine = compile_engine(model, "cpu", "torch")
+    slices = slices_for([1, 2, 3])
+    assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
+    assert bool(calls) == expected
+
+
+@exact_only
 def test_weights_packed_for_few_image_sizes_are_kept(model, monkeypatch):
     """As with OpenVINO's graphs: old sizes go, one that returns is right."""
     from meddanet.engine import torch_networks

@@ -68,6 +68,10 @@ def compile_engine(
             parts of `UNet`, run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
             too, very slowly, for tests.
 
+    What `use_backend` says is read here by "torch", which takes oneDNN's int8 under "auto" and
+    "onednn" alone, and by "triton", which runs under "auto" and "triton" alone; by "eager" whenever
+    it segments, as by the model itself; by "openvino", whose graphs are its own, never.
+
     Returns:
         An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
         rounds the decision networks and the residual stream to float16. On a CPU it works on as

@@ -1,7 +1,8 @@
 """The networks in PyTorch, for where OpenVINO is not installed or knows no translation.
 
 Weights are put on the grid once per width. Dense convolutions of up to 8 bit run on integer codes
-by oneDNN where a probe says that it is exact; everything else in float32 on the grid's values.
+by oneDNN where the chosen backend allows it and a probe says that it is exact; everything else in
+float32 on the grid's values.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import fake_quantize
+from ..kernels.backend import onednn_runs
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
-from ..kernels.onednn import is_exact
 from ..layers import (
     QuantConv2d,
     QuantConvTranspose2d,
@@ -45,7 +46,7 @@ class TorchNetworks:
 
     def __init__(self, model: MedDANetV2) -> None:
         self._model: Any = model.to(memory_format=torch.channels_last)
-        integer = is_exact()
+        integer = onednn_runs(torch.empty(0))
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:
                 parent, _, own = name.rpartition(".")
