@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -694,6 +696,70 @@ def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, fault, found
             assert engine.passed_over == str(told.value)
         else:
             assert engine.passed_over == ""
+
+
+class NoStream:
+    """A stream or an event where all is done at once."""
+
+    def record_event(self) -> NoStream:
+        return self
+
+    def wait(self, *given) -> None:
+        """Has nothing to wait for."""
+
+    wait_stream = wait_event = record = synchronize = wait
+
+
+@pytest.fixture
+def cuda_at_once(monkeypatch) -> None:
+    """Lets what is written for CUDA's streams run on the CPU."""
+    for name, stand_in in {
+        "Stream": NoStream, "Event": NoStream, "current_stream": NoStream,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+class EchoPlan:
+    """Stands in for a plan: a slice's labels, decision, offset and widths are its pixels' value."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.seen = capacity, []
+        self.images = torch.full((capacity, 1, 4, 4), torch.nan)
+        self.labels = torch.zeros(capacity, 4, 4, dtype=torch.uint8)
+        self.decisions = torch.zeros(capacity, dtype=torch.long)
+        self.offsets = torch.zeros(capacity, 2)
+        self.num_bits = torch.zeros(3, capacity, dtype=torch.int32)
+
+    def run(self) -> None:
+        value = self.images[:, 0, 0, 0]
+        self.seen.append(value.tolist())
+        self.labels.copy_(self.images[:, 0])
+        for answer in (self.decisions, self.offsets.T, self.num_bits):
+            answer.copy_(value)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "seen"),
+    [(2, [[1, 2], [3, 4], [5, 6], [7, 0]]), (5, [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]),
+     (8, [[1, 2, 3, 4, 5, 6, 7, 0]])],
+)
+def test_chunks_go_to_a_gpu_and_back(capacity, seen, cuda_at_once, monkeypatch):
+    """Each slice once, piece by piece, what is left of a chunk zero, and answers at their place."""
+    from meddanet.engine import triton_engine
+
+    monkeypatch.setattr(triton_engine, "PIECE", 2)
+    engine = object.__new__(triton_engine.TritonEngine)
+    engine._model = SimpleNamespace(num_stages=3)
+    plan, numbers = EchoPlan(capacity), torch.arange(1, 8)
+    images = numbers.float()[:, None, None, None].expand(7, 1, 4, 4)
+    found = engine._segment_on_gpu(images, plan, plan.run)
+    assert plan.seen == seen
+    assert torch.equal(found.labels, images[:, 0].byte())
+    assert torch.equal(found.decisions, numbers)
+    assert torch.equal(found.offsets, numbers.float()[:, None].expand(7, 2))
+    assert torch.equal(found.num_bits, numbers[:, None].expand(7, 3))
 
 
 @pytest.mark.parametrize("quantize", [True, False], ids=["on the grid", "float"])
