@@ -741,11 +741,11 @@ class EchoPlan:
 
 
 @pytest.mark.parametrize(
-    ("capacity", "seen"),
-    [(2, [[1, 2], [3, 4], [5, 6], [7, 0]]), (5, [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]),
-     (8, [[1, 2, 3, 4, 5, 6, 7, 0]])],
+    ("capacity", "stages", "seen"),
+    [(2, 2, [[1, 2], [3, 4], [5, 6], [7, 0]]), (5, 2, [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]),
+     (8, 0, [[1, 2, 3, 4, 5, 6, 7, 0]])],
 )
-def test_chunks_go_to_a_gpu_and_back(capacity, seen, cuda_at_once, monkeypatch):
+def test_chunks_go_to_a_gpu_and_back(capacity, stages, seen, cuda_at_once, monkeypatch):
     """Each slice once, piece by piece, what is left of a chunk zero, and answers at their place."""
     from meddanet.engine import triton_engine
 
@@ -754,8 +754,10 @@ def test_chunks_go_to_a_gpu_and_back(capacity, seen, cuda_at_once, monkeypatch):
     engine._model = SimpleNamespace(num_stages=3)
     plan, numbers = EchoPlan(capacity), torch.arange(1, 8)
     images = numbers.float()[:, None, None, None].expand(7, 1, 4, 4)
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda like: made.append(like) or empty_like(like))
     found = engine._segment_on_gpu(images, plan, plan.run)
-    assert plan.seen == seen
+    assert plan.seen == seen and len(made) == stages
     assert torch.equal(found.labels, images[:, 0].byte())
     assert torch.equal(found.decisions, numbers)
     assert torch.equal(found.offsets, numbers.float()[:, None].expand(7, 2))
