@@ -1,7 +1,8 @@
 """Which executor runs an operation: the one place that asks.
 
-    auto        Triton on CUDA tensors; oneDNN's int8 convolutions on CPUs where a probe, run once
-                per process, finds them exact; plain PyTorch (the references) elsewhere
+    auto        Triton on CUDA tensors where it launches, oneDNN's int8 convolutions on CPUs where
+                they are exact, as a probe, run once per process, finds; plain PyTorch (the
+                references) elsewhere
     triton      Triton; on CPU tensors only through its interpreter (TRITON_INTERPRET=1)
     onednn      oneDNN's int8 convolutions where an operation has them, the references elsewhere
     reference   plain PyTorch
@@ -13,7 +14,9 @@ autograd's threads must see it.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
+from subprocess import CalledProcessError
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +73,46 @@ def chosen_backend() -> str:
     return _chosen
 
 
+def import_fault(package: str, requirement: str) -> str:
+    """Returns why a package cannot be imported, with the cure; "" if it can.
+
+    Args:
+        package: Its name.
+        requirement: What to install for it.
+    """
+    try:
+        import_module(package)
+    except ImportError as error:
+        if error.name == package and isinstance(error, ModuleNotFoundError):
+            return f"{package} is not installed; pip install {requirement}"
+        return f"{package} is damaged ({error}); pip install --force-reinstall {package}"
+    return ""
+
+
+@cache
+def triton_fault() -> str:
+    """Returns why Triton launches no kernel on this machine's GPU, with the cure; "" if it does."""
+    fault = import_fault("triton", "triton")
+    try:
+        if not fault:
+            _launch()
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        told = " ".join(str(error).split())
+        return f"triton launches nothing here ({told}); it needs a C compiler and Python's headers"
+    return fault
+
+
+def _launch() -> None:
+    """Launches a kernel that does nothing, for which Triton builds its launcher."""
+    import triton
+
+    @triton.jit
+    def nothing():
+        pass
+
+    nothing[(1,)]()
+
+
 def triton_runs(input: Tensor) -> bool:
     """Returns whether Triton, not the reference, computes on `input`.
 
@@ -77,11 +120,11 @@ def triton_runs(input: Tensor) -> bool:
         ValueError: If "triton" was asked for and cannot run here.
     """
     if _chosen == "auto":
-        return input.is_cuda and find_spec("triton") is not None
+        return input.is_cuda and not triton_fault()
     if _chosen != "triton":
         return False
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton: pip install triton")
+    if fault := import_fault("triton", "triton"):
+        raise ValueError(f"backend 'triton': {fault}")
     from triton import knobs
 
     if not input.is_cuda and not knobs.runtime.interpret:

@@ -61,6 +61,7 @@ def _demo(options: Namespace) -> int:
 
     out = output_folder(options.out)
     predictor = VolumePredictor(load_model())
+    _say(_running_on(predictor), sys.stderr)
     _say("generating a phantom case ...", sys.stderr)
     folder = write_phantom(out, seed=options.seed, name=f"phantom_{options.seed:03d}")
     case = find_cases(folder)[0]
@@ -103,6 +104,7 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     predictor = VolumePredictor(
         model, options.device, options.window, options.labels, options.executor
     )
+    _say(_running_on(predictor), sys.stderr)
     modalities = tuple(options.modalities.split(",")) if options.modalities else None
     outcomes = segment_cases(
         cases, predictor, out,
@@ -120,6 +122,16 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     if len(cases) > 1:
         _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
     return failed
+
+
+def _running_on(predictor: Any) -> str:
+    """What runs the networks, and why nothing faster does."""
+    import torch
+
+    engine, place = predictor.engine, predictor.device
+    where = f"{torch.get_num_threads()} threads" if place.type == "cpu" else str(place)
+    reason = f"; {engine.passed_over}" if engine.passed_over else ""
+    return f"running on {engine.executor}, {where}{reason}"
 
 
 def _summary(report: dict) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
@@ -78,7 +79,10 @@ def cohort(phantoms, tmp_path) -> Path:
 
 @pytest.fixture
 def segment(weights, capsys) -> Callable[..., tuple[int, list[str], list[str]]]:
-    """Runs `meddanet segment`; returns the exit code and the lines of stdout and stderr."""
+    """Runs `meddanet segment`; returns the exit code and the lines of stdout and stderr.
+
+    But for the one on stderr that says what runs the networks, which hangs on the machine.
+    """
 
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
         chosen = [] if "--weights" in arguments else ["--weights", weights]
@@ -88,7 +92,10 @@ def segment(weights, capsys) -> Callable[..., tuple[int, list[str], list[str]]]:
             code = stop.code
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
-        return code, captured.out.splitlines(), captured.err.splitlines()
+        messages = captured.err.splitlines()
+        others = [line for line in messages if not line.startswith("running on ")]
+        assert len(messages) - len(others) <= 1
+        return code, captured.out.splitlines(), others
 
     return run
 
@@ -120,6 +127,27 @@ def test_a_folder_of_cases(cohort, tmp_path, segment):
         assert 0 < report["share_of_static"]["mac"] < 1.1
         # four columns of 44 and two rows of 48 pixels, with their margins
         assert Image.open(out / f"{name}.png").size == (4 * 52 + 8, 30 + 2 * 56 + 54 + 8)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_runs_is_told_once(cohort, weights, tmp_path, capsys, monkeypatch, installed):
+    """On stderr; with the reason where the fastest executor is not there."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    elif not find_spec("openvino"):
+        pytest.skip("OpenVINO is not installed")
+    given = ["segment", str(cohort), "-o", str(tmp_path), "--weights", str(weights)]
+    assert main([*given, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    executor, reason = ("openvino", "") if installed else (
+        "torch", "; executor openvino, the fastest on a CPU: openvino is not installed; "
+        'pip install "meddanet[cpu]"',
+    )
+    threads = torch.get_num_threads()
+    assert captured.err.splitlines()[0] == f"running on {executor}, {threads} threads{reason}"
+    assert captured.err.count("running on") == 1 and "running on" not in captured.out
+    assert main(given) == 0
+    assert "running on" not in capsys.readouterr().err, "nothing runs"
 
 
 def test_finished_cases_are_skipped_and_redone_on_demand(cohort, tmp_path, segment):

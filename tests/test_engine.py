@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,17 @@ import torch.nn.functional as F
 from meddanet.build import build_decision_network, build_med_danet, build_med_danet_v2
 from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.decisions import frozen
+from meddanet.engine.packed_unet import PackedUNet
 from meddanet.engine.routing import Tile, holds_signal, shrink
 from meddanet.kernels import affine_paste, forward_way, use_backend
-from meddanet.layers import QuantLinear, quantized_layers, set_quantization
+from meddanet.kernels.onednn import is_exact
+from meddanet.layers import (
+    BitSelector,
+    QuantConv2d,
+    QuantLinear,
+    quantized_layers,
+    set_quantization,
+)
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.routing import channels_last
 
@@ -279,7 +289,7 @@ def _last_stage_only(model: MedDANetV2, executor: str):
     if executor == "torch":
         from meddanet.engine.torch_networks import TorchNetworks
 
-        return TorchNetworks(model)
+        return TorchNetworks(deepcopy(model))
     from meddanet.engine.openvino_networks import OpenVINONetworks
 
     class Unchecked(OpenVINONetworks):
@@ -331,6 +341,29 @@ def test_work_follows_the_decisions(model):
     assert counting.calls["last"] == 1
     counting.calls.clear()
     assert not engine.segment(torch.zeros(4, 2, 40, 48)).labels.any() and not counting.calls
+
+
+def change_everything(model: torch.nn.Module) -> None:
+    """Gives a model other weights, ranges and choices of widths, and the mode of training."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(-2).add_(1)
+    model.train()
+
+
+@pytest.mark.parametrize("executor", [*EXECUTORS, "eager"])
+def test_changes_of_the_model_do_not_reach_the_engine(executor):
+    """Neither what was made already, at the size seen before, nor what another size makes."""
+    model = build()
+    untouched = compile_engine(deepcopy(model), "cpu", executor)
+    engine = compile_engine(model.train(), "cpu", executor)
+    assert model.training, "the model keeps its mode"
+    before = slices_for([1, 2, 3])
+    engine.segment(before)
+    change_everything(model)
+    for slices in (before, slices_for([1, 2, 3], (48, 40))):
+        pairs = zip(engine.segment(slices), untouched.segment(slices), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -456,6 +489,45 @@ def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
     tolerances.labels(engine.segment(small).labels.numpy(), expected.numpy())
 
 
+exact_only = pytest.mark.skipif(not is_exact(), reason="oneDNN's int8 sums are not exact here")
+
+
+@exact_only
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("auto", True), ("onednn", True), ("reference", False)]
+)
+def test_pytorch_takes_onednn_where_the_backend_says(backend, expected, monkeypatch, tolerances):
+    from meddanet.engine import onednn
+
+    calls, convolve = [], onednn.convolve
+    monkeypatch.setattr(onednn, "convolve", lambda *given: calls.append(0) or convolve(*given))
+    model = build()
+    choose(model, (8, 8, 8, 8))
+    with use_backend(backend):
+        engine = compile_engine(model, "cpu", "torch")
+    slices = slices_for([1, 2, 3])
+    assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
+    assert bool(calls) == expected
+
+
+@exact_only
+def test_weights_packed_for_few_image_sizes_are_kept(model, monkeypatch):
+    """As with OpenVINO's graphs: old sizes go, one that returns is right."""
+    from meddanet.engine import torch_networks
+
+    monkeypatch.setattr(torch_networks, "KEPT", 2)
+    choose(model, (8, 8, 8, 8))
+    engine = compile_engine(model, "cpu", "torch")
+    small = slices_for([3, 1], (40, 48))
+    expected = engine.segment(small).labels
+    for height in (48, 56, 64):
+        engine.segment(slices_for([3], (height, 48)))
+    layers = engine._networks._model.modules()
+    kept = [layer.packed.cache_info().currsize for layer in layers if hasattr(layer, "packed")]
+    assert max(kept) == 2
+    assert torch.equal(engine.segment(small).labels, expected)
+
+
 @needs_openvino
 def test_no_socket_is_opened(tmp_path):
     """From the import of OpenVINO to labels: Python's audit hook sees every socket call."""
@@ -508,8 +580,24 @@ def test_what_openvino_cannot_run_goes_to_pytorch(tolerances):
     assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
 
 
+@pytest.fixture
+def damaged(tmp_path, monkeypatch) -> None:
+    """Puts an OpenVINO in place that lacks its library."""
+    (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+
+
+def test_a_damaged_openvino_is_passed_over(model, damaged):
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "torch"
+    with pytest.raises(ValueError, match=r"damaged \(libopenvino.so: .*reinstall") as told:
+        compile_engine(model, "cpu", "openvino")
+    assert engine.passed_over == str(told.value)
+
+
 def test_without_openvino(model, monkeypatch):
-    monkeypatch.setattr("meddanet.engine.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     assert compile_engine(model, "cpu").executor == "torch"
     with pytest.raises(ValueError, match=r'not installed; pip install "meddanet\[cpu\]"'):
         compile_engine(model, "cpu", "openvino")
@@ -537,6 +625,40 @@ def test_arguments_that_cannot_be(model, device, executor, message):
         compile_engine(model, device, executor)
 
 
+class SmallestSegmenter(torch.nn.Module):
+    """What `MedDANetV2` asks of a segmenter, and nothing else."""
+
+    stride, in_channels, num_classes = 1, 2, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last_stage = QuantConv2d(2, 4, 3, padding=1), QuantConv2d(4, 3, 1)
+
+    def features(self, input, choose_bits=None):
+        bits = None if choose_bits is None else choose_bits(0, input)
+        return self.conv(input, bits, bits)
+
+
+def test_a_segmenter_of_ones_own():
+    """It has no parts to run one by one: its own layers run, and others say what is missing."""
+    model = MedDANetV2(
+        segmenter=SmallestSegmenter(), policy=MeanPolicy(2, 3), position=MeanPolicy(2, 2),
+        bit_selectors=torch.nn.ModuleList([BitSelector(2, 2)]),
+        crop_last_stages=torch.nn.ModuleList([QuantConv2d(4, 3, 1)]), crop_sizes=(16,),
+    ).eval()
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "eager" and engine.passed_over.startswith("any other executor needs")
+    slices = slices_for([0, 1, 2])
+    pairs = zip(engine.segment(slices), model.segment(slices), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    missing = "needs a segmenter with init, dropout, encoder, decode, stage_channels; use auto"
+    for executor in ("openvino", "torch", "triton"):
+        with pytest.raises(ValueError, match=f"executor {executor} {missing}"):
+            compile_engine(model, "cpu", executor)
+    with pytest.raises(ValueError, match=r"executor triton runs unet-\* segmenters only"):
+        PackedUNet(model, torch.device("cpu"))
+
+
 def test_a_plan_runs_v2_alone():
     bank = build_med_danet(("unet-8",), 2, 3)
     with pytest.raises(ValueError, match="executor triton runs MedDANetV2 only; use auto or eager"):
@@ -550,24 +672,96 @@ class SomeGpu:
 
 
 @pytest.mark.parametrize(
-    ("capability", "backend", "found"),
-    [((9, 0), "auto", "triton"), ((8, 0), "triton", "triton"), ((7, 5), "auto", "eager"),
-     ((9, 0), "reference", "eager")],
+    ("capability", "backend", "fault", "found"),
+    [((9, 0), "auto", "", "triton"), ((8, 0), "triton", "", "triton"),
+     ((7, 5), "auto", "", "eager"), ((9, 0), "reference", "", "eager"),
+     ((9, 0), "auto", "no C compiler", "eager")],
 )
-def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, found):
+def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, fault, found):
     """The plan where the GPU and the chosen backend allow it, else the model's own layers."""
     pytest.importorskip("triton")
     monkeypatch.setattr("meddanet.engine.resolve_device", lambda name: SomeGpu())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("meddanet.engine.triton_fault", lambda: fault)
     monkeypatch.setattr(MedDANetV2, "to", lambda self, device: self)
     from meddanet.engine import triton_engine
 
     monkeypatch.setattr(triton_engine, "PlannedModel", lambda model, device: None)
     with use_backend(backend):
-        assert compile_engine(model, "cuda").executor == found
+        engine = compile_engine(model, "cuda")
+        assert engine.executor == found
         if found == "eager":
-            with pytest.raises(ValueError, match="compute capability 8.0|backend reference"):
+            with pytest.raises(ValueError, match="capability 8.0|backend ref|no C com") as told:
                 compile_engine(model, "cuda", "triton")
+            assert engine.passed_over == str(told.value)
+        else:
+            assert engine.passed_over == ""
+
+
+class NoStream:
+    """A stream or an event where all is done at once."""
+
+    def record_event(self) -> NoStream:
+        return self
+
+    def wait(self, *given) -> None:
+        """Has nothing to wait for."""
+
+    wait_stream = wait_event = record = synchronize = wait
+
+
+@pytest.fixture
+def cuda_at_once(monkeypatch) -> None:
+    """Lets what is written for CUDA's streams run on the CPU."""
+    for name, stand_in in {
+        "Stream": NoStream, "Event": NoStream, "current_stream": NoStream,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+class EchoPlan:
+    """Stands in for a plan: a slice's labels, decision, offset and widths are its pixels' value."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.seen = capacity, []
+        self.images = torch.full((capacity, 1, 4, 4), torch.nan)
+        self.labels = torch.zeros(capacity, 4, 4, dtype=torch.uint8)
+        self.decisions = torch.zeros(capacity, dtype=torch.long)
+        self.offsets = torch.zeros(capacity, 2)
+        self.num_bits = torch.zeros(3, capacity, dtype=torch.int32)
+
+    def run(self) -> None:
+        value = self.images[:, 0, 0, 0]
+        self.seen.append(value.tolist())
+        self.labels.copy_(self.images[:, 0])
+        for answer in (self.decisions, self.offsets.T, self.num_bits):
+            answer.copy_(value)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "stages", "seen"),
+    [(2, 2, [[1, 2], [3, 4], [5, 6], [7, 0]]), (5, 2, [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]),
+     (8, 0, [[1, 2, 3, 4, 5, 6, 7, 0]])],
+)
+def test_chunks_go_to_a_gpu_and_back(capacity, stages, seen, cuda_at_once, monkeypatch):
+    """Each slice once, piece by piece, what is left of a chunk zero, and answers at their place."""
+    from meddanet.engine import triton_engine
+
+    monkeypatch.setattr(triton_engine, "PIECE", 2)
+    engine = object.__new__(triton_engine.TritonEngine)
+    engine._model = SimpleNamespace(num_stages=3)
+    plan, numbers = EchoPlan(capacity), torch.arange(1, 8)
+    images = numbers.float()[:, None, None, None].expand(7, 1, 4, 4)
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda like: made.append(like) or empty_like(like))
+    found = engine._segment_on_gpu(images, plan, plan.run)
+    assert plan.seen == seen and len(made) == stages
+    assert torch.equal(found.labels, images[:, 0].byte())
+    assert torch.equal(found.decisions, numbers)
+    assert torch.equal(found.offsets, numbers.float()[:, None].expand(7, 2))
+    assert torch.equal(found.num_bits, numbers[:, None].expand(7, 3))
 
 
 @pytest.mark.parametrize("quantize", [True, False], ids=["on the grid", "float"])

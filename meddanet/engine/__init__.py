@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from importlib.util import find_spec
+from copy import deepcopy
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..devices import resolve_device
-from ..kernels.backend import chosen_backend
+from ..kernels.backend import chosen_backend, import_fault, triton_fault
 from ..layers import quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
@@ -18,6 +17,8 @@ from .routing import SliceEngine
 
 EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 CHUNK = 16
+# what executors other than eager run one by one: see `networks.unet.UNet`
+SEGMENTER_PARTS = ("init", "dropout", "encoder", "decode", "stage_channels")
 
 
 class Engine(Protocol):
@@ -25,9 +26,11 @@ class Engine(Protocol):
 
     Attributes:
         executor: "openvino", "torch", "triton" or "eager".
+        passed_over: Why "auto" took none that comes before it; "" where it took the first.
     """
 
     executor: str
+    passed_over: str
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Segments slices [N, C, H, W] float32 on the CPU; see `RoutedSegmenter.segment`."""
@@ -37,6 +40,7 @@ class EagerEngine:
     """A model's own `segment` on any device, a bounded number of slices at a time."""
 
     executor = "eager"
+    passed_over = ""
 
     def __init__(self, model: RoutedSegmenter, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -51,22 +55,28 @@ class EagerEngine:
 def compile_engine(
     model: RoutedSegmenter, device: str | torch.device = "auto", executor: str = "auto"
 ) -> Engine:
-    """Prepares a model for inference; later changes of its weights do not reach the engine.
+    """Prepares a copy of a model for inference: later changes of its weights do not reach it.
 
     Args:
-        model: Trained, in `eval()`.
+        model: Trained; stays as it is, in its mode and on its device.
         device: "auto", "cpu", "cuda" or "cuda:N".
         executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
             float32), "eager" (the model's own layers), or "auto": the first of these that this
             machine, installation and model allow. On a GPU "triton" (a recorded plan of this
             package's integer kernels; compute capability 8.0, U-Net segmenters, every layer of
-            theirs quantised), "eager", or "auto", likewise. V1's bank runs in "eager" alone. Under
-            TRITON_INTERPRET=1 "triton" runs on the CPU too, very slowly, for tests.
+            theirs quantised), "eager", or "auto", likewise. V1's bank, and a segmenter without the
+            parts of `UNet`, run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
+            too, very slowly, for tests.
+
+    What `use_backend` says is read here by "torch", which takes oneDNN's int8 under "auto" and
+    "onednn" alone, and by "triton", which runs under "auto" and "triton" alone; by "eager" whenever
+    it segments, as by the model itself; by "openvino", whose graphs are its own, never.
 
     Returns:
         An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
         rounds the decision networks and the residual stream to float16. On a CPU it works on as
-        many slices at a time as `torch.get_num_threads()` says now.
+        many slices at a time as `torch.get_num_threads()` says now. Its `executor` and
+        `passed_over` say what "auto" chose, and why nothing before it.
 
     Raises:
         ValueError: If the device is not there, or the executor unknown, not installed or not able
@@ -75,13 +85,17 @@ def compile_engine(
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
     place = resolve_device(device)
-    if executor not in ("auto", "eager") and not isinstance(model, MedDANetV2):
-        raise ValueError(f"executor {executor} runs MedDANetV2 only; use auto or eager")
+    misfit = _misfit(model)
+    if misfit and executor not in ("auto", "eager"):
+        raise ValueError(f"executor {executor} {misfit}; use auto or eager")
     if place.type != "cpu" and executor in ("openvino", "torch"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
-    model = model.eval()
-    if executor == "eager" or not isinstance(model, MedDANetV2):
+    model = deepcopy(model).eval()
+    if executor == "eager":
         return EagerEngine(model.to(place), place)
+    if misfit:
+        return _instead(EagerEngine(model.to(place), place), f"any other executor {misfit}")
+    assert isinstance(model, MedDANetV2), "all others are misfits"
     _check_ranges(model)
     if executor == "triton":
         return _triton_engine(model, place)
@@ -92,18 +106,31 @@ def compile_engine(
         return _torch_engine(model)
     try:
         return _openvino_engine(model)
-    except ValueError:
+    except ValueError as error:
         if executor == "openvino":
             raise
-        return _torch_engine(model)
+        return _instead(_torch_engine(model), error)
+
+
+def _instead(engine: Engine, reason: object) -> Engine:
+    """Notes why "auto" comes to an engine that is not its first choice."""
+    engine.passed_over = str(reason)
+    return engine
+
+
+def _misfit(model: RoutedSegmenter) -> str:
+    """Returns why no executor but eager runs a model; "" if others may."""
+    if not isinstance(model, MedDANetV2):
+        return "runs MedDANetV2 only"
+    missing = [name for name in SEGMENTER_PARTS if not hasattr(model.segmenter, name)]
+    return f"needs a segmenter with {', '.join(missing)}" if missing else ""
 
 
 def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
     try:
         return _triton_engine(model, place)
     except ValueError as error:
-        logging.getLogger("meddanet").info("%s; the model's own layers run instead", error)
-        return EagerEngine(model.to(place), place)
+        return _instead(EagerEngine(model.to(place), place), error)
 
 
 def _triton_engine(model: MedDANetV2, place: torch.device) -> Engine:
@@ -119,8 +146,8 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(
             f"executor triton: backend {chosen_backend()} is chosen; use_backend auto or triton"
         )
-    if find_spec("triton") is None:
-        raise ValueError("executor triton: triton is not installed; pip install triton")
+    if fault := import_fault("triton", "triton"):
+        raise ValueError(f"executor triton: {fault}")
     from triton import knobs
 
     if (place.type == "cpu") != bool(knobs.runtime.interpret):
@@ -133,13 +160,13 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(
             f"executor triton needs compute capability 8.0, this GPU has {major}.{minor}; use eager"
         )
+    if place.type == "cuda" and (fault := triton_fault()):
+        raise ValueError(f"executor triton: {fault}")
 
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:
-    if find_spec("openvino") is None:
-        raise ValueError(
-            'executor openvino: OpenVINO is not installed; pip install "meddanet[cpu]"'
-        )
+    if fault := import_fault("openvino", '"meddanet[cpu]"'):
+        raise ValueError(f"executor openvino, the fastest on a CPU: {fault}")
     from .openvino_networks import OpenVINONetworks
 
     threads = torch.get_num_threads()

@@ -12,11 +12,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import openvino as ov  # type: ignore[import-untyped]
+from openvino import opset13 as ops
 from torch import nn
 
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
-from .opset import Node, channels_last, constant, integers, ops, ov, translate
+from .opset import Node, channels_last, constant, integers, translate
 
 Array = np.ndarray
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width

@@ -19,19 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from openvino import opset1  # type: ignore[import-untyped]
+from openvino import opset13 as ops
 from torch import fx, nn
 
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 from ..networks.heatmap import EDGE, HeatCentre, play_shares
-
-try:
-    import openvino as ov  # type: ignore[import-untyped]
-    from openvino import opset1
-    from openvino import opset13 as ops
-except ImportError:  # the extra `cpu` is not installed, and nothing below is called
-    ov = opset1 = ops = None
 
 Node = Any
 
@@ -61,7 +56,8 @@ def translate(
     try:
         graph = _Tracer().trace(module)
     except fx.proxy.TraceError as error:
-        raise ValueError(f"{type(module).__name__} cannot be recorded ({error})") from error
+        name = type(module).__name__
+        raise ValueError(f"{name} cannot be recorded for OpenVINO ({error})") from error
     return _Translation(module, graph, channels_last).run(inputs)
 
 

@@ -128,7 +128,7 @@ class PackedUNet:
 def _check(model: MedDANetV2) -> None:
     segmenter: Any = model.segmenter
     lasts: list[Any] = [segmenter.last_stage, *model.crop_last_stages]
-    blocks = [last.block for last in lasts] + [getattr(segmenter, "dec3", None)]
+    blocks = [getattr(last, "block", None) for last in lasts] + [getattr(segmenter, "dec3", None)]
     if type(segmenter) is not UNet or not all(type(block) is ResidualBlock for block in blocks):
         raise ValueError("executor triton runs unet-* segmenters only; use auto or eager")
     routed = {f"segmenter.encoder.{index}" for index in range(len(segmenter.encoder))}

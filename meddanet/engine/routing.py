@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +31,8 @@ Array = np.ndarray
 DECISIONS = 8  # slices that are decided on at a time
 # an uninterrupted run saves a seventh of the way, a wrong guess costs all of it
 _SURE = 0.9
+# labels of empty canvases that are kept: one per crop size and size of slices
+_BACKGROUNDS = 16
 
 
 class Networks(Protocol):
@@ -101,8 +103,11 @@ class SliceEngine:
 
     Attributes:
         executor: What runs the networks.
+        passed_over: As for `Engine`.
         threads: How many slices are worked on at a time.
     """
+
+    passed_over = ""
 
     def __init__(
         self, model: MedDANetV2, networks: Networks, executor: str, threads: int
@@ -115,7 +120,7 @@ class SliceEngine:
         self._chosen = Counter([tuple(min(widths) for _, _, widths in self._selectors)])
         self._halos = [halo(stage) for stage in model.crop_last_stages]
         self._pool = _single_threaded_workers(threads)
-        self._background = cache(self._label_background)
+        self._background = lru_cache(_BACKGROUNDS)(self._label_background)
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Routes every slice and labels it.

@@ -1,13 +1,13 @@
 """The networks in PyTorch, for where OpenVINO is not installed or knows no translation.
 
 Weights are put on the grid once per width. Dense convolutions of up to 8 bit run on integer codes
-by oneDNN where a probe says that it is exact; everything else in float32 on the grid's values.
+by oneDNN where the chosen backend allows it and a probe says that it is exact; everything else in
+float32 on the grid's values.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import fake_quantize
+from ..kernels.backend import onednn_runs
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
-from ..kernels.onednn import is_exact
 from ..layers import (
     QuantConv2d,
     QuantConvTranspose2d,
@@ -32,17 +32,21 @@ from . import onednn
 
 Array = np.ndarray
 
+# shapes and widths for which a layer's weights stay packed: crops and a few sizes of whole slices
+KEPT = 8
+
 
 class TorchNetworks:
     """Implements `routing.Networks` for any model.
 
     Args:
-        model: In `eval()`, on the CPU, every quantised layer with a range.
+        model: In `eval()`, on the CPU, every quantised layer with a range; these layers are
+            replaced in it.
     """
 
     def __init__(self, model: MedDANetV2) -> None:
-        self._model: Any = to_memory_format(deepcopy(model).eval(), torch.channels_last)
-        integer = is_exact()
+        self._model: Any = to_memory_format(model, torch.channels_last)
+        integer = onednn_runs(torch.empty(0))
         for name, layer in quantized_layers(self._model).items():
             if layer.quantize:
                 parent, _, own = name.rpartition(".")
@@ -110,7 +114,7 @@ class _Frozen(nn.Module):
         dense = isinstance(layer, QuantConv2d) and layer.groups == 1 and layer.kernel_size != (1, 1)
         self.integer = integer and dense and layer.padding_mode == "zeros"
         self.codes, self.weight = cache(self._codes), cache(self._weight)
-        self.packed = cache(self._pack)
+        self.packed = lru_cache(KEPT)(self._pack)
 
     def forward(
         self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None

@@ -1,7 +1,8 @@
 """Volumes through recorded plans: chunks, transfers, and CUDA graphs around what a plan records.
 
-On a GPU chunks are uploaded on a stream of their own from pinned memory, while the one before is
-computed, and labels go back without waiting; the host waits once, for the last of them.
+On a GPU chunks are uploaded on a stream of their own from pinned memory, each while the one before
+is computed, and labels go back without waiting; the host waits once, for the last of them. A volume
+of a single chunk, as a head is, is uploaded to where it is computed, before that begins.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class TritonEngine:
     """
 
     executor = "triton"
+    passed_over = ""
 
     def __init__(
         self, model: MedDANetV2, device: torch.device, capacities: tuple[int, ...] = CAPACITIES
@@ -150,17 +153,19 @@ class TritonEngine:
         return result
 
     def _segment_on_gpu(self, images: Tensor, plan: Plan, run: Callable[[], Any]) -> Segmentation:
-        """The next chunk's upload, this one's work and the last one's download side by side."""
+        """The next chunk's upload beside this one's work; a single chunk needs no staging."""
         empty = Segmentation.skipped(images, self._model.num_stages)
         result = Segmentation(*(part.pin_memory() for part in empty))
         compute, upload = torch.cuda.Stream(), torch.cuda.Stream()
-        staged = [torch.empty_like(plan.images) for _ in range(2)]
+        several = len(images) > plan.capacity
+        staged = [torch.empty_like(plan.images) for _ in range(2)] if several else [plan.images]
         taken = [torch.cuda.Event() for _ in staged]
         compute.wait_stream(torch.cuda.current_stream())
         upload.wait_stream(torch.cuda.current_stream())
         try:
-            for number, (part, chunk) in enumerate(_chunks(images, plan.capacity)):
-                stage, done = staged[number % 2], taken[number % 2]
+            turns = cycle(zip(staged, taken, strict=True))
+            chunks = _chunks(images, plan.capacity)
+            for (part, chunk), (stage, done) in zip(chunks, turns, strict=False):
                 with torch.cuda.stream(upload):
                     upload.wait_event(done)
                     # a piece is copied into pinned memory while the last one is uploaded
@@ -169,6 +174,7 @@ class TritonEngine:
                     stage[len(chunk) :].zero_()
                 compute.wait_stream(upload)
                 with torch.cuda.stream(compute):
+                    # nothing is copied where the stage is the buffer itself
                     plan.images.copy_(stage)
                     done.record(compute)
                     run()

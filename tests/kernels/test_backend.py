@@ -28,7 +28,9 @@ class Cuda:
 
 def install(monkeypatch, package):
     """Makes triton look installed or not, whatever this machine has."""
-    monkeypatch.setattr(chooser, "find_spec", lambda name: object() if package else None)
+    fault = "" if package else "triton is not installed; pip install triton"
+    monkeypatch.setattr(chooser, "import_fault", lambda *names: fault)
+    monkeypatch.setattr(chooser, "triton_fault", lambda: fault)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,64 @@ def test_triton_that_is_not_installed(monkeypatch):
     install(monkeypatch, False)
     with use_backend("triton"), pytest.raises(ValueError, match="pip install triton"):
         bilinear_crop(x, offset, 2)
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch) -> str:
+    """The name of a package whose import fails as one does that lacks a library."""
+    (tmp_path / "broken.py").write_text("raise ImportError('libbroken.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "broken"
+
+
+def test_what_is_wrong_with_a_package(broken):
+    assert chooser.import_fault("json", "json") == ""
+    assert chooser.import_fault("nothere", '"all[it]"') == (
+        'nothere is not installed; pip install "all[it]"'
+    )
+    assert chooser.import_fault(broken, "broken") == (
+        "broken is damaged (libbroken.so: cannot open); pip install --force-reinstall broken"
+    )
+
+
+@pytest.fixture
+def asked_anew():
+    """Lets a test ask afresh whether Triton launches, and those after it, too."""
+    chooser.triton_fault.cache_clear()
+    yield
+    chooser.triton_fault.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Failed to find\nC compiler."), subprocess.CalledProcessError(1, ["gcc"])],
+)
+def test_auto_does_without_a_triton_that_cannot_launch(monkeypatch, asked_anew, error):
+    """As where no C compiler is found, or it fails for want of Python's headers."""
+    launches = []
+
+    def launch():
+        launches.append(error)
+        raise error
+
+    monkeypatch.setattr(chooser, "import_fault", lambda *names: "")
+    monkeypatch.setattr(chooser, "_launch", launch)
+    assert not chooser.triton_runs(Cuda()) and not chooser.triton_runs(Cuda())
+    assert len(launches) == 1, "it is tried once"
+    told = " ".join(str(error).split())
+    assert chooser.triton_fault() == (
+        f"triton launches nothing here ({told}); it needs a C compiler and Python's headers"
+    )
+
+
+def test_the_launch_that_is_tried():
+    """It runs under the interpreter and on a GPU; where there is neither, Triton has no driver."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret or torch.cuda.is_available():
+        chooser._launch()
+    else:
+        with pytest.raises(RuntimeError, match="0 active drivers"):
+            chooser._launch()
 
 
 def test_a_setter_and_a_context():

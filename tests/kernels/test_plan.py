@@ -250,6 +250,22 @@ def test_neighbours_and_chunks_change_nothing(engine, mixed):
     assert all(torch.equal(a[0], b[4]) for a, b in zip(alone, mixed, strict=True))
 
 
+def test_changes_of_the_model_do_not_reach_the_engine(engine, model, mixed):
+    """Neither what was made already, at the size seen before, nor what another size makes."""
+    changed = deepcopy(model)
+    ours, untouched = (compile_engine(m, str(engine.device), "triton") for m in (changed, model))
+    ours.capacities = untouched.capacities = (1,)
+    before, after = MIXED[:1], torch.cat([MIXED[:1], MIXED[1:2]], 2)
+    ours.segment(before)
+    with torch.no_grad():
+        for tensor in (*changed.parameters(), *changed.buffers()):
+            tensor.mul_(-2).add_(1)
+    found = ours.segment(before)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, mixed, strict=True))
+    pairs = zip(ours.segment(after), untouched.segment(after), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 # how it runs -----------------------------------------------------------------------------------
 
 
