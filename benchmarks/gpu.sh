@@ -118,7 +118,7 @@ sanitize)
   ;;
 
 kernels)
-  need pytest pytest_benchmark numpy triton
+  need pytest pytest_benchmark numpy triton nibabel isal safetensors
   export MEDDANET_RESULTS=$out/${dry_run:+dry-}kernels.json
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1

@@ -48,8 +48,8 @@ class Results:
     @cached_property
     def speed(self) -> Content:
         """The CPU suite's numbers: the file of the machine that was measured last."""
-        files = sorted(self.folder.glob("cpu_*.json"))
-        return json.loads(files[-1].read_text())
+        contents = [json.loads(path.read_text()) for path in sorted(self.folder.glob("cpu_*.json"))]
+        return max(contents, key=measured)
 
     @property
     def speed_machine(self) -> str:
@@ -84,6 +84,11 @@ class Results:
         """The files that `ablations.py` wrote, by name."""
         files = {path.stem: json.loads(path.read_text()) for path in self.folder.glob("*.json")}
         return {name: content for name, content in sorted(files.items()) if "results" in content}
+
+
+def measured(levels: Content) -> str:
+    """When the newest level of a CPU file was measured; one that does not say is the oldest."""
+    return max(level.get("environment", {}).get("date", "") for level in levels.values())
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -20,12 +20,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from meddanet.bench import RUNTIMES, date, versions
 
 DRY_RUN = os.environ.get("MEDDANET_DRY_RUN") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
@@ -49,14 +50,11 @@ def _commit() -> str:
 def environment() -> dict[str, Any]:
     """Returns what a result depends on: device, versions, commit."""
     facts: dict[str, Any] = {
-        "commit": _commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "dry_run": DRY_RUN, "rounds": ROUNDS, "python": platform.python_version(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "device": f"CPU, {platform.machine()}",
+        "commit": _commit(), "date": date(), "dry_run": DRY_RUN,
+        "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "device": f"CPU, {platform.machine()}",
+        **versions((*RUNTIMES, "torchvision", "torch-tensorrt", "tensorrt")),
     }  # fmt: skip
-    for name in ("triton", "torchvision"):
-        if find_spec(name):
-            facts[name] = __import__(name).__version__
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
         facts |= {
@@ -235,4 +233,4 @@ def compare(
         if name != ours and "failed" not in row
     }
     clocks = {"sm_clock_after": _smi("clocks.sm")} if cuda else {}
-    return {"ours": ours, "providers": rows, "ratios": ratios, **clocks}
+    return {"ours": ours, "rounds": rounds, "providers": rows, "ratios": ratios, **clocks}

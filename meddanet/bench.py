@@ -9,8 +9,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .routing import channels_last
 from .version import __version__
 
 BATCH = 8
+RUNTIMES = "openvino", "onnxruntime", "triton"
 Run = Callable[[], object]
 
 
@@ -81,13 +84,28 @@ def ratios(times: Mapping[str, Mapping[str, float]], base: str) -> dict[str, dic
 
 
 def machine() -> dict[str, object]:
-    """Returns what a timing depends on: processor, threads, versions."""
+    """Returns what a timing depends on: processor, threads, versions; and when it was."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "processor": _processor(), "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "gpus": gpus, "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "meddanet": __version__,
-    }
+        **versions(RUNTIMES), "date": date(),
+    }  # fmt: skip
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def date() -> str:
+    """Returns the present date and time, in a form that sorts as time goes."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def _processor() -> str:

@@ -42,6 +42,32 @@ def results(tmp_path) -> tables.Results:
     return tables.Results(tmp_path)
 
 
+def test_the_machine_measured_last_is_shown(tmp_path):
+    def write(name: str, **environment) -> None:
+        level = {"times": {}, **environment, "case": name}
+        (tmp_path / f"cpu_{name}.json").write_text(json.dumps({"network a": level}))
+
+    write("z")
+    assert tables.Results(tmp_path).networks[0]["case"] == "z"
+    write("b", environment={"date": "2026-11-26 12:00:00 UTC"})
+    # neither by name nor, without a date, before one that has it
+    write("c", environment={"date": "2026-09-30 12:00:00 UTC"})
+    assert tables.Results(tmp_path).networks[0]["case"] == "b"
+
+
+def test_every_level_tells_when_and_of_what_it_is(tmp_path, monkeypatch):
+    volumes = pytest.importorskip("volumes")
+    monkeypatch.setattr(volumes, "RESULTS", tmp_path)
+    volumes.write_results("end to end", {"case": "a"})
+    path = volumes.write_results("network a", {"case": "a"})
+    content = json.loads(path.read_text())
+    for level in content.values():
+        assert level["environment"]["date"] == tables.measured({"": level}) > "2026"
+        assert level["environment"]["commit"] and level["environment"]["torch"]
+        assert level["case"] == "a"
+    assert tables.Results(tmp_path).speed == content
+
+
 def cells(table: str, line: int) -> list[str]:
     return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
 
