@@ -50,8 +50,7 @@ def time_interleaved(
     Raises:
         ValueError: If `rounds` is below 1.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    check_rounds(rounds)
     for run in runs.values() if warm_up else ():
         run()
     wall: dict[str, list[float]] = {name: [] for name in runs}
@@ -71,6 +70,12 @@ def time_interleaved(
         }
         for name in runs
     }
+
+
+def check_rounds(rounds: int) -> None:
+    """Raises ValueError unless something is timed at all."""
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
 
 
 def ratios(times: Mapping[str, Mapping[str, float]], base: str) -> dict[str, dict[str, float]]:
@@ -227,6 +232,7 @@ def bench_volume(
         that of the model's own layers), "times", "ratios", "not_run" with reasons, and "plan", the
         GPU's own time of a recorded plan (`plan_times`).
     """
+    check_rounds(rounds)
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
     predictor = VolumePredictor(model, device, executor=executor)
@@ -256,12 +262,16 @@ def bench_volume(
 
 
 def render(result: dict) -> str:
-    """Returns the result of `bench_volume` as a table."""
+    """Returns the result of `bench_volume` as a table: times, and whether the answers agree."""
     lines = [f"{'':28} {'seconds':>8} {'CPU s':>8} {'/ engine':>9}"]
     base = result["times"]["engine"]["seconds"]
     for name, found in result["times"].items():
         seconds, cpu = found["seconds"], found["cpu_seconds"]
         lines.append(f"{name:28} {seconds:8.3f} {cpu:8.3f} {seconds / base:8.1f}x")
+    lines.append(
+        f"{'agreement':28} {result['agreement']:8.4f}  "
+        "Dice of the engine's lesion with that of the model's own layers"
+    )
     lines += [f"{name:28} not run: {reason}" for name, reason in result["not_run"].items()]
     if plan := result["plan"]:
         lines.append(
