@@ -312,7 +312,7 @@ def context(results: Results) -> str:
 
 
 def prediction(results: Results) -> str:
-    """Predicted milliseconds per volume: least, middle and most work, and the static network."""
+    """Least milliseconds per volume: least, middle and most work, and the static network."""
     ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
            for name, case in results.accuracy.items()}  # fmt: skip
     ordered = sorted(ran, key=lambda name: ran[name])
@@ -326,7 +326,7 @@ def prediction(results: Results) -> str:
             bound = next(iter(volume["milliseconds_by_bound"]))
             cells.append(f"{volume['milliseconds']:.2f} ({bound})")
         rows.append((name, *cells))
-    header = ["**predicted** ms, most of it bound by", *heads, "static, every slice whole"]
+    header = ["**predicted lower bound**, ms, most of it by", *heads, "static, every slice whole"]
     return markdown(header, rows)
 
 
@@ -395,6 +395,30 @@ def gpu_launches(results: Results) -> str:
     )  # fmt: skip
 
 
+def gpu_bounds(results: Results) -> str:
+    """What was measured of today's plan, part by part, beside its predicted lower bound."""
+    from predict import bounds_of_launches
+
+    variants, rows = results.read("kernels_compiled")["variants"], []
+    for path in sorted(results.folder.glob("gpu_launches*.json")):
+        content = json.loads(path.read_text())
+        bounds = bounds_of_launches(content, results.accuracy, variants)
+        if bounds is None:
+            continue
+        times = {**content["parts_us"], "**the graph**": content["replay_us"]}
+        least = {**bounds["milliseconds_by_part"], "**the graph**": bounds["milliseconds"]}
+        facts = content["environment"]
+        rows += [
+            (facts["device"], facts["commit"], short(content["case"]), part, f"{time:.0f}",
+             f"{1e3 * least[part]:.0f}", f"{time / least[part] / 1e3:.1f}x")
+            for part, time in times.items()
+        ]  # fmt: skip
+    return markdown(
+        ["GPU", "commit", "case", "", "measured, us", "predicted lower bound, us",
+         "measured / bound"], rows
+    )  # fmt: skip
+
+
 def ablations(results: Results) -> str:
     """Every list of configurations that was trained."""
     parts = []
@@ -438,5 +462,5 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-decisions": lambda results: decisions(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
     "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,
-    "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches,
+    "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
 }  # fmt: skip
