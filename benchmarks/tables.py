@@ -353,13 +353,14 @@ def gpu_network(results: Results) -> str:
 
 
 def gpu_kernels(results: Results) -> str:
-    """Every kernel on GPUs beside its peers, and its share of the card's published peaks."""
-    from predict import compare
+    """Every kernel on GPUs beside its peers, and its share of the card's roof, if known."""
+    from predict import compare, known_card
 
     rows = []
     for path in sorted(results.folder.glob("gpu_kernels*.json")):
         content = json.loads(path.read_text())
-        shares = {row["case"]: row for row in compare(content)}
+        device = content["environment"]["device"]
+        shares = {row["case"]: row for row in compare(content)} if known_card(device) else {}
         for case in content["cases"]:
             ours = case["providers"][case["ours"]]
             peers = [
@@ -368,13 +369,13 @@ def gpu_kernels(results: Results) -> str:
             failed = [name for name, found in case["providers"].items() if "failed" in found]
             share = shares.get(case["case"])
             rows.append((
-                case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
+                device, case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
                 f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
                 "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
             ))
     return markdown(
-        ["case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
-    )  # fmt: skip
+        ["GPU", "case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
+    ) if rows else "None has been measured yet."  # fmt: skip
 
 
 def gpu_launches(results: Results) -> str:

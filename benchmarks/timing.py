@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -64,6 +65,12 @@ def environment() -> dict[str, Any]:
             "copy_gb_per_s": round(copy_bandwidth(), 1),
         }  # fmt: skip
     return facts
+
+
+def card_name(device: str) -> str:
+    """Returns what files call a card: "NVIDIA GeForce RTX 4090" is rtx-4090."""
+    short = re.sub(r"\b(NVIDIA|GeForce)\b", "", device)
+    return re.sub(r"\W+", "-", short.lower()).strip("-")
 
 
 def _smi(what: str) -> str:

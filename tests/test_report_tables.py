@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,65 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
     assert marked >= 8
 
 
+@pytest.fixture
+def unknown_card(tmp_path) -> tables.Results:
+    """The committed results, and those of a card whose peaks nobody has entered."""
+    timing = pytest.importorskip("timing")
+    shutil.copytree(RESULTS, tmp_path / "results")
+    device = "NVIDIA GeForce Made-Up 9000"
+    name = timing.card_name(device)
+    assert name == "made-up-9000" and timing.card_name("NVIDIA H200") == "h200"
+
+    def write(part: str, **content) -> None:
+        facts = {"environment": {"device": device, "commit": "abc"}, **content}
+        (tmp_path / "results" / f"gpu_{part}_{name}.json").write_text(json.dumps(facts))
+
+    times = {kind: {"median": 0.02} for kind in ("cold_ms", "wall_ms")}
+    case = {
+        "case": "head", "volume": "phantom", "ours": "label_head", "bytes": 1e6, "operations": 1e9,
+        "ratios": {"eager": {"cold_ms": 2.0}},
+        "providers": {"label_head": times, "eager": times, "absent": {"failed": "no such thing"}},
+    }  # fmt: skip
+    write("kernels", cases=[case])
+    write("network", cases=[case])
+    launches = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
+    write("launches", **{k: v for k, v in launches.items() if k != "environment"})
+    return tables.Results(tmp_path / "results")
+
+
+@pytest.mark.parametrize(("part", "kinds"), [
+    ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune"]),
+    ("network", ["gpu_network", "gpu_launches", "cold_start"]),
+])  # fmt: skip
+def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
+    """A stand-in for Python tells a card's name, and else what it was called with."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && case $2 in *card_name*) echo made-up-9000; exit;; esac\n'
+        'echo "$MEDDANET_RESULTS" "$@"\n'
+    )
+    python.chmod(0o755)
+    case = {"MEDDANET_CASE": "/data/BraTS2021_00000"}
+    facts = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **case}
+    run = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", part], env=facts, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for kind in kinds:
+        suffix = "_00000" if kind == "gpu_launches" else ""
+        assert str(tmp_path / "out" / f"{kind}_made-up-9000{suffix}.json") in run.stdout
+
+
+def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
+    found = cells(tables.gpu_kernels(unknown_card), 2)
+    assert found == ["NVIDIA GeForce Made-Up 9000", "head", "20.0", "",
+                     "eager 2.00x; absent did not run"]  # fmt: skip
+    assert "Made-Up 9000 | phantom" in tables.gpu_network(unknown_card)
+    assert "Made-Up 9000 | abc" in tables.gpu_launches(unknown_card)
+    assert "Made-Up" not in tables.gpu_bounds(unknown_card)
+    assert tables.gpu_kernels(tables.Results(RESULTS)) == "None has been measured yet."
+
+
 def test_every_figure_that_documents_show_is_there():
     for path in report.documents(ROOT):
         for part in path.read_text().split("](")[1:]:
@@ -144,11 +204,11 @@ def test_every_figure_that_documents_show_is_there():
                 assert (path.parent / target).is_file(), f"{path.name}: {target} is missing"
 
 
-def test_figures_are_drawn_from_the_committed_results(tmp_path):
+def test_figures_are_drawn_from_the_results(unknown_card, tmp_path):
     pytest.importorskip("matplotlib")
     import plots
 
-    drawn = plots.draw(tables.Results(RESULTS), tmp_path)
+    drawn = plots.draw(unknown_card, tmp_path)
     assert {path.stem for path in drawn} >= {"time_per_volume", "accuracy_against_cost", "roofline"}
     assert all(path.read_text().rstrip().endswith("</svg>") for path in drawn)
 
