@@ -16,7 +16,8 @@
 #
 # Results go to $OUT (default benchmarks/results) under the names that `make report` reads, such as
 # gpu_kernels_rtx-4090.json, and are whole after every test. Nothing has to be installed: the
-# checkout is put on Python's path. On a machine without network, packages that are missing can lie in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
+# checkout is put on Python's path. On a machine without network, packages that are missing can lie
+# in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
 #   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: --no-deps \
 #     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors \
 #     jsonargparse docstring-parser typeshed-client

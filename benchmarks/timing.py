@@ -3,7 +3,8 @@
 Numbers per provider, each as median, 20th and 80th percentile over the rounds; every round
 times every provider once, in turn, so that a clock that drifts meets all alike:
 
-    cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand
+    cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand;
+           where "queued" is false they outlast the queue, and the GPU's waiting is in it
     graph  GPU time per replay of a CUDA graph, caches warm; absent where capture fails
     wall   time on the host from the call to the end of its work: what eager code feels
     cpu    processor time of the same call, where there is no GPU: other work moves it little
@@ -101,6 +102,17 @@ def between_events(function: Provider) -> float:
     return begin.elapsed_time(end)
 
 
+def queue_holds(function: Provider) -> bool:
+    """Tells whether the GPU comes to a call's first launch only when the last one is queued."""
+    begin = torch.cuda.Event()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    begin.record()
+    function()
+    held = not begin.query()
+    torch.cuda.synchronize()
+    return held
+
+
 def _captured(function: Provider) -> Provider | None:
     """Returns the replay of a graph of the function; None where it cannot be captured."""
     try:
@@ -140,6 +152,7 @@ class Stopwatch:
             function()
         finish()
         self.graph = _captured(function) if capture and DEVICE.type == "cuda" else None
+        self.facts = {"queued": queue_holds(function)} if DEVICE.type == "cuda" else {}
         self.peak_mb = self._peak()
 
     def _peak(self) -> float | None:
@@ -173,8 +186,8 @@ class Stopwatch:
         self.times.setdefault(kind, []).append(milliseconds)
 
     def summary(self) -> dict[str, Any]:
-        """Returns median, 20th and 80th percentile of each kind, and the peak memory."""
-        rows: dict[str, Any] = {}
+        """Returns median, 20th and 80th percentile of each kind, and what else is known."""
+        rows: dict[str, Any] = dict(self.facts)
         for kind, values in self.times.items():
             low, _, _, high = statistics.quantiles(values, n=5, method="inclusive")
             quantiles = (statistics.median(values), low, high)

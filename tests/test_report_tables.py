@@ -150,11 +150,12 @@ def unknown_card(tmp_path) -> tables.Results:
         facts = {"environment": {"device": device, "commit": "abc"}, **content}
         (tmp_path / "results" / f"gpu_{part}_{name}.json").write_text(json.dumps(facts))
 
-    times = {kind: {"median": 0.02} for kind in ("cold_ms", "wall_ms")}
+    times: dict = {kind: {"median": 0.02} for kind in ("cold_ms", "wall_ms")}
+    queued = {**times, "queued": True}
     case = {
         "case": "head", "volume": "phantom", "ours": "label_head", "bytes": 1e6, "operations": 1e9,
         "ratios": {"eager": {"cold_ms": 2.0}},
-        "providers": {"label_head": times, "eager": times, "absent": {"failed": "no such thing"}},
+        "providers": {"label_head": queued, "eager": times, "absent": {"failed": "no such thing"}},
     }  # fmt: skip
     write("kernels", cases=[case])
     write("network", cases=[case])
@@ -190,10 +191,34 @@ def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
     found = cells(tables.gpu_kernels(unknown_card), 2)
     assert found == ["NVIDIA GeForce Made-Up 9000", "head", "20.0", "",
                      "eager 2.00x; absent did not run"]  # fmt: skip
-    assert "Made-Up 9000 | phantom" in tables.gpu_network(unknown_card)
+    (line, other) = [n for n, row in enumerate(tables.gpu_network(unknown_card).splitlines())
+                     if "Made-Up 9000 | phantom" in row and "0.02" in row]  # fmt: skip
+    # of launches that outlast the queue the time between events is a bound
+    assert cells(tables.gpu_network(unknown_card), line)[3:5] == ["**label_head**", "0.02"]
+    assert cells(tables.gpu_network(unknown_card), other)[3:5] == ["eager", "≤ 0.02"]
     assert "Made-Up 9000 | abc" in tables.gpu_launches(unknown_card)
     assert "Made-Up" not in tables.gpu_bounds(unknown_card)
     assert tables.gpu_kernels(tables.Results(RESULTS)) == "None has been measured yet."
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_queue_holds_if_the_first_launch_is_still_waiting(held, monkeypatch):
+    timing = pytest.importorskip("timing")
+    calls = []
+
+    class Event:
+        def record(self):
+            calls.append("record")
+
+        def query(self):
+            calls.append("query")
+            return not held
+
+    for name, stand_in in {"Event": Event, "_sleep": lambda cycles: calls.append("sleep"),
+                           "synchronize": lambda: calls.append("wait")}.items():  # fmt: skip
+        monkeypatch.setattr(timing.torch.cuda, name, stand_in, raising=False)
+    assert timing.queue_holds(lambda: calls.append("launch")) is held
+    assert calls == ["sleep", "record", "launch", "query", "wait"]
 
 
 def test_every_figure_that_documents_show_is_there():
