@@ -152,6 +152,21 @@ def speed_cases(results: Results) -> str:
     )  # fmt: skip
 
 
+def cpu_kernels(results: Results) -> str:
+    """Every kernel on the CPU beside its peers."""
+    rows = []
+    for level, part in results.speed.items():
+        if not level.startswith("kernel "):
+            continue
+        ours = part["providers"][part["ours"]]["wall_ms"]["median"]
+        peers = [f"{name} {ratios['wall_ms']:.1f}x" for name, ratios in part["ratios"].items()]
+        peers += [f"{name} did not run" for name, found in part["providers"].items()
+                  if "failed" in found]  # fmt: skip
+        rows.append((level.removeprefix("kernel "), part["ours"], f"{ours:.2f}", "; ".join(peers)))
+    header = ["eight slices", "ours", "ms", "peers' time over ours"]
+    return markdown(header, rows) if rows else "None has been measured yet."
+
+
 def files(results: Results) -> str:
     """Files to files."""
     part = results.speed["end to end"]
@@ -455,6 +470,7 @@ def _ablation(found: Content) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "speed": speed, "speed-cases": speed_cases, "files": files,
+    "cpu-kernels": cpu_kernels,
     "headline": lambda results: headline(results.accuracy),
     "accuracy": lambda results: accuracy(results.accuracy),
     "accuracy-cases": lambda results: accuracy_cases(results.accuracy),

@@ -56,6 +56,19 @@ def test_the_machine_measured_last_is_shown(tmp_path):
     assert tables.Results(tmp_path).networks[0]["case"] == "b"
 
 
+def test_kernels_of_a_cpu_stand_beside_their_peers(tmp_path):
+    path = tmp_path / "cpu_a.json"
+    path.write_text(json.dumps({"end to end": {}}))
+    assert tables.cpu_kernels(tables.Results(tmp_path)) == "None has been measured yet."
+    level = {
+        "ours": "label_head", "ratios": {"layers": {"wall_ms": 2.0}},
+        "providers": {"label_head": {"wall_ms": {"median": 1.5}}, "other": {"failed": "absent"}},
+    }  # fmt: skip
+    path.write_text(json.dumps({"end to end": {}, "kernel head": level}))
+    found = cells(tables.cpu_kernels(tables.Results(tmp_path)), 2)
+    assert found == ["head", "label_head", "1.50", "layers 2.0x; other did not run"]
+
+
 def test_every_level_tells_when_and_of_what_it_is(tmp_path, monkeypatch):
     volumes = pytest.importorskip("volumes")
     monkeypatch.setattr(volumes, "RESULTS", tmp_path)
