@@ -9,6 +9,7 @@
 #   benchmarks/gpu.sh network    the engine's recorded plan and the whole network against the static
 #                                one, the plan launch by launch, and the first call with and without
 #                                precompiling; MEDDANET_CASE names a labelled case, else a phantom
+#   benchmarks/gpu.sh tuned      the same volume by max-autotune and TensorRT, which take minutes to build
 #   benchmarks/gpu.sh tune       block sizes of the plan's convolutions, on the same case
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
@@ -26,7 +27,7 @@ cd "$(dirname "$0")/.."
 
 part=${1:-}
 case $part in
-test | sanitize | kernels | network | tune) shift ;;
+test | sanitize | kernels | network | tuned | tune) shift ;;
 *)
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh >&2
   exit 2
@@ -148,7 +149,8 @@ network)
   [[ -n $dry_run ]] || card=$(card_of) || exit 1
   MEDDANET_RESULTS=$(result gpu_network)
   export MEDDANET_RESULTS
-  tests benchmarks/test_network.py -s --benchmark-columns=median,rounds "$@" || status=1
+  tests benchmarks/test_network.py -k "not tuned" -s --benchmark-columns=median,rounds "$@" ||
+    status=1
   launches=$(result gpu_launches)
   # of BraTS2021_00000: gpu_launches_CARD_00000.json
   [[ -n ${MEDDANET_CASE:-} ]] && launches=${launches%.json}_${MEDDANET_CASE##*[_/]}.json
@@ -158,6 +160,15 @@ network)
   limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
     status=1
   say "results: $MEDDANET_RESULTS ${dry_run:-$launches} $cold"
+  ;;
+
+tuned)
+  need pytest pytest_benchmark numpy triton nibabel isal safetensors
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+  MEDDANET_RESULTS=$(result gpu_network_tuned)
+  export MEDDANET_RESULTS
+  tests benchmarks/test_network.py -k tuned -s --benchmark-columns=median,rounds "$@" || status=1
+  say "results: $MEDDANET_RESULTS"
   ;;
 
 tune)

@@ -30,7 +30,8 @@ class Unavailable(Exception):
     """A peer that this machine or installation does not have."""
 
 
-def _require(name: str) -> Any:
+def require(name: str) -> Any:
+    """Returns a module, or raises `Unavailable`."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -63,7 +64,7 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
     Returns:
         A run over these slices, or over others of their shape that it is called with.
     """
-    ov = _require("openvino")
+    ov = require("openvino")
     from openvino import opset13 as ops
 
     from meddanet.engine.opset import translate
@@ -103,8 +104,8 @@ def onnxruntime_static(
     model: MedDANetV2, slices: np.ndarray, num_bits: int, folder: Path
 ) -> Run:
     """ONNX Runtime, slice by slice; 8 bit by its own static quantisation, every 12th slice seen."""
-    runtime = _require("onnxruntime")
-    _require("onnx"), _require("onnxscript")
+    runtime = require("onnxruntime")
+    require("onnx"), require("onnxscript")
     path = folder / "static.onnx"
     if not path.exists():
         network = static_network(model).to(memory_format=torch.contiguous_format)
@@ -128,7 +129,7 @@ def onnxruntime_static(
 
 
 def _quantized(path: Path, slices: np.ndarray, target: Path) -> Path:
-    quantization = _require("onnxruntime.quantization")
+    quantization = require("onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:

@@ -353,7 +353,8 @@ def gpu_network(results: Results) -> str:
         device = content["environment"]["device"]
         for case in content["cases"]:
             ours = case["providers"][case["ours"]]
-            for name, found in case["providers"].items():
+            absent = {name: {"failed": why} for name, why in case.get("not_run", {}).items()}
+            for name, found in (case["providers"] | absent).items():
                 label = f"**{name}**" if name == case["ours"] else name
                 where = device, short(case["volume"]), case["case"], label
                 if "failed" in found:

@@ -171,7 +171,7 @@ def unknown_card(tmp_path) -> tables.Results:
         "providers": {"label_head": queued, "eager": times, "absent": {"failed": "no such thing"}},
     }  # fmt: skip
     write("kernels", cases=[case])
-    write("network", cases=[case])
+    write("network", cases=[{**case, "not_run": {"TensorRT": "not installed"}}])
     launches = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
     write("launches", **{k: v for k, v in launches.items() if k != "environment"})
     return tables.Results(tmp_path / "results")
@@ -179,6 +179,7 @@ def unknown_card(tmp_path) -> tables.Results:
 
 @pytest.mark.parametrize(("part", "kinds"), [
     ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune"]),
+    ("tuned", ["gpu_network_tuned"]),
     ("network", ["gpu_network", "gpu_launches", "cold_start"]),
 ])  # fmt: skip
 def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
@@ -209,6 +210,7 @@ def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
     # of launches that outlast the queue the time between events is a bound
     assert cells(tables.gpu_network(unknown_card), line)[3:5] == ["**label_head**", "0.02"]
     assert cells(tables.gpu_network(unknown_card), other)[3:5] == ["eager", "≤ 0.02"]
+    assert "phantom | head | TensorRT |  |  | not installed |" in tables.gpu_network(unknown_card)
     assert "Made-Up 9000 | abc" in tables.gpu_launches(unknown_card)
     assert "Made-Up" not in tables.gpu_bounds(unknown_card)
     assert tables.gpu_kernels(tables.Results(RESULTS)) == "None has been measured yet."

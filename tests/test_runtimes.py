@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from meddanet.data import find_cases, load_volume, to_slices
 from meddanet.data.phantom import write_phantom
 
 runtimes = pytest.importorskip("runtimes")
+tensorrt_peer = pytest.importorskip("tensorrt_peer")
 
 
 def test_a_script_around_nibabel_segments_what_the_package_does(tmp_path):
@@ -41,3 +45,18 @@ def test_openvino_segments_the_slices_of_the_call():
     for slices, found in ((first, run().copy()), (others, run(others))):
         expected = slice_by_slice(static_network(model), torch.from_numpy(slices)).numpy()
         assert (found != expected).mean() < 1e-3
+
+
+def test_tensorrt_is_taken_where_it_is_and_named_where_it_is_not(monkeypatch):
+    for name in ("torch_tensorrt", "tensorrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    network, example = torch.nn.Conv2d(4, 4, 1).half(), torch.zeros(2, 4, 8, 8).half()
+    with pytest.raises(runtimes.Unavailable, match="tensorrt is not installed"):
+        tensorrt_peer.tensorrt_network(network, example)
+    calls = []
+    wrapper = SimpleNamespace(compile=lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", wrapper)
+    tensorrt_peer.tensorrt_network(network, example)
+    ((given, options),) = calls
+    assert given == (network,) and options["inputs"] == [example] and options["ir"] == "dynamo"
+    assert options["enabled_precisions"] == {torch.float16}
