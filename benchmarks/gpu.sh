@@ -9,14 +9,16 @@
 #   benchmarks/gpu.sh network    the engine's recorded plan and the whole network against the static
 #                                one, the plan launch by launch, and the first call with and without
 #                                precompiling; MEDDANET_CASE names a labelled case, else a phantom
+#   benchmarks/gpu.sh tuned      the same volume by max-autotune and TensorRT, which take minutes to build
 #   benchmarks/gpu.sh tune       block sizes of the plan's convolutions, on the same case
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
 #   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
 #
-# Results go to $OUT (default benchmarks/results) and are whole after every test. Nothing has to be
-# installed: the checkout is put on Python's path. On a machine without network, packages that are
-# missing can lie in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
+# Results go to $OUT (default benchmarks/results) under the names that `make report` reads, such as
+# gpu_kernels_rtx-4090.json, and are whole after every test. Nothing has to be installed: the
+# checkout is put on Python's path. On a machine without network, packages that are missing can lie
+# in .gpu-packages beside this folder; fill it elsewhere, for that machine's Python:
 #   pip install --target .gpu-packages --python-version 3.12 --only-binary=:all: --no-deps \
 #     hypothesis sortedcontainers nibabel packaging typing_extensions isal safetensors \
 #     jsonargparse docstring-parser typeshed-client
@@ -25,7 +27,7 @@ cd "$(dirname "$0")/.."
 
 part=${1:-}
 case $part in
-test | sanitize | kernels | network | tune) shift ;;
+test | sanitize | kernels | network | tuned | tune) shift ;;
 *)
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh >&2
   exit 2
@@ -83,6 +85,19 @@ tests() {
 }
 case_of=(${MEDDANET_CASE:+--case "$MEDDANET_CASE"})
 
+# the file of some results; those of a dry run are none of a card's
+result() {
+  if [[ -n $dry_run ]]; then
+    echo "$out/dry-$1.json"
+  else
+    echo "$out/$1_$card.json"
+  fi
+}
+card_of() {
+  PYTHONPATH="benchmarks:$PYTHONPATH" "$python" -c \
+    'import timing, torch; print(timing.card_name(torch.cuda.get_device_name()))'
+}
+
 log=$out/gpu-$part.log
 : >"$log"
 status=0
@@ -118,33 +133,50 @@ sanitize)
   ;;
 
 kernels)
-  need pytest pytest_benchmark numpy triton
-  export MEDDANET_RESULTS=$out/${dry_run:+dry-}kernels.json
+  need pytest pytest_benchmark numpy triton nibabel isal safetensors
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+  MEDDANET_RESULTS=$(result gpu_kernels)
+  export MEDDANET_RESULTS
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1
-  ways=$out/${dry_run:+dry-}forward_way.json
+  ways=$(result forward_way)
   limited "$python" benchmarks/forward_way.py "$ways" || status=1
   say "results: $MEDDANET_RESULTS $ways"
   ;;
 
 network)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
-  export MEDDANET_RESULTS=$out/${dry_run:+dry-}network.json
-  tests benchmarks/test_network.py -s --benchmark-columns=median,rounds "$@" || status=1
-  launches=$out/launches.json
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+  MEDDANET_RESULTS=$(result gpu_network)
+  export MEDDANET_RESULTS
+  tests benchmarks/test_network.py -k "not tuned" -s --benchmark-columns=median,rounds "$@" ||
+    status=1
+  launches=$(result gpu_launches)
+  # of BraTS2021_00000: gpu_launches_CARD_00000.json
+  [[ -n ${MEDDANET_CASE:-} ]] && launches=${launches%.json}_${MEDDANET_CASE##*[_/]}.json
   [[ -n $dry_run ]] ||
     limited "$python" benchmarks/plan_launches.py "$launches" "${case_of[@]}" || status=1
-  cold=$out/${dry_run:+dry-}cold_start.json
+  cold=$(result cold_start)
   limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
     status=1
   say "results: $MEDDANET_RESULTS ${dry_run:-$launches} $cold"
   ;;
 
+tuned)
+  need pytest pytest_benchmark numpy triton nibabel isal safetensors
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+  MEDDANET_RESULTS=$(result gpu_network_tuned)
+  export MEDDANET_RESULTS
+  tests benchmarks/test_network.py -k tuned -s --benchmark-columns=median,rounds "$@" || status=1
+  say "results: $MEDDANET_RESULTS"
+  ;;
+
 tune)
   need numpy triton nibabel isal safetensors
   [[ -n $dry_run ]] && say "there is no dry run of this part"
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
   [[ -n $dry_run ]] ||
-    limited "$python" benchmarks/tune.py "$out/tune.json" "${case_of[@]}" || status=1
+    limited "$python" benchmarks/tune.py "$(result gpu_tune)" "${case_of[@]}" || status=1
   ;;
 esac
 

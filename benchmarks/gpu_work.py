@@ -10,7 +10,7 @@ compiled kernels (`results/kernels_compiled.json`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,8 @@ class Work:
         shared_bytes: Through an SM's L1 and shared memory.
         half: Whether operations are half-precision ones, at half of the integer rate.
         launches: How many kernels these are.
+        programs: How many programs they are in all, those that find nothing to do included; 0 where
+            that is not known.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Work:
     shared_bytes: float = 0.0
     half: bool = False
     launches: int = 1
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Convolution:
 
 def unet(full: int) -> Iterator[Convolution]:
     """Yields the convolutions of U-Net-16 on slices of one side, up to the last stage."""
-    yield Convolution("first convolution", 4, 16, 3, full, stream=True)
+    yield Convolution("first convolution", 4, 16, 3, full, stream=True, codes=False)
     for level, blocks in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
         block = Convolution("encoder block, first", c, c, 3, side, stage=level)
@@ -122,7 +125,9 @@ def unet(full: int) -> Iterator[Convolution]:
             yield replace(second, name="encoder block, last", stream=False)
         else:
             yield replace(second, name="encoder block, last of its stage")
-            yield Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
+            down = Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
+            # what reads it is quantised later, when its width is known
+            yield replace(down, codes=False)
     for level in (2, 1, 0):
         c, side = 16 << level, full >> level
         yield Convolution("up, reduce", 2 * c, c, 1, side // 2)
@@ -136,7 +141,7 @@ def last_stage(channels: int, side: int) -> Iterator[Convolution]:
     """Yields the convolutions of a decoder block."""
     first = Convolution("decoder block, first", channels, channels, 3, side)
     yield first
-    yield replace(first, name="decoder block, second", residual=True, stream=True)
+    yield replace(first, name="decoder block, second", residual=True)
 
 
 class Tiles:
@@ -161,9 +166,13 @@ class Tiles:
         return known and known[min(known, key=lambda side: abs(side - convolution.side))]
 
 
-def head(samples: int, side: int) -> Work:
-    """The label head on codes of 16 channels: labels out, no tensor cores."""
-    return Work(f"head, {side}", samples * side**2 * 17)
+def one_launch(name: str, parts: Iterable[Work]) -> Work:
+    """Slots of several widths in one launch."""
+    parts = list(parts)
+    return Work(
+        name, sum(part.bytes for part in parts), sum(part.operations for part in parts),
+        sum(part.shared_bytes for part in parts),
+    )  # fmt: skip
 
 
 def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:

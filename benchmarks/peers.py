@@ -9,6 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def deviation(actual: Tensor, expected: Tensor) -> float:
+    """Returns the root mean square of the difference over that of what is expected."""
+    difference = actual.double() - expected.double()
+    return (difference.square().mean() / expected.double().square().mean()).sqrt().item()
+
+
+def agreeing(
+    expected: Tensor, outputs: dict[str, Callable[[], Tensor]], bound: float
+) -> dict[str, float]:
+    """Returns the peers' deviations; a peer that computes something else fails the case."""
+    found = {}
+    for name, run in outputs.items():
+        try:
+            output = run()
+        except Exception:
+            continue  # its row will say why
+        if output.is_quantized:
+            output = output.dequantize()
+        found[name] = deviation(output, expected)
+        assert found[name] <= bound, f"{name} deviates by {found[name]:.2g}"
+    return {name: round(value, 6) for name, value in found.items()}
+
+
 def eager_fake_quantize(x: Tensor, amax: Tensor, num_bits: int = 8) -> Tensor:
     """PyTorch's own operator, of eight bits and one range."""
     largest = 2 ** (num_bits - 1) - 1
@@ -53,8 +76,13 @@ def quantized_conv(
     codes: Tensor, step: float, weight: Tensor, bias: Tensor, out_step: float, stride: int,
     padding: int,
 ) -> Callable[[], Tensor]:  # fmt: skip
-    """PyTorch's `quantized::conv2d_relu`: per-tensor int8 in and out, bias in float."""
-    x = torch._make_per_tensor_quantized_tensor(codes, step, 0)
+    """PyTorch's `quantized::conv2d_relu`: per-tensor int8 in and out, bias in float.
+
+    On a CPU activations are unsigned: codes are moved by 128, and so is what stands for zero.
+    """
+    zero = 128 if codes.device.type == "cpu" else 0
+    moved = (codes.short() + zero).to(torch.uint8) if zero else codes
+    x = torch._make_per_tensor_quantized_tensor(moved, step, zero)
     weight_step = float(weight.abs().amax()) / 127
     packed = torch.ops.quantized.conv2d_prepack(
         torch.quantize_per_tensor(weight.float(), weight_step, 0, torch.qint8), bias.float(),

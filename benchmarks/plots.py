@@ -270,13 +270,12 @@ def roofline(results: Results) -> Figure | None:
 
 def measured_kernels(results: Results, card: str) -> list[dict[str, Any]]:
     """Returns the measured kernels of a card, from whatever GPU files are committed."""
-    from predict import compare
+    from predict import CARDS, compare
 
     rows = []
-    for path in sorted(results.folder.glob("*kernels*.json")):
+    for path in sorted(results.folder.glob("gpu_kernels*.json")):
         content = json.loads(path.read_text())
-        device = content.get("environment", {}).get("device", "")
-        if card.split()[-1] in device.split():
+        if content["environment"]["device"] in CARDS[card].devices:
             rows += [row for row in compare(content) if row["operations"]]
     return rows
 

@@ -3,13 +3,15 @@
     python benchmarks/predict.py [--card "RTX 4090"] [--out benchmarks/results/prediction.json]
     python benchmarks/predict.py --compare GPU.json [...]
 
-A launch takes as long as the slowest of four things, each at the card's published peak: its bytes
-at the memory's bandwidth, its integer operations at the tensor cores' int8 rate, its shared memory
-traffic at 128 bytes per clock and SM, and a launch without work in a CUDA graph. No kernel
-reaches a peak, so a prediction is a bound from below on time; what share of it is reached,
-`--compare` tells from measured results (`benchmarks/gpu.sh kernels`), which every case with its
-bytes and operations has. What moves and computes how much: `gpu_work.py`. A volume is that of a
-real case: its routes and widths as `results/brats2021.json` has them.
+A launch takes at least as long as the slowest of five things, three of them at the card's published
+peak: its bytes at the memory's bandwidth, its integer operations at the tensor cores' int8 rate,
+its shared memory traffic at 128 bytes per clock and SM; and two as an H200 was measured: a launch
+without work in a CUDA graph, and so much for each of its programs, working or not. No kernel
+reaches a peak, so a prediction is a lower bound on time; what share of it is reached, `--compare`
+tells from measured results (`benchmarks/gpu.sh kernels`), which every case with its bytes and
+operations has. What a kernel moves and computes: `gpu_work.py`. A volume is that of a real case,
+its routes and widths as `results/brats2021.json` has them, and goes through all launches of the
+engine's plan: `plan_work.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_work import Tiles, Work, half_precision, head, last_stage, unet
-
-from meddanet.build import build_decision_network, build_position_network
+from gpu_work import Tiles, Work, last_stage, unet
+from plan_work import SIDE, plan_work
 
 RESULTS = Path(__file__).parent / "results"
-SLICES, SIDE, HALO = 155, 240, 2
-# a kernel without work in a CUDA graph on an H200: "width" of the groups without slices in
-# results/gpu_launches_h200_00000.json
-LAUNCH_SECONDS = 1.15e-6
+SLICES = 155
+# a kernel without work in a CUDA graph on an H200: the shortest "width" of the groups without
+# slices in results/gpu_launches_h200_*.json
+LAUNCH_SECONDS = 1.13e-6
+# the launches of 72000 programs without work in results/gpu_launches_h200_00000_at_5fda279.json
+PROGRAM_SECONDS = 0.6e-9
 SHARED_BYTES_PER_CLOCK = 128
+DECIDING = "decisions and routing"
 
 
 @dataclass(frozen=True)
@@ -88,94 +92,76 @@ class Prediction:
     bound: str
 
 
-def predict(work: Work, card: Card) -> Prediction:
-    """Returns the time of the slowest part; several launches alike count as such."""
+def roofs(work: Work, card: Card) -> dict[str, float]:
+    """Returns the seconds that each part of a launch takes at the least."""
     rate = card.tera_ops * 1e12 * (0.5 if work.half else 1)
     shared = card.multiprocessors * card.gigahertz * 1e9 * SHARED_BYTES_PER_CLOCK
-    seconds = {
+    return {
         "memory": work.bytes / (card.gigabytes_per_second * 1e9),
         "operations": work.operations / rate,
         "shared memory": work.shared_bytes / shared,
+        "programs": work.programs * PROGRAM_SECONDS,
         "launch": work.launches * LAUNCH_SECONDS,
     }
+
+
+def predict(work: Work, card: Card) -> Prediction:
+    """Returns the time of the slowest part; several launches alike count as such."""
+    seconds = roofs(work, card)
     bound = max(seconds, key=lambda name: seconds[name])
     return Prediction(work.name, seconds[bound], bound)
 
 
-def network_work(
-    side: int, samples: int, widths: list[dict[int, int]], tiles: Tiles
-) -> list[Work]:
-    """Returns the launches of U-Net-16 up to its last stage.
-
-    Args:
-        side: Of the slices or crops.
-        samples: How many.
-        widths: For each encoder stage, how many of them chose each width.
-        tiles: Of the card's architecture.
-    """
-    found = []
-    for convolution in unet(side):
-        shares = {8: samples} if convolution.stage is None else widths[convolution.stage]
-        parts = [convolution.work(n, bits, tiles(convolution)) for bits, n in shares.items()]
-        found += convolution.times * [_one_launch(convolution.label, parts)]
-    return found
+def seconds_at_once(branches: Iterable[list[Work]], card: Card) -> float:
+    """Returns the time of branches that run side by side: the longest's, or what all share."""
+    branches = list(branches)
+    longest = max(sum(predict(work, card).seconds for work in branch) for branch in branches)
+    needed: Counter[str] = Counter()
+    for branch in branches:
+        for work in branch:
+            needed.update(roofs(work, card))
+    # launches of several branches overlap
+    del needed["launch"]
+    return max(longest, *needed.values())
 
 
-def _one_launch(name: str, parts: Iterable[Work]) -> Work:
-    """Slots of several widths in one launch."""
-    parts = list(parts)
-    return Work(
-        name, sum(part.bytes for part in parts), sum(part.operations for part in parts),
-        sum(part.shared_bytes for part in parts),
-    )
+def stages_of(work: list[Work]) -> list[list[list[Work]]]:
+    """Returns what runs one after the other, each as its branches side by side: see `Plan.run`."""
+    stages: dict[str, dict[str, list[Work]]] = {}
+    for part in work:
+        branch = part.name.split(":")[0]
+        together = {"decide": "networks", "locate": "networks", "view": "view", "route": "route"}
+        stages.setdefault(together.get(branch, "groups"), {}).setdefault(branch, []).append(part)
+    return [list(branches.values()) for branches in stages.values()]
 
 
-def volume_work(
-    routes: dict[str, int], num_bits: list[dict[str, int]], seen: int, tiles: Tiles
-) -> list[Work]:
-    """Returns all launches of one volume, slices in memory to labels: one batch per route.
-
-    Args:
-        routes: How many slices went which way: "skip", "crop-P", "whole".
-        num_bits: For each encoder stage, width -> slices that ran at it.
-        seen: Slices that the policy sees; 0 for a static network.
-        tiles: Of the card's architecture.
-    """
-    ran = sum(count for route, count in routes.items() if route != "skip")
-    view = (4, SIDE // 2, SIDE // 2)
-    work = [Work("background", SLICES * SIDE**2)]
-    if seen:
-        policy = build_decision_network("shufflenetv2-m", len(routes))
-        position = build_position_network("heatmap")
-        work.append(Work("slices at half size", seen * 4 * (4 * SIDE**2 + 2 * (SIDE // 2) ** 2)))
-        work.append(half_precision("policy", policy, (seen, *view)))
-        work.append(half_precision("position", position, (seen, *view)))
-    for route, count in routes.items():
-        if route == "skip" or not count:
-            continue
-        whole = route == "whole"
-        side = SIDE if whole else int(route.rpartition("-")[2])
-        canvas = SIDE if whole else side + 4 * HALO
-        shares = [{int(b): round(n * count / ran) for b, n in stage.items()} for stage in num_bits]
-        # four channels of float32 in, codes out
-        work.append(Work(f"{route}: slices to codes", count * 4 * side**2 * (4 + 1)))
-        work += network_work(side, count, shares, tiles)
-        work += [c.work(count, 8, tiles(c)) for c in last_stage(16, canvas)]
-        work.append(head(count, canvas))
-    return work
+def part_of(launch: str) -> str:
+    """Returns the part of the plan that a launch belongs to, as `plan_launches.py` names it."""
+    return launch.split(":")[0] if ":" in launch else DECIDING
 
 
 def predict_volume(work: list[Work], card: Card) -> dict[str, Any]:
-    """Returns milliseconds of one volume and their share by what bounds the launches."""
-    found = [predict(part, card) for part in work]
-    by_bound: Counter[str] = Counter()
-    for prediction in found:
-        by_bound[prediction.bound] += prediction.seconds
+    """Returns lower bounds for one volume.
+
+    Args:
+        work: Of `plan_work`.
+        card: Where it runs.
+
+    Returns:
+        "milliseconds" of the whole graph, in which networks and groups run side by side; and of the
+        launches one after the other, "milliseconds_by_part" and "milliseconds_by_bound".
+    """
+    by_part, by_bound = Counter[str](), Counter[str]()
+    for part in work:
+        found = predict(part, card)
+        by_part[part_of(part.name)] += found.seconds
+        by_bound[found.bound] += found.seconds
+    seconds = sum(seconds_at_once(branches, card) for branches in stages_of(work))
     return {
-        "milliseconds": round(1e3 * sum(p.seconds for p in found), 3),
-        "launches": sum(part.launches for part in work),
+        "milliseconds": round(1e3 * seconds, 3), "launches": len(work),
+        "milliseconds_by_part": {k: round(1e3 * v, 3) for k, v in by_part.items()},
         "milliseconds_by_bound": {k: round(1e3 * v, 3) for k, v in by_bound.most_common()},
-    }
+    }  # fmt: skip
 
 
 def kernel_rows(card: Card, tiles: Tiles, samples: int = 16) -> list[dict[str, Any]]:
@@ -195,21 +181,53 @@ def kernel_rows(card: Card, tiles: Tiles, samples: int = 16) -> list[dict[str, A
 
 def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns everything that is predicted, card by card."""
-    static = {"whole": SLICES}, [{"8": SLICES}] * 4, 0
     cards = {}
     for name, card in CARDS.items():
         tiles = Tiles(variants, card.arch)
-        decided = {name: case["decisions"] for name, case in cases.items()}
-        volumes = {case: (d["routes"], d["num_bits"], SLICES) for case, d in decided.items()}
-        volumes["static, every slice whole"] = static
+        volumes = {
+            case: plan_work(found["decisions"]["routes"], found["decisions"]["num_bits"], tiles)
+            for case, found in cases.items()
+        }
+        volumes["static, every slice whole"] = plan_work(
+            {"whole": SLICES}, [{"8": SLICES}] * 4, tiles, decided=False
+        )
         cards[name] = {
             "peaks": vars(card), "kernels": kernel_rows(card, tiles),
-            "volumes": {
-                case: predict_volume(volume_work(*routed, tiles), card)
-                for case, routed in volumes.items()
-            },
-        }
+            "volumes": {case: predict_volume(work, card) for case, work in volumes.items()},
+        }  # fmt: skip
     return cards
+
+
+def known_card(device: str) -> Card | None:
+    """Returns the card that PyTorch calls so, or None."""
+    return next((card for card in CARDS.values() if device in card.devices), None)
+
+
+def bounds_of_launches(
+    measured: dict[str, Any], cases: dict[str, Any], variants: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Returns the lower bounds of what `plan_launches.py` measured.
+
+    Args:
+        measured: Its JSON.
+        cases: By name, with "decisions": their widths. Of others every stage has 8 bits.
+        variants: Rows of `kernels_compiled.json`.
+
+    Returns:
+        As `predict_volume`; None if the card is not known, or the plan was another one.
+    """
+    card = known_card(measured["environment"]["device"])
+    if card is None:
+        return None
+    routes = [name for name in measured["parts_us"] if name != DECIDING]
+    counts = dict(zip(("skip", *routes), measured["decisions"], strict=True))
+    num_bits = [{"8": sum(measured["decisions"][1:])}] * 4
+    if measured["case"] in cases:
+        num_bits = cases[measured["case"]]["decisions"]["num_bits"]
+    work = plan_work(counts, num_bits, Tiles(variants, card.arch))
+    if [part.name for part in work] != [name for name, _ in measured["launches_us"]]:
+        return None
+    return predict_volume(work, card)
 
 
 def compare(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,7 +243,7 @@ def compare(measured: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: If the card's peaks are not known here.
     """
     device = measured["environment"]["device"]
-    card = next((card for card in CARDS.values() if device in card.devices), None)
+    card = known_card(device)
     if card is None:
         known = ", ".join(name for card in CARDS.values() for name in card.devices)
         raise ValueError(f"device is {device!r}, whose peaks are not known here; known: {known}")
@@ -268,7 +286,7 @@ def main() -> None:
         return
     cases = json.loads(options.cases.read_text())["cases"]
     cards = predictions(cases, json.loads(options.compiled.read_text())["variants"])
-    print("predicted, not measured: milliseconds per volume at published peaks")
+    print("predicted, not measured: lower bounds of milliseconds per volume at published peaks")
     for name, found in cards.items():
         for case, volume in found["volumes"].items():
             parts = ", ".join(f"{k} {v}" for k, v in volume["milliseconds_by_bound"].items())
@@ -277,9 +295,9 @@ def main() -> None:
         print(f"{row['kernel']:70} {row['microseconds']:8.2f} us  {row['bound']}")
     if options.out:
         content = {
-            "prediction": "bounds from published peaks, nothing measured",
+            "prediction": "lower bounds from published peaks, nothing measured",
             "command": "python benchmarks/predict.py --out FILE",
-            "launch_seconds": LAUNCH_SECONDS, "cards": cards,
+            "launch_seconds": LAUNCH_SECONDS, "program_seconds": PROGRAM_SECONDS, "cards": cards,
         }
         options.out.write_text(json.dumps(content, indent=1) + "\n")
 

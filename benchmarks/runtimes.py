@@ -1,6 +1,7 @@
 """Other runtimes for the static U-Net of the same weights: what a user of a CPU would reach for.
 
-Each function returns a run over all slices, or raises `Unavailable` saying why it cannot.
+Each `*_static` returns a run over the slices that it is given, or raises `Unavailable` saying why
+it cannot; `by_nibabel` is the script around one.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
 
 from meddanet.bench import static_network
+from meddanet.data import MODALITIES, Case, from_classes
 from meddanet.layers import set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 
 Labels = np.ndarray
-Run = Callable[[], Labels]
+Run = Callable[..., Labels]
 
 
 class Unavailable(Exception):
     """A peer that this machine or installation does not have."""
 
 
-def _require(name: str) -> Any:
+def require(name: str) -> Any:
+    """Returns a module, or raises `Unavailable`."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -56,8 +60,11 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
         model: Whose segmenter it is.
         slices: [N, C, H, W].
         num_bits: 8, or 32 for float32.
+
+    Returns:
+        A run over these slices, or over others of their shape that it is called with.
     """
-    ov = _require("openvino")
+    ov = require("openvino")
     from openvino import opset13 as ops
 
     from meddanet.engine.opset import translate
@@ -84,9 +91,9 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
 
     queue.set_callback(keep)
 
-    def run() -> Labels:
-        for index in range(len(slices)):
-            queue.start_async([ov.Tensor(slices[index : index + 1], shared_memory=True)], index)
+    def run(images: np.ndarray = slices) -> Labels:
+        for index in range(len(images)):
+            queue.start_async([ov.Tensor(images[index : index + 1], shared_memory=True)], index)
         queue.wait_all()
         return result
 
@@ -97,8 +104,8 @@ def onnxruntime_static(
     model: MedDANetV2, slices: np.ndarray, num_bits: int, folder: Path
 ) -> Run:
     """ONNX Runtime, slice by slice; 8 bit by its own static quantisation, every 12th slice seen."""
-    runtime = _require("onnxruntime")
-    _require("onnx"), _require("onnxscript")
+    runtime = require("onnxruntime")
+    require("onnx"), require("onnxscript")
     path = folder / "static.onnx"
     if not path.exists():
         network = static_network(model).to(memory_format=torch.contiguous_format)
@@ -122,7 +129,7 @@ def onnxruntime_static(
 
 
 def _quantized(path: Path, slices: np.ndarray, target: Path) -> Path:
-    quantization = _require("onnxruntime.quantization")
+    quantization = require("onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -134,3 +141,19 @@ def _quantized(path: Path, slices: np.ndarray, target: Path) -> Path:
 
     quantization.quantize_static(str(path), str(target), Reader(), per_channel=True)
     return target
+
+
+def by_nibabel(case: Case, network: Callable[[torch.Tensor], np.ndarray], folder: Path) -> None:
+    """What a script around nibabel and numpy does."""
+    # the network's order; that of the files is another one
+    images = [nib.load(case.files[name]) for name in MODALITIES]
+    data = np.stack([image.get_fdata(dtype=np.float32) for image in images])
+    mask = data.sum(0) > 0
+    for channel in data:
+        inside = channel[mask]
+        channel[mask] = (inside - inside.mean()) / inside.std()
+        channel[~mask] = 0
+    slices = np.ascontiguousarray(np.moveaxis(data, -1, 0))
+    labels = np.moveaxis(np.asarray(network(torch.from_numpy(slices))), 0, -1)
+    labels = from_classes(labels.astype(np.uint8), "brats2021")
+    nib.save(nib.Nifti1Image(labels, images[0].affine), folder / "labels.nii.gz")

@@ -48,8 +48,8 @@ class Results:
     @cached_property
     def speed(self) -> Content:
         """The CPU suite's numbers: the file of the machine that was measured last."""
-        files = sorted(self.folder.glob("cpu_*.json"))
-        return json.loads(files[-1].read_text())
+        contents = [json.loads(path.read_text()) for path in sorted(self.folder.glob("cpu_*.json"))]
+        return max(contents, key=measured)
 
     @property
     def speed_machine(self) -> str:
@@ -84,6 +84,11 @@ class Results:
         """The files that `ablations.py` wrote, by name."""
         files = {path.stem: json.loads(path.read_text()) for path in self.folder.glob("*.json")}
         return {name: content for name, content in sorted(files.items()) if "results" in content}
+
+
+def measured(levels: Content) -> str:
+    """When the newest level of a CPU file was measured; one that does not say is the oldest."""
+    return max(level.get("environment", {}).get("date", "") for level in levels.values())
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -145,6 +150,21 @@ def speed_cases(results: Results) -> str:
         ["case", "slices", "engine, s", "`predict`, s", "eager / engine", "eager / `predict`",
          "OpenVINO int8 / engine", "int8 / `predict`", "Dice with float32"], rows
     )  # fmt: skip
+
+
+def cpu_kernels(results: Results) -> str:
+    """Every kernel on the CPU beside its peers."""
+    rows = []
+    for level, part in results.speed.items():
+        if not level.startswith("kernel "):
+            continue
+        ours = part["providers"][part["ours"]]["wall_ms"]["median"]
+        peers = [f"{name} {ratios['wall_ms']:.1f}x" for name, ratios in part["ratios"].items()]
+        peers += [f"{name} did not run" for name, found in part["providers"].items()
+                  if "failed" in found]  # fmt: skip
+        rows.append((level.removeprefix("kernel "), part["ours"], f"{ours:.2f}", "; ".join(peers)))
+    header = ["eight slices", "ours", "ms", "peers' time over ours"]
+    return markdown(header, rows) if rows else "None has been measured yet."
 
 
 def files(results: Results) -> str:
@@ -307,7 +327,7 @@ def context(results: Results) -> str:
 
 
 def prediction(results: Results) -> str:
-    """Predicted milliseconds per volume: least, middle and most work, and the static network."""
+    """Least milliseconds per volume: least, middle and most work, and the static network."""
     ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
            for name, case in results.accuracy.items()}  # fmt: skip
     ordered = sorted(ran, key=lambda name: ran[name])
@@ -321,40 +341,44 @@ def prediction(results: Results) -> str:
             bound = next(iter(volume["milliseconds_by_bound"]))
             cells.append(f"{volume['milliseconds']:.2f} ({bound})")
         rows.append((name, *cells))
-    header = ["**predicted** ms, most of it bound by", *heads, "static, every slice whole"]
+    header = ["**predicted lower bound**, ms, most of it by", *heads, "static, every slice whole"]
     return markdown(header, rows)
 
 
 def gpu_network(results: Results) -> str:
-    """The network on GPUs: GPU time with launches queued, and time on the host."""
+    """The network on GPUs: GPU time, a bound where launches outlast the queue, and wall time."""
     rows = []
     for path in sorted(results.folder.glob("gpu_network*.json")):
         content = json.loads(path.read_text())
         device = content["environment"]["device"]
         for case in content["cases"]:
             ours = case["providers"][case["ours"]]
-            for name, found in case["providers"].items():
+            absent = {name: {"failed": why} for name, why in case.get("not_run", {}).items()}
+            for name, found in (case["providers"] | absent).items():
                 label = f"**{name}**" if name == case["ours"] else name
                 where = device, short(case["volume"]), case["case"], label
                 if "failed" in found:
                     rows.append((*where, "", "", found["failed"]))
                     continue
-                times = [found[kind]["median"] for kind in ("cold_ms", "wall_ms")]
-                ratio = times[1] / ours["wall_ms"]["median"]
-                rows.append((*where, *(f"{time:.2f}" for time in times), f"{ratio:.1f}x"))
+                gpu, wall = (found[kind]["median"] for kind in ("cold_ms", "wall_ms"))
+                # with gaps in it, or none that the file tells of, it is a bound
+                most = "" if found.get("queued") else "≤ "
+                ratio = wall / ours["wall_ms"]["median"]
+                rows.append((*where, f"{most}{gpu:.2f}", f"{wall:.2f}", f"{ratio:.1f}x"))
     return markdown(
         ["GPU", "case", "from where to where", "", "GPU ms", "wall ms", "wall / ours"], rows
     )
 
 
 def gpu_kernels(results: Results) -> str:
-    """Every kernel on GPUs beside its peers, and its share of the card's published peaks."""
-    from predict import compare
+    """Every kernel on GPUs beside its peers, and its share of the card's roof, if known."""
+    from predict import compare, known_card
 
     rows = []
     for path in sorted(results.folder.glob("gpu_kernels*.json")):
         content = json.loads(path.read_text())
-        shares = {row["case"]: row for row in compare(content)}
+        device = content["environment"]["device"]
+        shares = {row["case"]: row for row in compare(content)} if known_card(device) else {}
         for case in content["cases"]:
             ours = case["providers"][case["ours"]]
             peers = [
@@ -363,13 +387,13 @@ def gpu_kernels(results: Results) -> str:
             failed = [name for name, found in case["providers"].items() if "failed" in found]
             share = shares.get(case["case"])
             rows.append((
-                case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
+                device, case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
                 f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
                 "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
             ))
     return markdown(
-        ["case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
-    )  # fmt: skip
+        ["GPU", "case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
+    ) if rows else "None has been measured yet."  # fmt: skip
 
 
 def gpu_launches(results: Results) -> str:
@@ -387,6 +411,30 @@ def gpu_launches(results: Results) -> str:
     return markdown(
         ["GPU", "commit", "case", "slices", *(f"{part}, us" for part in parts),
          "the graph, us", "every slice whole, us"], rows
+    )  # fmt: skip
+
+
+def gpu_bounds(results: Results) -> str:
+    """What was measured of today's plan, part by part, beside its predicted lower bound."""
+    from predict import bounds_of_launches
+
+    variants, rows = results.read("kernels_compiled")["variants"], []
+    for path in sorted(results.folder.glob("gpu_launches*.json")):
+        content = json.loads(path.read_text())
+        bounds = bounds_of_launches(content, results.accuracy, variants)
+        if bounds is None:
+            continue
+        times = {**content["parts_us"], "**the graph**": content["replay_us"]}
+        least = {**bounds["milliseconds_by_part"], "**the graph**": bounds["milliseconds"]}
+        facts = content["environment"]
+        rows += [
+            (facts["device"], facts["commit"], short(content["case"]), part, f"{time:.0f}",
+             f"{1e3 * least[part]:.0f}", f"{time / least[part] / 1e3:.1f}x")
+            for part, time in times.items()
+        ]  # fmt: skip
+    return markdown(
+        ["GPU", "commit", "case", "", "measured, us", "predicted lower bound, us",
+         "measured / bound"], rows
     )  # fmt: skip
 
 
@@ -423,6 +471,7 @@ def _ablation(found: Content) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "speed": speed, "speed-cases": speed_cases, "files": files,
+    "cpu-kernels": cpu_kernels,
     "headline": lambda results: headline(results.accuracy),
     "accuracy": lambda results: accuracy(results.accuracy),
     "accuracy-cases": lambda results: accuracy_cases(results.accuracy),
@@ -433,5 +482,5 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-decisions": lambda results: decisions(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
     "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,
-    "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches,
+    "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
 }  # fmt: skip

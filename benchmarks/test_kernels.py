@@ -43,29 +43,6 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.contiguous(memory_format=LAST) if x.dim() == 4 else x
 
 
-def deviation(actual: Tensor, expected: Tensor) -> float:
-    """Returns the root mean square of the difference over that of what is expected."""
-    difference = actual.double() - expected.double()
-    return (difference.square().mean() / expected.double().square().mean()).sqrt().item()
-
-
-def agreeing(
-    expected: Tensor, outputs: dict[str, Callable[[], Tensor]], bound: float
-) -> dict[str, float]:
-    """Returns the peers' deviations; a peer that computes something else fails the case."""
-    found = {}
-    for name, run in outputs.items():
-        try:
-            output = run()
-        except Exception:
-            continue  # its row will say why
-        if output.is_quantized:
-            output = output.dequantize()
-        found[name] = deviation(output, expected)
-        assert found[name] <= bound, f"{name} deviates by {found[name]:.2g}"
-    return {name: round(value, 6) for name, value in found.items()}
-
-
 def compiled(function: Callable) -> Callable:
     """Wraps torch.compile; the dry run, which proves the harness, leaves it out."""
     return function if DRY_RUN else torch.compile(function)
@@ -126,7 +103,7 @@ def test_integer_convolution(measure, channels, side, num_bits):
             )
         )
     outputs = {name: run for name, run in providers.items() if name != "quant_conv2d"}
-    deviations = agreeing(expected.float() * out_step, outputs, bound=0.1)
+    deviations = peers.agreeing(expected.float() * out_step, outputs, bound=0.1)
     item = num_bits // 8
     measure(
         f"integer convolution 3x3, C={channels}, {side}x{side}, {num_bits} bit",
@@ -226,10 +203,10 @@ def test_fake_quantised_convolution(measure, channels, side, backward):
         x.double(), weight.double(), None, 1, 1, num_bits=8, input_num_bits=8,
         input_amax=amax.double(),
     )  # fmt: skip
-    assert deviation(ours(), expected) < 1e-3
+    assert peers.deviation(ours(), expected) < 1e-3
     outputs = {name: run for name, run in forward.items() if name != "fake_quant_conv2d"}
     with torch.no_grad():
-        deviations = agreeing(expected, outputs, bound=0.02)
+        deviations = peers.agreeing(expected, outputs, bound=0.02)
 
     def step(run: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: torch.autograd.grad(run(), (x, weight), grad)
@@ -256,7 +233,7 @@ def test_fake_quantize(measure, backward):
     }
     expected = kernels.fake_quantize_reference(x.detach(), 8, amax)
     torch.testing.assert_close(forward["fake_quantize"]().detach(), expected, rtol=0, atol=0)
-    deviations = agreeing(expected, dict(list(forward.items())[1:]), bound=1e-2)
+    deviations = peers.agreeing(expected, dict(list(forward.items())[1:]), bound=1e-2)
 
     def step(run: Callable[[], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(run(), x, grad)
@@ -299,7 +276,7 @@ def test_crop_and_paste(measure, operation, batch, backward):
     expected = reference(x.detach().double(), offset.detach().double(), size)
     torch.testing.assert_close(forward[op.__name__]().detach().double(), expected,
                                rtol=1e-4, atol=1e-4)  # fmt: skip
-    deviations = agreeing(expected, dict(list(forward.items())[1:]), bound=1e-3)
+    deviations = peers.agreeing(expected, dict(list(forward.items())[1:]), bound=1e-3)
     grad = random(*expected.shape)
 
     def step(run: Callable[[], Tensor], wanted: tuple[Tensor, ...]) -> Callable[[], Any]:

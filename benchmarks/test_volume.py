@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -22,7 +23,7 @@ from volumes import cases, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
 from meddanet.cohort import segment_cases
-from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
+from meddanet.data import Case, load_labels, load_volume, to_slices
 from meddanet.layers import set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -70,6 +71,14 @@ def static_peers(
     return runs, missing
 
 
+def check_agreement(agreement: dict[str, float]) -> None:
+    """Fails where a lesion is not that of its reference; codes of 8 bit may differ more."""
+    for name, value in agreement.items():
+        ours = name.startswith(("engine", "meddanet"))
+        least = 0.95 if "int8" in name else 0.98 if ours else 0.99
+        assert value > least, f"{name}: Dice {value}, expected more than {least}"
+
+
 def quality(case: Case, predictor: VolumePredictor) -> dict[str, float]:
     """Dice of the engine's lesion with the float32 model's, and of both with the truth."""
     volume = load_volume(case)
@@ -105,9 +114,9 @@ def test_network(benchmark, held_out, index, tmp_path):
         name: lesion_dice(answer, answers["eager slice by slice"])
         for name, answer in answers.items()
     }
-    assert all(value > 0.99 for name, value in agreement.items() if "int8" not in name), agreement
+    check_agreement(agreement)
     found = quality(case, predictor)
-    assert found["engine with the model's own layers"] > 0.98
+    check_agreement({"engine": found["engine with the model's own layers"]})
     runs["engine"] = lambda: predictor.engine.segment(fitting)
     runs["predict"] = lambda: predictor.predict(volume)
     # all have run once: for their answers, and ours for its quality
@@ -125,19 +134,26 @@ def test_network(benchmark, held_out, index, tmp_path):
         print(f"{name}: not run, {reason}")
 
 
-def by_nibabel(case: Case, network: Callable[[torch.Tensor], np.ndarray], out: Path) -> None:
-    """What a script around nibabel and numpy does."""
-    images = [nib.load(path) for path in case.files.values()]
-    data = np.stack([image.get_fdata(dtype=np.float32) for image in images])
-    mask = data.sum(0) > 0
-    for channel in data:
-        inside = channel[mask]
-        channel[mask] = (inside - inside.mean()) / inside.std()
-        channel[~mask] = 0
-    slices = np.ascontiguousarray(np.moveaxis(data, -1, 0))
-    labels = np.moveaxis(np.asarray(network(torch.from_numpy(slices))), 0, -1)
-    labels = from_classes(labels.astype(np.uint8), "brats2021")
-    nib.save(nib.Nifti1Image(labels, images[0].affine), out)
+def written_agreement(case: Case, folders: dict[str, Path]) -> dict[str, float]:
+    """Returns the least Dice of every contestant's files with PyTorch's layers on our own slices.
+
+    Args:
+        case: What was segmented.
+        folders: Of label files, by contestant. Ours should hold what the model's own layers decide
+            and segment, those of scripts what the static network says of every slice.
+    """
+    volume, own = load_volume(case), VolumePredictor(load_model(), "cpu", executor="eager")
+    slices = own.pad(torch.from_numpy(to_slices(own.ordered(volume))))
+    plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
+    static = np.moveaxis(np.asarray(slice_by_slice(plain, slices)), 0, -1)
+    decided = own.predict(volume).labels
+    return {
+        name: min(
+            lesion_dice(nib.load(path).get_fdata(), decided if "meddanet" in name else static)
+            for path in folder.glob("*.nii.gz")
+        )
+        for name, folder in folders.items()
+    }
 
 
 def test_end_to_end(benchmark, held_out, tmp_path):
@@ -145,36 +161,44 @@ def test_end_to_end(benchmark, held_out, tmp_path):
     case = held_out[0]
     predictor = VolumePredictor(load_model(), "cpu")
     plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
-    folder = tmp_path / "out"
-    folder.mkdir()
     copies = [replace(case, name=f"copy_{index}") for index in range(COPIES)]
 
-    def folder_run(cohort: list[Case]) -> None:
-        for _, outcome in segment_cases(cohort, predictor, folder, weights="brats2021"):
+    def folder_run(cohort: list[Case], out: Path) -> None:
+        for _, outcome in segment_cases(cohort, predictor, out, weights="brats2021"):
             assert isinstance(outcome, dict), outcome
 
-    runs = {
-        "nibabel + eager slice by slice": lambda: by_nibabel(
-            case, lambda slices: slice_by_slice(plain, slices), tmp_path / "eager.nii.gz"
+    contestants: dict[str, Callable[[Path], None]] = {
+        "nibabel + eager slice by slice": lambda out: runtimes.by_nibabel(
+            case, lambda slices: slice_by_slice(plain, slices), out
         ),
-        "meddanet, one case": lambda: folder_run(copies[:1]),
-        f"meddanet, {COPIES} cases": lambda: folder_run(copies),
+        "meddanet, one case": lambda out: folder_run(copies[:1], out),
+        f"meddanet, {COPIES} cases": lambda out: folder_run(copies, out),
     }
     try:
-        volume = load_volume(case)
-        slices = to_slices(volume)
-        static = runtimes.openvino_static(load_model(), slices, 8)
-        runs["nibabel + OpenVINO int8"] = lambda: by_nibabel(
-            case, lambda _: static(), tmp_path / "openvino.nii.gz"
+        # made for the shape; what it segments is what the script has read
+        shape = to_slices(load_volume(case)).shape
+        static = runtimes.openvino_static(load_model(), np.empty(shape, np.float32), 8)
+        contestants["nibabel + OpenVINO int8"] = lambda out: runtimes.by_nibabel(
+            case, lambda slices: static(slices.numpy()), out
         )
     except runtimes.Unavailable as reason:
         print(f"OpenVINO int8: not run, {reason}")
-    times = time_interleaved(runs, ROUNDS)
-    benchmark.pedantic(lambda: folder_run(copies[:1]), rounds=ROUNDS)
-    labels = nib.load(folder / "copy_0.nii.gz").get_fdata()
+    folders = {name: tmp_path / name for name in contestants}
+    runs = {name: partial(run, folders[name]) for name, run in contestants.items()}
+    for name, run in runs.items():
+        folders[name].mkdir()
+        run()
+    agreement = written_agreement(case, folders)
+    check_agreement(agreement)
+    times = time_interleaved(runs, ROUNDS, warm_up=False)
+    benchmark.pedantic(runs["meddanet, one case"], rounds=ROUNDS)
+    labels = nib.load(folders["meddanet, one case"] / "copy_0.nii.gz").get_fdata()
     assert set(np.unique(labels)) <= {0, 1, 2, 4}
     shared = times[f"meddanet, {COPIES} cases"]
     times["meddanet, a case of a folder"] = {key: value / COPIES for key, value in shared.items()}
-    content = {"case": case.name, "times": times, "ratios": ratios(times, "meddanet, one case")}
+    content = {
+        "case": case.name, "agreement": agreement, "times": times,
+        "ratios": ratios(times, "meddanet, one case"),
+    }  # fmt: skip
     benchmark.extra_info.update(content)
     write_results("end to end", content)

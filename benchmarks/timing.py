@@ -3,7 +3,8 @@
 Numbers per provider, each as median, 20th and 80th percentile over the rounds; every round
 times every provider once, in turn, so that a clock that drifts meets all alike:
 
-    cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand
+    cold   GPU time between two events, nothing in the L2 cache, launches queued beforehand;
+           where "queued" is false they outlast the queue, and the GPU's waiting is in it
     graph  GPU time per replay of a CUDA graph, caches warm; absent where capture fails
     wall   time on the host from the call to the end of its work: what eager code feels
     cpu    processor time of the same call, where there is no GPU: other work moves it little
@@ -16,16 +17,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from meddanet.bench import RUNTIMES, date, versions
 
 DRY_RUN = os.environ.get("MEDDANET_DRY_RUN") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
@@ -49,14 +52,11 @@ def _commit() -> str:
 def environment() -> dict[str, Any]:
     """Returns what a result depends on: device, versions, commit."""
     facts: dict[str, Any] = {
-        "commit": _commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "dry_run": DRY_RUN, "rounds": ROUNDS, "python": platform.python_version(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "device": f"CPU, {platform.machine()}",
+        "commit": _commit(), "date": date(), "dry_run": DRY_RUN,
+        "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "device": f"CPU, {platform.machine()}",
+        **versions((*RUNTIMES, "torchvision", "torch-tensorrt", "tensorrt")),
     }  # fmt: skip
-    for name in ("triton", "torchvision"):
-        if find_spec(name):
-            facts[name] = __import__(name).__version__
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
         facts |= {
@@ -66,6 +66,12 @@ def environment() -> dict[str, Any]:
             "copy_gb_per_s": round(copy_bandwidth(), 1),
         }  # fmt: skip
     return facts
+
+
+def card_name(device: str) -> str:
+    """Returns what files call a card: "NVIDIA GeForce RTX 4090" is rtx-4090."""
+    short = re.sub(r"\b(NVIDIA|GeForce)\b", "", device)
+    return re.sub(r"\W+", "-", short.lower()).strip("-")
 
 
 def _smi(what: str) -> str:
@@ -94,6 +100,17 @@ def between_events(function: Provider) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def queue_holds(function: Provider) -> bool:
+    """Tells whether the GPU comes to a call's first launch only when the last one is queued."""
+    begin = torch.cuda.Event()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    begin.record()
+    function()
+    held = not begin.query()
+    torch.cuda.synchronize()
+    return held
 
 
 def _captured(function: Provider) -> Provider | None:
@@ -135,6 +152,7 @@ class Stopwatch:
             function()
         finish()
         self.graph = _captured(function) if capture and DEVICE.type == "cuda" else None
+        self.facts = {"queued": queue_holds(function)} if DEVICE.type == "cuda" else {}
         self.peak_mb = self._peak()
 
     def _peak(self) -> float | None:
@@ -168,8 +186,8 @@ class Stopwatch:
         self.times.setdefault(kind, []).append(milliseconds)
 
     def summary(self) -> dict[str, Any]:
-        """Returns median, 20th and 80th percentile of each kind, and the peak memory."""
-        rows: dict[str, Any] = {}
+        """Returns median, 20th and 80th percentile of each kind, and what else is known."""
+        rows: dict[str, Any] = dict(self.facts)
         for kind, values in self.times.items():
             low, _, _, high = statistics.quantiles(values, n=5, method="inclusive")
             quantiles = (statistics.median(values), low, high)
@@ -235,4 +253,4 @@ def compare(
         if name != ours and "failed" not in row
     }
     clocks = {"sm_clock_after": _smi("clocks.sm")} if cuda else {}
-    return {"ours": ours, "providers": rows, "ratios": ratios, **clocks}
+    return {"ours": ours, "rounds": rounds, "providers": rows, "ratios": ratios, **clocks}

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from timing import environment
 
 from meddanet.bench import machine
 from meddanet.data import Case, find_cases
@@ -30,11 +31,15 @@ def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def write_results(level: str, content: dict) -> Path:
-    """Puts one level's numbers into the JSON of this machine and returns its path."""
+    """Puts one level's numbers, and when and of what they are, into the JSON of this machine.
+
+    Returns:
+        Its path.
+    """
     facts = machine()
     processor = re.sub(r"\W+", "-", str(facts["processor"]).lower()).strip("-")
     path = RESULTS / f"cpu_{processor}_{facts['threads']}threads.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[level] = {"machine": facts, **content}
+    known[level] = {"machine": facts, "environment": environment(), **content}
     path.write_text(json.dumps(known, indent=2) + "\n")
     return path

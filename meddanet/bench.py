@@ -9,8 +9,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .routing import RoutedSegmenter, channels_last, to_memory_format
 from .version import __version__
 
 BATCH = 8
+RUNTIMES = "openvino", "onnxruntime", "triton"
 Run = Callable[[], object]
 
 
@@ -47,8 +50,7 @@ def time_interleaved(
     Raises:
         ValueError: If `rounds` is below 1.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    check_rounds(rounds)
     for run in runs.values() if warm_up else ():
         run()
     wall: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,6 +72,12 @@ def time_interleaved(
     }
 
 
+def check_rounds(rounds: int) -> None:
+    """Raises ValueError unless something is timed at all."""
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+
+
 def ratios(times: Mapping[str, Mapping[str, float]], base: str) -> dict[str, dict[str, float]]:
     """Returns how many times as long as `base` each contestant takes, in wall and CPU time."""
     return {
@@ -81,13 +89,28 @@ def ratios(times: Mapping[str, Mapping[str, float]], base: str) -> dict[str, dic
 
 
 def machine() -> dict[str, object]:
-    """Returns what a timing depends on: processor, threads, versions."""
+    """Returns what a timing depends on: processor, threads, versions; and when it was."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "processor": _processor(), "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "gpus": gpus, "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "meddanet": __version__,
-    }
+        **versions(RUNTIMES), "date": date(),
+    }  # fmt: skip
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def date() -> str:
+    """Returns the present date and time, in a form that sorts as time goes."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def _processor() -> str:
@@ -216,6 +239,7 @@ def bench_volume(
     Raises:
         ValueError: If the model is not a `MedDANetV2`, or `rounds` is below 1.
     """
+    check_rounds(rounds)
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
     predictor = VolumePredictor(model, device, executor=executor)
@@ -245,12 +269,16 @@ def bench_volume(
 
 
 def render(result: dict) -> str:
-    """Returns the result of `bench_volume` as a table."""
+    """Returns the result of `bench_volume` as a table: times, and whether the answers agree."""
     lines = [f"{'':28} {'seconds':>8} {'CPU s':>8} {'/ engine':>9}"]
     base = result["times"]["engine"]["seconds"]
     for name, found in result["times"].items():
         seconds, cpu = found["seconds"], found["cpu_seconds"]
         lines.append(f"{name:28} {seconds:8.3f} {cpu:8.3f} {seconds / base:8.1f}x")
+    lines.append(
+        f"{'agreement':28} {result['agreement']:8.4f}  "
+        "Dice of the engine's lesion with that of the model's own layers"
+    )
     lines += [f"{name:28} not run: {reason}" for name, reason in result["not_run"].items()]
     if plan := result["plan"]:
         lines.append(

@@ -225,17 +225,21 @@ def _score_line(scores: dict[str, dict[str, float]]) -> str:
 def _bench(options: Namespace) -> int:
     import tempfile
 
-    from .bench import bench_volume, render
+    from .bench import bench_volume, check_rounds, render
     from .data import load_volume
     from .data.phantom import write_phantom
     from .report import write_json
     from .weights import load_model
 
+    # what is wrong with the arguments is said before a minute of work
+    check_rounds(options.rounds)
+    if options.json:
+        _check_target(Path(options.json))
+    model = load_model(options.weights)
     with tempfile.TemporaryDirectory() as folder:
         case = options.case or write_phantom(Path(folder), seed=0)
         volume = load_volume(case)
     _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
-    model = load_model(options.weights)
     result = bench_volume(model, volume, options.device, options.executor, options.rounds)
     _say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
          f"executor {result['executor']}, {result['machine']['threads']} threads")
@@ -243,6 +247,12 @@ def _bench(options: Namespace) -> int:
     if options.json:
         write_json(result, Path(options.json))
     return 0
+
+
+def _check_target(path: Path) -> None:
+    """Raises ValueError unless a file can be written there."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot be written, expected a file in a folder that is writable")
 
 
 def _info(options: Namespace) -> int:

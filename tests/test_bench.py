@@ -48,3 +48,15 @@ def test_the_static_network_is_a_copy_in_full_precision():
         expected = static(slices).argmax(1).to(torch.uint8)
     for way in (bench.slice_by_slice, bench.batched, bench.batched_channels_last):
         assert torch.equal(way(static, slices), expected)
+
+
+def test_the_machine_names_the_runtimes_that_are_there(monkeypatch):
+    def installed(name):
+        if name == "openvino":
+            return "2026.4"
+        raise bench.PackageNotFoundError(name)
+
+    monkeypatch.setattr(bench, "version", installed)
+    facts = bench.machine()
+    assert facts["openvino"] == "2026.4" and "onnxruntime" not in facts
+    assert facts["date"] > "2026" and facts["date"].endswith(" UTC")

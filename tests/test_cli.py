@@ -615,12 +615,33 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
         "torch.compile channels_last": "RuntimeError: no C++ compiler was found"
     }
     assert lines[-1].split(maxsplit=2)[2].startswith("not run: RuntimeError")
-    assert result["agreement"] > 0.9 and sum(result["decisions"].values()) == 18
+    shown = next(line.split() for line in lines if line.startswith("agreement "))
+    assert shown[1] == f"{result['agreement']:.4f}" and result["agreement"] > 0.9
+    assert sum(result["decisions"].values()) == 18
     assert result["machine"]["torch"] == torch.__version__
     engine, eager = (result["times"][name]["seconds"] for name in ("engine", names[0]))
     assert result["ratios"]["engine"][names[0]]["seconds"] == round(eager / engine, 2)
-    assert main(["bench", str(cohort / "case_0"), "--weights", str(weights), "--rounds", "0"]) == 1
-    assert "rounds is 0, expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--rounds", "0"], "rounds is 0, expected at least 1"),
+    (["--json", "absent/bench.json"], "absent/bench.json: cannot be written, expected a file"),
+    (["--json", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--weights", "absent.safetensors"], "absent.safetensors"),
+])  # fmt: skip
+def test_bench_says_what_is_wrong_before_it_works(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    from meddanet.data import phantom
+
+    def work(*arguments, **options):
+        raise AssertionError("arguments were not looked at first")
+
+    monkeypatch.setattr(phantom, "write_phantom", work)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("meddanet: error: ") and message in line
 
 
 def test_bench_refuses_weights_of_v1(cohort, tmp_path, capsys):

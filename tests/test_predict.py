@@ -14,6 +14,8 @@ from meddanet.layers import set_quantization
 from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
 gpu_work = pytest.importorskip("gpu_work")
+pytest.importorskip("triton")
+plan_work = pytest.importorskip("plan_work")
 predict = pytest.importorskip("predict")
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -36,7 +38,8 @@ def test_published_peaks_follow_from_clock_and_multiprocessors(name):
     (gpu_work.Work("", 1e6, 4e11, half=True), 2e-3, "operations"),
     # 100 SMs, 2 GHz, 128 bytes: 25.6 TB/s
     (gpu_work.Work("", 1e6, 1e9, 25.6e9), 1e-3, "shared memory"),
-    (gpu_work.Work("", 1e5, launches=10), 11.5e-6, "launch"),
+    (gpu_work.Work("", 1e5, launches=10), 11.3e-6, "launch"),
+    (gpu_work.Work("", 1e5, programs=10000), 6e-6, "programs"),
 ])  # fmt: skip
 def test_the_slowest_part_is_the_time(work, seconds, bound):
     found = predict.predict(work, CARD)
@@ -128,12 +131,80 @@ def test_half_precision_networks_by_hand():
     assert stem.bytes == 2 * (3 * 4 * 144 + 3 * 8 * 9 + 8 * 4 * 9)
 
 
+EIGHT = [{"8": 10}] * 4
+TILES = gpu_work.Tiles(VARIANTS, "sm_90")
+
+
+def test_the_prediction_goes_through_all_launches_of_the_plan():
+    """The plan's own, in order; an H200 ran launches of these names."""
+    work = plan_work.plan_work({"skip": 145, "crop-96": 10}, EIGHT, TILES)
+    names = [part.name for part in work]
+    assert names == [launch.name for launch in plan_work.shipped_plan(roomy=False).launches]
+    measured = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
+    assert names == [name for name, _ in measured["launches_us"]] and len(names) == 171
+    # an empty group has its launches, and programs that find nothing to do
+    for part in work:
+        assert (part.bytes > 0) == (not part.name.startswith(("crop-128", "whole"))), part.name
+        assert part.launches and (part.programs or part.name in ("decide", "locate")), part.name
+    programs = {part.name: part.programs for part in work}
+    # 64 slots of 128 x 128 pixels, 128 at a time
+    assert programs["crop-128: begin"] == 64 * 128 * 128 / 128
+
+
+def test_a_launch_without_a_model_is_an_error(monkeypatch):
+    monkeypatch.delitem(plan_work.MODELS, plan_work.lowering.head_kernel.run)
+    with pytest.raises(KeyError):
+        plan_work.plan_work({"whole": 10}, EIGHT, TILES)
+
+
+@pytest.mark.parametrize("num_bits", [8, 16])
+def test_the_plans_convolutions_are_those_of_the_list(num_bits):
+    """Whole slices: the same bytes, operations and tiles as `gpu_work.unet` has."""
+    listed = [c for c in [*gpu_work.unet(240), *gpu_work.last_stage(16, 240)]
+              for _ in range(c.times)]  # fmt: skip
+    works = [c.work(10, 8 if c.stage is None else num_bits, TILES(c)) for c in listed]
+    chosen = [{str(num_bits): 10}] * 4
+    planned = plan_work.plan_work({"whole": 10}, chosen, TILES, decided=False)
+    planned = [part for part in planned if part.operations]
+    assert len(planned) == len(works) == 37
+    for amount in ("bytes", "operations", "shared_bytes"):
+        assert sum(getattr(part, amount) for part in planned) == pytest.approx(
+            sum(getattr(part, amount) for part in works)
+        ), amount
+    assert all(part.shared_bytes for part in planned)
+
+
+def test_launches_of_a_group_by_hand():
+    """Five crops of 96: what is read once and written once."""
+    work = plan_work.plan_work({"skip": 150, "crop-96": 5}, [{"8": 4, "16": 1}] * 4, TILES)
+    moved = {part.name: part.bytes for part in work}
+    pixels, tile = 5 * 96 * 96, 5 * 104 * 104
+    assert moved["crop-96: image"] == pixels * 4 * (4 + 1)
+    # one of the five has codes of two bytes
+    assert moved["crop-96: stage 0"] == 16 * (pixels * 2 + pixels / 5 * (4 + 2))
+    assert moved["crop-96: skip 0"] == 16 * pixels * (2 + 1)
+    assert moved["crop-96: tile"] == 16 * (pixels * 2 + tile * (2 + 1))
+    assert moved["crop-96: labels"] == tile * (16 + 1)
+    # sums of nine chunks, along two axes
+    assert moved["crop-96: gradients"] == 4 * 4 * (pixels + 5 * 9 * 2)
+    assert moved["crop-96: spread 0"] == 16 * (pixels * 2 + 5 * 9 * 2 * 4)
+    assert moved["crop-96: width 0"] == 5 * 9 * 2 * 4 * (4 + 16)
+
+
+def test_branches_side_by_side_share_the_memory():
+    first, second = gpu_work.Work("", 2e9), gpu_work.Work("", 1e9)
+    assert predict.seconds_at_once([[first], [second]], CARD) == pytest.approx(3e-3)
+    waiting = gpu_work.Work("", 0, launches=3000)
+    # 3000 launches take 3.39 ms, in which the other branch has long ended
+    assert predict.seconds_at_once([[first], [waiting]], CARD) == pytest.approx(3.39e-3)
+
+
 def test_volumes_cost_as_they_are_routed():
     tiles = gpu_work.Tiles(VARIANTS, "sm_89")
 
     def milliseconds(routes, bits):
         ran = sum(n for route, n in routes.items() if route != "skip")
-        work = predict.volume_work(routes, [{bits: ran}] * 4, 155, tiles)
+        work = plan_work.plan_work(routes, [{bits: ran}] * 4, tiles)
         return predict.predict_volume(work, predict.CARDS["RTX 4090"])["milliseconds"]
 
     skipped = milliseconds({"skip": 155}, "8")
@@ -141,6 +212,21 @@ def test_volumes_cost_as_they_are_routed():
     wide = milliseconds({"skip": 100, "crop-128": 55}, "16")
     whole = milliseconds({"skip": 100, "whole": 55}, "8")
     assert skipped < crops < wide < whole
+
+
+@pytest.mark.parametrize("case", ["00000", "00024"])
+def test_no_part_was_faster_than_its_bound(case):
+    measured = json.loads((RESULTS / f"gpu_launches_h200_{case}.json").read_text())
+    cases = json.loads((RESULTS / "brats2021.json").read_text())["cases"]
+    bounds = predict.bounds_of_launches(measured, cases, VARIANTS)
+    assert bounds["milliseconds_by_part"].keys() == measured["parts_us"].keys()
+    for part, time in measured["parts_us"].items():
+        assert 1e3 * bounds["milliseconds_by_part"][part] < time, part
+    assert 1e3 * bounds["milliseconds"] < measured["replay_us"]
+    unknown = {**measured, "environment": {"device": "Made Up 9000"}}
+    assert predict.bounds_of_launches(unknown, cases, VARIANTS) is None
+    former = {**measured, "launches_us": measured["launches_us"][1:]}
+    assert predict.bounds_of_launches(former, cases, VARIANTS) is None
 
 
 def test_measured_kernels_stand_beside_their_roof(tmp_path):

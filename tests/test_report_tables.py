@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,45 @@ def results(tmp_path) -> tables.Results:
     cases = {"BraTS2021_00002": case(0.75), "BraTS2021_00001": case(0.25)}
     (tmp_path / "brats2021.json").write_text(json.dumps({"cases": cases}))
     return tables.Results(tmp_path)
+
+
+def test_the_machine_measured_last_is_shown(tmp_path):
+    def write(name: str, **environment) -> None:
+        level = {"times": {}, **environment, "case": name}
+        (tmp_path / f"cpu_{name}.json").write_text(json.dumps({"network a": level}))
+
+    write("z")
+    assert tables.Results(tmp_path).networks[0]["case"] == "z"
+    write("b", environment={"date": "2026-11-26 12:00:00 UTC"})
+    # neither by name nor, without a date, before one that has it
+    write("c", environment={"date": "2026-09-30 12:00:00 UTC"})
+    assert tables.Results(tmp_path).networks[0]["case"] == "b"
+
+
+def test_kernels_of_a_cpu_stand_beside_their_peers(tmp_path):
+    path = tmp_path / "cpu_a.json"
+    path.write_text(json.dumps({"end to end": {}}))
+    assert tables.cpu_kernels(tables.Results(tmp_path)) == "None has been measured yet."
+    level = {
+        "ours": "label_head", "ratios": {"layers": {"wall_ms": 2.0}},
+        "providers": {"label_head": {"wall_ms": {"median": 1.5}}, "other": {"failed": "absent"}},
+    }  # fmt: skip
+    path.write_text(json.dumps({"end to end": {}, "kernel head": level}))
+    found = cells(tables.cpu_kernels(tables.Results(tmp_path)), 2)
+    assert found == ["head", "label_head", "1.50", "layers 2.0x; other did not run"]
+
+
+def test_every_level_tells_when_and_of_what_it_is(tmp_path, monkeypatch):
+    volumes = pytest.importorskip("volumes")
+    monkeypatch.setattr(volumes, "RESULTS", tmp_path)
+    volumes.write_results("end to end", {"case": "a"})
+    path = volumes.write_results("network a", {"case": "a"})
+    content = json.loads(path.read_text())
+    for level in content.values():
+        assert level["environment"]["date"] == tables.measured({"": level}) > "2026"
+        assert level["environment"]["commit"] and level["environment"]["torch"]
+        assert level["case"] == "a"
+    assert tables.Results(tmp_path).speed == content
 
 
 def cells(table: str, line: int) -> list[str]:
@@ -110,6 +150,92 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
     assert marked >= 8
 
 
+@pytest.fixture
+def unknown_card(tmp_path) -> tables.Results:
+    """The committed results, and those of a card whose peaks nobody has entered."""
+    timing = pytest.importorskip("timing")
+    shutil.copytree(RESULTS, tmp_path / "results")
+    device = "NVIDIA GeForce Made-Up 9000"
+    name = timing.card_name(device)
+    assert name == "made-up-9000" and timing.card_name("NVIDIA H200") == "h200"
+
+    def write(part: str, **content) -> None:
+        facts = {"environment": {"device": device, "commit": "abc"}, **content}
+        (tmp_path / "results" / f"gpu_{part}_{name}.json").write_text(json.dumps(facts))
+
+    times: dict = {kind: {"median": 0.02} for kind in ("cold_ms", "wall_ms")}
+    queued = {**times, "queued": True}
+    case = {
+        "case": "head", "volume": "phantom", "ours": "label_head", "bytes": 1e6, "operations": 1e9,
+        "ratios": {"eager": {"cold_ms": 2.0}},
+        "providers": {"label_head": queued, "eager": times, "absent": {"failed": "no such thing"}},
+    }  # fmt: skip
+    write("kernels", cases=[case])
+    write("network", cases=[{**case, "not_run": {"TensorRT": "not installed"}}])
+    launches = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
+    write("launches", **{k: v for k, v in launches.items() if k != "environment"})
+    return tables.Results(tmp_path / "results")
+
+
+@pytest.mark.parametrize(("part", "kinds"), [
+    ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune"]),
+    ("tuned", ["gpu_network_tuned"]),
+    ("network", ["gpu_network", "gpu_launches", "cold_start"]),
+])  # fmt: skip
+def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
+    """A stand-in for Python tells a card's name, and else what it was called with."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && case $2 in *card_name*) echo made-up-9000; exit;; esac\n'
+        'echo "$MEDDANET_RESULTS" "$@"\n'
+    )
+    python.chmod(0o755)
+    case = {"MEDDANET_CASE": "/data/BraTS2021_00000"}
+    facts = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **case}
+    run = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", part], env=facts, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for kind in kinds:
+        suffix = "_00000" if kind == "gpu_launches" else ""
+        assert str(tmp_path / "out" / f"{kind}_made-up-9000{suffix}.json") in run.stdout
+
+
+def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
+    found = cells(tables.gpu_kernels(unknown_card), 2)
+    assert found == ["NVIDIA GeForce Made-Up 9000", "head", "20.0", "",
+                     "eager 2.00x; absent did not run"]  # fmt: skip
+    (line, other) = [n for n, row in enumerate(tables.gpu_network(unknown_card).splitlines())
+                     if "Made-Up 9000 | phantom" in row and "0.02" in row]  # fmt: skip
+    # of launches that outlast the queue the time between events is a bound
+    assert cells(tables.gpu_network(unknown_card), line)[3:5] == ["**label_head**", "0.02"]
+    assert cells(tables.gpu_network(unknown_card), other)[3:5] == ["eager", "≤ 0.02"]
+    assert "phantom | head | TensorRT |  |  | not installed |" in tables.gpu_network(unknown_card)
+    assert "Made-Up 9000 | abc" in tables.gpu_launches(unknown_card)
+    assert "Made-Up" not in tables.gpu_bounds(unknown_card)
+    assert tables.gpu_kernels(tables.Results(RESULTS)) == "None has been measured yet."
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_queue_holds_if_the_first_launch_is_still_waiting(held, monkeypatch):
+    timing = pytest.importorskip("timing")
+    calls = []
+
+    class Event:
+        def record(self):
+            calls.append("record")
+
+        def query(self):
+            calls.append("query")
+            return not held
+
+    for name, stand_in in {"Event": Event, "_sleep": lambda cycles: calls.append("sleep"),
+                           "synchronize": lambda: calls.append("wait")}.items():  # fmt: skip
+        monkeypatch.setattr(timing.torch.cuda, name, stand_in, raising=False)
+    assert timing.queue_holds(lambda: calls.append("launch")) is held
+    assert calls == ["sleep", "record", "launch", "query", "wait"]
+
+
 def test_every_figure_that_documents_show_is_there():
     for path in report.documents(ROOT):
         for part in path.read_text().split("](")[1:]:
@@ -118,11 +244,11 @@ def test_every_figure_that_documents_show_is_there():
                 assert (path.parent / target).is_file(), f"{path.name}: {target} is missing"
 
 
-def test_figures_are_drawn_from_the_committed_results(tmp_path):
+def test_figures_are_drawn_from_the_results(unknown_card, tmp_path):
     pytest.importorskip("matplotlib")
     import plots
 
-    drawn = plots.draw(tables.Results(RESULTS), tmp_path)
+    drawn = plots.draw(unknown_card, tmp_path)
     assert {path.stem for path in drawn} >= {"time_per_volume", "accuracy_against_cost", "roofline"}
     assert all(path.read_text().rstrip().endswith("</svg>") for path in drawn)
 

@@ -1,0 +1,230 @@
+"""What every launch of the engine's recorded plan moves and computes, from the plan itself.
+
+The plan is made with buffers that have no memory, and its own launches are gone through one after
+the other: their kernels tell how many programs they would run, their tensors what these move. A
+launch whose kernel has no model here is an error, so none can be forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from gpu_work import Convolution, Tiles, Work, half_precision, one_launch
+from torch import Tensor
+
+from meddanet.engine import lowering
+from meddanet.engine.plan import Plan, PlannedModel, rooms
+from meddanet.kernels.conv_call import ConvCall
+from meddanet.kernels.encode_call import EncodeCall
+from meddanet.weights import load_model
+
+# the engine's capacity for a head
+CAPACITY, SIDE = 160, 240
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a group's slots hold.
+
+    Attributes:
+        used: How many of them are in use.
+        widths: For each encoder stage, width -> slots in use that chose it.
+        tiles: Of the card's architecture.
+    """
+
+    used: int
+    widths: list[dict[int, int]]
+    tiles: Tiles
+
+
+@contextmanager
+def counted_programs() -> Iterator[list[int]]:
+    """Makes launches append how many programs they would run, and run none."""
+    from triton.runtime.jit import KernelInterface
+
+    programs: list[int] = []
+
+    def stand_in(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **constants: programs.append(math.prod(grid))
+
+    original = KernelInterface.__getitem__
+    KernelInterface.__getitem__ = stand_in
+    try:
+        yield programs
+    finally:
+        KernelInterface.__getitem__ = original
+
+
+@cache
+def _planned() -> PlannedModel:
+    planned = PlannedModel(load_model(), torch.device("cpu"))
+    # for the buffers of its plans: they need no memory
+    planned.device = torch.device("meta")
+    return planned
+
+
+@cache
+def shipped_plan(roomy: bool) -> Plan:
+    """Returns the plan of the shipped weights for a head; `roomy` as there."""
+    with counted_programs():
+        return Plan(_planned(), CAPACITY, (SIDE, SIDE), roomy)
+
+
+def plan_work(
+    routes: dict[str, int], num_bits: list[dict[str, int]], tiles: Tiles, decided: bool = True
+) -> list[Work]:
+    """Returns the work of all launches of one volume, in the plan's order.
+
+    Args:
+        routes: How many slices went which way: "skip", "crop-P", "whole".
+        num_bits: For each encoder stage, width -> slices that ran at it.
+        tiles: Of the card's architecture.
+        decided: Whether the decision networks run; without them it is a static network.
+    """
+    ran = max(1, sum(count for route, count in routes.items() if route != "skip"))
+    plan, slots = shipped_plan(_overflows(routes)), {}
+    for group in plan.groups:
+        share = (used := routes.get(group.name, 0)) / ran
+        widths = [{int(b): round(n * share) for b, n in stage.items()} for stage in num_bits]
+        slots[group.name] = Slots(used, widths, tiles)
+    work = []
+    for launch in plan.launches:
+        group, _, kernel = launch.name.partition(": ")
+        if kernel:
+            found = _group_work(kernel, launch.run, slots[group])
+        elif launch.name in ("decide", "locate") and not decided:
+            continue
+        else:
+            found = SHARED[launch.name](plan)
+        with counted_programs() as programs:
+            # the networks are no kernels of this package's own
+            if launch.name not in ("decide", "locate"):
+                launch.run()
+        work.append(replace(found, name=launch.name, programs=sum(programs)))
+    return work
+
+
+def _overflows(routes: dict[str, int]) -> bool:
+    """Returns whether a route has more slices than the usual plan has room for."""
+    names = _planned().model.routes
+    counts = [routes.get(name, 0) for name in names[1:]]
+    return any(n > room for n, room in zip(counts, rooms(len(names), CAPACITY, False), strict=True))
+
+
+# launches for all slices -----------------------------------------------------------------------
+
+
+def _network(name: str, plan: Plan) -> Work:
+    network = deepcopy(getattr(plan._planned.model, name))
+    return half_precision(name, network, tuple(plan._view.shape))
+
+
+def _view(plan: Plan) -> Work:
+    return Work("view", _size(plan.images) + 2 * plan._view.numel() + _size(plan._seen))
+
+
+def _route(plan: Plan) -> Work:
+    """The routing itself, and labels set to those of an empty canvas."""
+    return Work("route", _size(plan._seen) + _size(plan._routes) + _size(plan.labels), launches=2)
+
+
+SHARED: dict[str, Callable[[Plan], Work]] = {
+    "view": _view, "decide": partial(_network, "policy"), "locate": partial(_network, "position"),
+    "route": _route,
+}  # fmt: skip
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# launches of a group ---------------------------------------------------------------------------
+
+
+def _group_work(kernel: str, run: Any, slots: Slots) -> Work:
+    """Returns the work of one launch for the slots of a group; nothing but a launch if empty."""
+    model = MODELS[run.func]
+    return model(kernel, slots, *run.args) if slots.used else Work(kernel, 0)
+
+
+def _stage(kernel: str) -> int:
+    """Returns the encoder stage that a launch belongs to: "stage 1 block, first", "down 1"."""
+    match = re.search(r"\d", kernel)
+    assert match, f"{kernel}: a width per slot, but no stage"
+    return int(match[0])
+
+
+def _convolution(
+    kernel: str, slots: Slots, call: ConvCall, stream: Tensor | None, codes: Tensor | None
+) -> Work:
+    conv, residual = call.conv, call.residual is not None
+    found = Convolution(
+        _shape_class(kernel, call, stream), conv.in_channels, conv.out_channels,
+        conv.kernel_size[0], call.input.shape[3], conv.stride[0], conv.transposed,
+        residual=residual, stream=stream is not None, codes=codes is not None,
+    )  # fmt: skip
+    chosen = isinstance(call.num_bits, Tensor)
+    widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
+    parts = [found.work(n, bits, slots.tiles(found)) for bits, n in widths.items() if n]
+    return one_launch(kernel, parts)
+
+
+def _shape_class(kernel: str, call: ConvCall, stream: Tensor | None) -> str:
+    """Returns what `kernels_compiled.json` calls a convolution."""
+    if kernel.endswith("block, second"):
+        if stream is None:
+            return "encoder block, last"
+        return "encoder block, second" if call.relu else "encoder block, last of its stage"
+    name = re.sub(r"^(decoder|last stage), ", "decoder block, ", kernel)
+    name = re.sub(r"^stage \d block", "encoder block", name)
+    return re.sub(r"^down \d", "down", name.replace("begin", "first convolution"))
+
+
+def _codes(
+    kernel: str, slots: Slots, call: EncodeCall, codes: Tensor, copy: Tensor | None
+) -> Work:
+    channels = call.input.shape[1]
+    pixels, inside = math.prod(call.size), call.input.shape[2:].numel()
+    chosen = isinstance(call.num_bits, Tensor)
+    widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
+    stored = sum(n * (2 if bits > 8 else 1) for bits, n in widths.items())
+    read = slots.used * min(pixels, inside) * call.input.element_size()
+    copied = 0 if copy is None else slots.used * pixels * copy.element_size()
+    return Work(kernel, channels * (read + copied + stored * pixels))
+
+
+def _gradients(
+    kernel: str, slots: Slots, images: Tensor, sums: Tensor, size: tuple[int, int], *others: Tensor
+) -> Work:
+    view = images.shape[1] * math.prod(size) * images.element_size()
+    return Work(kernel, slots.used * (view + _size(sums[0])))
+
+
+def _moments(kernel: str, slots: Slots, feature: Tensor, sums: Tensor, count: Tensor) -> Work:
+    return Work(kernel, slots.used * (_size(feature[0]) + _size(sums[0])))
+
+
+def _select(
+    kernel: str, slots: Slots, bits: Tensor, sums: Tensor, moments: Tensor, *others: Any
+) -> Work:
+    return Work(kernel, slots.used * (_size(sums[0]) + _size(moments[0])))
+
+
+def _labels(kernel: str, slots: Slots, labels: Tensor, input: Tensor, *others: Any) -> Work:
+    pixels = input.shape[2:].numel()
+    return Work(kernel, slots.used * pixels * (input.shape[1] + 1))
+
+
+MODELS: dict[Callable, Callable[..., Work]] = {
+    lowering.conv_kernel.run: _convolution, lowering.encode_kernel.run: _codes,
+    lowering.selector_kernel.gradients: _gradients, lowering.selector_kernel.moments: _moments,
+    lowering.selector_kernel.select: _select, lowering.head_kernel.run: _labels,
+}  # fmt: skip
