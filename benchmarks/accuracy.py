@@ -109,10 +109,11 @@ def evaluate_case(model, plain: nn.Module | None, case) -> dict:
     """Scores every row on one case and reports the decisions against the truth."""
     volume = load_volume(case)
     truth = to_classes(load_labels(case.label, like=volume), "brats2021")
-    predictor = VolumePredictor(model, device="cpu", labels="brats2023", executor="eager")
     rows = {}
 
     def dynamic(row: str):
+        # an engine keeps the model as it was when it was made
+        predictor = VolumePredictor(model, device="cpu", labels="brats2023", executor="eager")
         prediction = predictor.predict(volume)
         rows[row] = {**score(prediction.labels, truth, volume), **prediction.cost}
         return prediction

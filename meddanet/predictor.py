@@ -69,7 +69,8 @@ class VolumePredictor:
     """Segments volumes with one model.
 
     Args:
-        model: From `load_model`, `build_med_danet` or `build_med_danet_v2`.
+        model: From `load_model`, `build_med_danet` or `build_med_danet_v2`; moved to the device and
+            put in `eval()`. But for windows a copy of it runs, as it is now: see `compile_engine`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         window: None decides per slice; a number decides per overlapping window of that side and
             averages, the papers' protocol (128).

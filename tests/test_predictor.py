@@ -231,12 +231,8 @@ def test_the_cost_of_a_case_counts_every_network_that_ran(model, price):
     data = noise(30, 40, 9)
     data[:, :, :, [0, 8]] = 0  # two slices that not even the policy sees
     predictor = VolumePredictor(model, "cpu", executor="eager")
-    real = model.policy
-    model.policy = Decide([0, 1, 2, 1, 1, 0, 2])
-    decide, model.policy = model.policy, real
-    # the table is counted with the real policy, the routes are taken by the fixed one
-    predictor._table((1, 4, 32, 40), "mac"), predictor._table((1, 4, 32, 40), "paper")
-    model.policy = decide
+    # costs are counted with the real policy, the routes are taken by a fixed one
+    predictor.engine._model.policy = Decide([0, 1, 2, 1, 1, 0, 2])
     result = predictor.predict(volume(data))
     assert result.decisions.tolist() == [0, 0, 1, 2, 1, 1, 0, 2, 0]
     expected = 7 * price["policy"] + 3 * price["crop"] + 2 * price["whole"]
