@@ -139,7 +139,7 @@ def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a configuration the fields that came later, as what its run had."""
     rates = [{"selector_rate": phase.get("selector_rate", 1.0)} for phase in saved["phases"]]
     phases = [phase | rate for phase, rate in zip(saved["phases"], rates, strict=True)]
-    later: dict[str, Any] = {"start": None, "lesion_share": 0.67}
+    later: dict[str, Any] = {"start": None, "lesion_share": 0.67, "patient": None}
     augment = {"rotation": 15.0, "zoom": 0.15, "shift": 0.06, **saved["augment"]}
     # Med-DANet (V1) has no such network, whatever is asked
     if not saved.get("bank"):

@@ -85,6 +85,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     found = {case.name: case for case in find_cases(config.data) if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
+    training, held_out = folds(list(found), config.folds, config.fold, config.patient)
     if config.label_map is not None:
         _check_map(config.label_map)
     with first_alone() as first:
@@ -105,7 +106,6 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         with first_alone() as first:
             if first:
                 _cache_phantoms(phantoms, cache)
-    training, held_out = folds(list(found), config.folds, config.fold)
     num_classes = 4 if gliomas else 1 + _count_classes(config, facts)
     spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
     parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]

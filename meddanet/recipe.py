@@ -307,8 +307,11 @@ class TrainConfig:
             None = the convention of the naming where the four modalities of a glioma are there, of
             other cases the values themselves.
         window_hu: Hounsfield values that become 0 and 1 (CT); None = z-score in the joint mask.
-        folds: Number of folds k; every k-th case by name is held out. 0 = none is.
+        folds: Number of folds k; every k-th patient by name is held out. 0 = none is.
         fold: Which of them is held out.
+        patient: Regular expression whose first group, or whole match, is the patient in a case's
+            name: cases of one patient stay together. None = BraTS 2023 names tell the patient,
+            every other case is one.
         seed: Seed of weights, sampling and augmentation.
         phantoms: Synthetic glioma cases mixed into the training cases.
         augment: How batches are varied.
@@ -354,6 +357,7 @@ class TrainConfig:
     window_hu: tuple[float, float] | None = None
     folds: int = 5
     fold: int = 0
+    patient: str | None = None
     seed: int = 0
     phantoms: int = 3
     augment: AugmentConfig = field(default_factory=AugmentConfig)

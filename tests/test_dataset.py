@@ -229,6 +229,24 @@ def test_the_parts_of_a_tumour_keep_their_convention(tmp_path):
     assert set(np.unique(data.training[0].labels)) == {0, 1, 2, 3}
 
 
+def test_timepoints_of_a_patient_are_held_out_together(decathlon, tmp_path):
+    for kind in ("imagesTr", "labelsTr"):
+        for old, new in ((0, "p1_tp1"), (1, "p1_tp2"), (2, "p2_tp1"), (3, "p3_tp1")):
+            (decathlon / kind / f"disc_{old:03d}.nii.gz").rename(decathlon / kind / f"{new}.nii.gz")
+    settings = config(decathlon, tmp_path / "run", folds=2, patient=r"^([a-z]+_?\d+)")
+    split = prepare_dataset(settings).split
+    # disc_004, p1, p2, p3: every second from the first
+    assert split == {
+        "held_out": ["disc_004", "p2_tp1"], "trained_on": ["p1_tp1", "p1_tp2", "p3_tp1"]
+    }
+    assert prepare_dataset(replace(settings, patient=None, fold=1)).split["held_out"] == [
+        "p1_tp1", "p2_tp1"
+    ]
+    with pytest.raises(ValueError, match="patient is 'p.*', .* finds a patient in disc_004"):
+        prepare_dataset(replace(settings, patient=r"p\d", out=str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()  # said before anything is cached
+
+
 def test_a_window_that_does_not_fit(decathlon, tmp_path):
     with pytest.raises(ValueError, match="window is 20, expected a multiple of 8 .* at least 16"):
         train(config(decathlon, tmp_path / "run", window=20, crop_sizes=(16,)))

@@ -185,7 +185,7 @@ def test_a_run_from_before_a_field_keeps_what_it_had(config, tmp_path):
     train(replace(config, position_network=None))
     path = tmp_path / "run" / "config.json"
     content = json.loads(path.read_text())
-    del content["position_network"], content["phases"][0]["selector_rate"]
+    del content["position_network"], content["patient"], content["phases"][0]["selector_rate"]
     path.write_text(json.dumps(content))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="position_network is None in the run .* 'heatmap' is ask"):
@@ -193,6 +193,8 @@ def test_a_run_from_before_a_field_keeps_what_it_had(config, tmp_path):
     faster = [replace(config.phases[0], selector_rate=10)]
     with pytest.raises(ValueError, match="selector_rate is 1.0 in the run"):
         train(replace(config, position_network=None, phases=faster))
+    with pytest.raises(ValueError, match=r"patient is None in the run .* 'disc_\\\\d\+' is asked"):
+        train(replace(config, position_network=None, patient=r"disc_\d+"))
     assert path.read_bytes() == before
     train(replace(config, position_network=None))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +154,32 @@ def test_folds_hold_out_every_patient_once():
     assert sorted(held_out) == sorted(names)
     training, held = folds(names, 5, 2)
     assert set(training) | set(held) == set(names) and not set(training) & set(held)
+
+
+def test_the_cases_of_a_patient_stay_together():
+    """Five patients of one to three timepoints; by sorted patient, every second from the first."""
+    points = {"A_1": 2, "A_10": 1, "A_2": 3, "B_1": 1, "B_2": 2}
+    names = [f"TCGA_{p}_tp{t}" for p, count in points.items() for t in range(count)]
+    held = ["TCGA_A_1_tp0", "TCGA_A_1_tp1", "TCGA_A_2_tp0", "TCGA_A_2_tp1", "TCGA_A_2_tp2"]
+    # the first group, or the whole match
+    for pattern in (r"TCGA_(\w_\d+)_tp", r"[AB]_\d+"):
+        training, held_out = folds(names, 2, 0, pattern)
+        assert held_out == [*held, "TCGA_B_2_tp0", "TCGA_B_2_tp1"]
+        assert sorted(training + held_out) == sorted(names)
+    # without, every case is a patient but for BraTS 2023's
+    assert folds(names, 2, 0)[1] == sorted(names)[::2]
+    glioma = [f"BraTS-GLI-0000{patient}-{point}" for patient in (1, 2) for point in (100, 101)]
+    assert folds(glioma, 2, 0)[1] == glioma[:2] == folds(glioma, 2, 0, r"GLI-\d+")[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [(r"TCGA_(\d+)", "finds a patient in p1"), ("(p", "expected a regular expression"),
+     ("q?", "finds a patient in p1"), ("p1(x)?", "finds a patient in p1")],
+)
+def test_a_pattern_that_finds_no_patient(pattern, text):
+    with pytest.raises(ValueError, match=f"patient is {re.escape(repr(pattern))}, .*{text}"):
+        folds(["p1", "TCGA_001_tp1"], 2, 0, pattern)
 
 
 def test_the_sampler_keeps_its_shares(cases):

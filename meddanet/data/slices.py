@@ -86,29 +86,48 @@ def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
         raise VolumeError(f"{path}: is damaged; delete it to cache its case again") from error
 
 
-def folds(names: list[str], count: int, fold: int) -> tuple[list[str], list[str]]:
-    """Splits patients into (training, held out): every `count`-th sorted name is held out.
+def folds(
+    names: list[str], count: int, fold: int, patient: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Splits cases into (training, held out): those of every `count`-th patient are held out.
 
-    Timepoints of one BraTS 2023 patient, `BraTS-GLI-00005-100` and `-101`, stay together. A count
-    of 0 holds out nobody.
+    Args:
+        names: Case names.
+        count: Number of folds; 0 holds out nobody.
+        fold: Which of them is held out.
+        patient: Regular expression whose first group, or whole match, is the patient in a name.
+            None keeps the timepoints of one BraTS 2023 patient together, `BraTS-GLI-00005-100` and
+            `-101`; every other case is a patient.
 
     Raises:
-        ValueError: If `fold` is not below `count`, or nobody is left to train on.
+        ValueError: If `fold` is not below `count`, nobody is left to train on, or a name holds no
+            patient.
     """
     if count and not 0 <= fold < count:
         raise ValueError(f"fold is {fold}, expected 0 to {count - 1} of {count} folds")
-    patients = sorted({_patient(name) for name in names})
+    patient_of = {name: _patient(name, patient) for name in names}
+    patients = sorted(set(patient_of.values()))
     chosen = set(patients[fold::count]) if count else set()
-    training = sorted(name for name in names if _patient(name) not in chosen)
+    training = sorted(name for name in names if patient_of[name] not in chosen)
     if not training:
         raise ValueError(f"{len(patients)} patients leave none to train on; name 0 folds")
     return training, sorted(set(names) - set(training))
 
 
-def _patient(name: str) -> str:
-    """Returns the case name without a BraTS 2023 timepoint."""
-    match = re.fullmatch(r"(BraTS-\w+-\d{5})-\d{3}", name)
-    return match[1] if match else name
+def _patient(name: str, pattern: str | None) -> str:
+    if pattern is None:
+        match = re.fullmatch(r"(BraTS-\w+-\d{5})-\d{3}", name)
+        return match[1] if match else name
+    try:
+        match = re.search(pattern, name)
+    except re.error as error:
+        raise ValueError(
+            f"patient is {pattern!r}, expected a regular expression such as ([A-Z]+_\\d+) ({error})"
+        ) from error
+    found = match and match[1 if match.re.groups else 0]
+    if not found:
+        raise ValueError(f"patient is {pattern!r}, expected one that finds a patient in {name}")
+    return found
 
 
 @dataclass
