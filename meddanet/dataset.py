@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from .data import (
-    MODALITIES,
-    Case,
-    VolumeError,
-    canonical,
-    detect_label_convention,
-    find_cases,
-    load_labels,
-    load_volume,
-    normalize,
-    to_classes,
-    to_slices,
-)
-from .data.lock import hold
-from .data.phantom import make_phantom
-from .data.slices import CachedCase, folds, is_cached, read_cache, write_cache
-from .data.storage import read_record, write_bytes
+from .cache import cache_phantoms, fill_cache, read_table
+from .data import MODALITIES, VolumeError, find_cases
+from .data.slices import CachedCase, folds, read_cache
 from .distributed import first_alone, rank
 from .recipe import TrainConfig
 
@@ -90,13 +72,14 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         _check_map(config.label_map)
     with first_alone() as first:
         if first:
-            _fill_cache(found, config, cache)
-    if not (cache / "cases.json").exists():
+            fill_cache(found, config, cache)
+    file = cache / "cases.json"
+    table = read_table(file)["cases"] if file.exists() else {}
+    if not found.keys() <= table.keys():
         raise VolumeError(
-            f"{cache}: is empty for process {rank()}, filled by process 0; out and cache have to "
-            "lie on a disk that all machines share"
+            f"{cache}: lacks cases for process {rank()} that process 0 has cached; out and cache "
+            "have to lie on a disk that all machines share"
         )
-    table = _read_table(cache / "cases.json")["cases"]
     facts = {name: table[name] for name in found}
     modalities = tuple(_common(facts, "modalities"))
     gliomas = _common(facts, "gliomas")
@@ -105,7 +88,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         phantoms = [f"phantom-{_FIRST_PHANTOM + index}" for index in range(config.phantoms)]
         with first_alone() as first:
             if first:
-                _cache_phantoms(phantoms, cache)
+                cache_phantoms(phantoms, cache)
     num_classes = 4 if gliomas else 1 + _count_classes(config, facts)
     spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
     parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]
@@ -175,112 +158,6 @@ def _normalisation(config: TrainConfig) -> dict[str, object]:
     if config.window_hu is None:
         return {}
     return {"normalisation": "hounsfield window", "window_hu": list(config.window_hu)}
-
-
-@contextmanager
-def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
-    """Opens the cache's table of cases; keeps what was added, also where a later case is bad."""
-    settings = {
-        name: getattr(config, name) for name in ("modalities", "label_map", "window_hu")
-    }
-    settings = json.loads(json.dumps(settings))
-    path = cache / "cases.json"
-    content = _read_table(path) if path.exists() else {"cases": {}}
-    # a table without cases binds nobody
-    content = content if content["cases"] else {"settings": settings, "cases": {}}
-    for name, value in settings.items():
-        if content["settings"][name] != value:
-            raise ValueError(
-                f"{cache}: was made with {name} {content['settings'][name]}, not {value}; "
-                "delete it or name another cache"
-            )
-    try:
-        yield content["cases"]
-    finally:
-        write_bytes(path, json.dumps(content).encode())
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    cure = "delete it to have the cache filled again"
-    content = read_record(path, cure)
-    if not content.keys() >= {"settings", "cases"}:
-        raise VolumeError(f"{path}: is no table of a cache; {cure}")
-    return content
-
-
-def _hold(cache: Path) -> AbstractContextManager[object]:
-    """Keeps other runs from filling the cache, or waits until they have filled it."""
-    lock = cache / "cache.lock"
-    try:
-        return hold(lock)
-    except BlockingIOError:
-        warnings.warn(f"{cache}: another run is filling it; waiting for its end", stacklevel=2)
-        return hold(lock, wait=True)
-
-
-def _fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
-    """Caches what is not cached yet, or whose files are others than then."""
-    with _hold(cache), _table(cache, config) as table:
-        for name, case in tqdm(cases.items(), desc="cache", disable=None):
-            files = _fingerprint(case)
-            row = table.get(name, {})
-            # rows without values are from before single modalities were told from gliomas
-            if row.get("files") != files or "values" not in row or not is_cached(name, cache):
-                table[name] = {**_cache_case(case, config, cache), "files": files}
-
-
-def _fingerprint(case: Case) -> list[list[Any]]:
-    """Returns name, size and time of change of a case's files."""
-    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
-    return [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for path in (*files, case.label) if path is not None
-    ]
-
-
-def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:
-    """Caches one case and returns its row of the table."""
-    volume = load_volume(case, config.modalities)
-    labels = load_labels(str(case.label), like=volume)
-    values = np.unique(labels)
-    # one T1 or T2 may be of anything
-    gliomas = config.label_map is None and set(volume.modalities) == set(MODALITIES)
-    if gliomas:
-        classes = to_classes(labels, detect_label_convention(volume, values))
-    else:
-        classes = _by_value(labels, config.label_map, case)
-    images = to_slices(volume, window_hu=config.window_hu)
-    if not np.isfinite(images).all():
-        raise VolumeError(f"{case.name}: holds values that are not finite; expected numbers")
-    if not images.any():
-        raise VolumeError(f"{case.name}: holds no signal after normalisation; check window_hu")
-    classes = canonical(classes, volume.affine).transpose(2, 0, 1)
-    write_cache(case.name, images, classes, cache)
-    return {
-        "modalities": volume.modalities, "gliomas": gliomas,
-        "values": values[values > 0].tolist(), "spacing_mm": volume.spacing,
-    }
-
-
-def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) -> np.ndarray:
-    """Translates label values by a map, values outside it to background; None keeps them."""
-    if labels.dtype != np.uint8:
-        raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
-    if label_map is None:
-        return labels
-    lookup = np.zeros(256, np.uint8)
-    for value, k in label_map.items():
-        lookup[value] = k
-    return lookup[labels]
-
-
-def _cache_phantoms(names: list[str], cache: Path) -> None:
-    missing = [name for name in names if not is_cached(name, cache)]
-    with _hold(cache) if missing else nullcontext():
-        for name in missing:
-            phantom = make_phantom(int(name.removeprefix("phantom-")))
-            images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
-            write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)
 
 
 def _common(facts: dict[str, dict], key: str) -> Any:

@@ -180,7 +180,7 @@ def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
     shared = "out and cache have to lie on a disk that all machines share"
     # the first process fills its cache, the second finds none
     assert second[0] == (
-        f"{tmp_path}/disk-1/cache: is empty for process 1, filled by process 0; {shared}"
+        f"{tmp_path}/disk-1/cache: lacks cases for process 1 that process 0 has cached; {shared}"
     )
     for number, messages in enumerate((first, second)):
         assert messages[-1] == (

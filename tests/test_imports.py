@@ -19,7 +19,7 @@ FLOORS = (
     {"build", "report"},
     {
         "bench", "training", "objectives_v1", "phase", "objectives", "batches", "checkpoint",
-        "monitor", "dataset", "weights", "cohort", "evaluation", "pairs",
+        "monitor", "dataset", "cache", "weights", "cohort", "evaluation", "pairs",
     },
     {"arguments", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything

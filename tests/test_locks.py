@@ -35,11 +35,11 @@ train(TrainConfig(**values))
 FILL_IN_TWO_HALVES = """
 import sys, time
 from pathlib import Path
-from meddanet import dataset
+from meddanet import cache as cache_module, dataset
 from meddanet.recipe import TrainConfig
 
 data, cache, started, go = map(Path, sys.argv[1:])
-cache_case = dataset._cache_case
+cache_case = cache_module._cache_case
 
 def slowly(*arguments):
     started.touch()
@@ -47,7 +47,7 @@ def slowly(*arguments):
         time.sleep(0.01)
     return cache_case(*arguments)
 
-dataset._cache_case = slowly
+cache_module._cache_case = slowly
 dataset.prepare_dataset(TrainConfig(str(data), str(cache.parent), cache=str(cache)))
 """
 

@@ -1,0 +1,148 @@
+"""Fills the cache of a training run: one row of a table and three files per case."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .data import (
+    MODALITIES,
+    Case,
+    VolumeError,
+    canonical,
+    detect_label_convention,
+    load_labels,
+    load_volume,
+    normalize,
+    to_classes,
+    to_slices,
+)
+from .data.lock import hold
+from .data.phantom import make_phantom
+from .data.slices import is_cached, write_cache
+from .data.storage import read_record, write_bytes
+from .recipe import TrainConfig
+
+
+@contextmanager
+def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
+    """Opens the cache's table of cases; keeps what was added, also where a later case is bad."""
+    settings = {
+        name: getattr(config, name) for name in ("modalities", "label_map", "window_hu")
+    }
+    settings = json.loads(json.dumps(settings))
+    path = cache / "cases.json"
+    content = read_table(path) if path.exists() else {"cases": {}}
+    # a table without cases binds nobody
+    content = content if content["cases"] else {"settings": settings, "cases": {}}
+    for name, value in settings.items():
+        if content["settings"][name] != value:
+            raise ValueError(
+                f"{cache}: was made with {name} {content['settings'][name]}, not {value}; "
+                "delete it or name another cache"
+            )
+    try:
+        yield content["cases"]
+    finally:
+        write_bytes(path, json.dumps(content).encode())
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads `<cache>/cases.json`: the settings it was filled with, and a row per case.
+
+    Raises:
+        VolumeError: If it is damaged.
+    """
+    cure = "delete it to have the cache filled again"
+    content = read_record(path, cure)
+    if not content.keys() >= {"settings", "cases"}:
+        raise VolumeError(f"{path}: is no table of a cache; {cure}")
+    return content
+
+
+def _hold(cache: Path) -> AbstractContextManager[object]:
+    """Keeps other runs from filling the cache, or waits until they have filled it."""
+    lock = cache / "cache.lock"
+    try:
+        return hold(lock)
+    except BlockingIOError:
+        warnings.warn(f"{cache}: another run is filling it; waiting for its end", stacklevel=2)
+        return hold(lock, wait=True)
+
+
+def fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
+    """Caches what is not cached yet, or whose files are others than then.
+
+    Raises:
+        VolumeError: If a case is bad, or the table damaged.
+        ValueError: If the cache was made with other settings.
+    """
+    with _hold(cache), _table(cache, config) as table:
+        for name, case in tqdm(cases.items(), desc="cache", disable=None):
+            files = _fingerprint(case)
+            row = table.get(name, {})
+            # rows without values are from before single modalities were told from gliomas
+            if row.get("files") != files or "values" not in row or not is_cached(name, cache):
+                table[name] = {**_cache_case(case, config, cache), "files": files}
+
+
+def _fingerprint(case: Case) -> list[list[Any]]:
+    """Returns name, size and time of change of a case's files."""
+    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    return [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in (*files, case.label) if path is not None
+    ]
+
+
+def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:
+    """Caches one case and returns its row of the table."""
+    volume = load_volume(case, config.modalities)
+    labels = load_labels(str(case.label), like=volume)
+    values = np.unique(labels)
+    # one T1 or T2 may be of anything
+    gliomas = config.label_map is None and set(volume.modalities) == set(MODALITIES)
+    if gliomas:
+        classes = to_classes(labels, detect_label_convention(volume, values))
+    else:
+        classes = _by_value(labels, config.label_map, case)
+    images = to_slices(volume, window_hu=config.window_hu)
+    if not np.isfinite(images).all():
+        raise VolumeError(f"{case.name}: holds values that are not finite; expected numbers")
+    if not images.any():
+        raise VolumeError(f"{case.name}: holds no signal after normalisation; check window_hu")
+    classes = canonical(classes, volume.affine).transpose(2, 0, 1)
+    write_cache(case.name, images, classes, cache)
+    return {
+        "modalities": volume.modalities, "gliomas": gliomas,
+        "values": values[values > 0].tolist(), "spacing_mm": volume.spacing,
+    }
+
+
+def _by_value(labels: np.ndarray, label_map: dict[int, int] | None, case: Case) -> np.ndarray:
+    """Translates label values by a map, values outside it to background; None keeps them."""
+    if labels.dtype != np.uint8:
+        raise VolumeError(f"{case.label}: values reach {labels.max()}, expected at most 255")
+    if label_map is None:
+        return labels
+    lookup = np.zeros(256, np.uint8)
+    for value, k in label_map.items():
+        lookup[value] = k
+    return lookup[labels]
+
+
+def cache_phantoms(names: list[str], cache: Path) -> None:
+    """Caches the phantoms, named `phantom-<seed>`, that are not cached yet."""
+    missing = [name for name in names if not is_cached(name, cache)]
+    with _hold(cache) if missing else nullcontext():
+        for name in missing:
+            phantom = make_phantom(int(name.removeprefix("phantom-")))
+            images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+            write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)
