@@ -24,6 +24,10 @@ sys.modules.update(dict.fromkeys(sys.argv[2:]))
 import meddanet
 names = [m.name for m in pkgutil.walk_packages(meddanet.__path__, "meddanet.")]
 names = [name for name in names if not name.endswith("__main__")]
+if "openvino" in sys.argv:
+    # these are asked for once OpenVINO is found
+    names.remove("meddanet.engine.opset")
+    names.remove("meddanet.engine.openvino_networks")
 print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
 """
 
