@@ -41,12 +41,16 @@ Provider = Callable[[], Any]
 
 
 def _commit() -> str:
-    root = Path(__file__).parent
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    return run.stdout.strip() or os.environ.get("MEDDANET_COMMIT", "unknown")
+    commit = _git("describe", "--always", "--abbrev=12")
+    # results are written while others are still being measured
+    changed = _git("status", "--porcelain", "--untracked-files=no", ":/", ":!results")
+    suffix = "-dirty" if changed else ""
+    return commit + suffix if commit else os.environ.get("MEDDANET_COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    command, root = ["git", *arguments], Path(__file__).parent
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def environment() -> dict[str, Any]:
