@@ -79,7 +79,8 @@ def output_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        # another process may try the same folder
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise VolumeError(
             f"{folder}: cannot write there ({error.strerror}); name another folder with -o"

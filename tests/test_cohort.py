@@ -137,3 +137,15 @@ def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatc
 
 def test_no_cases_are_no_work(tmp_path):
     assert run([], Predictor(), tmp_path) == []
+
+
+def test_two_processes_try_the_same_output_folder(tmp_path, monkeypatch):
+    """The other one takes its probe away between our two steps."""
+    touch = Path.touch
+
+    def touch_and_lose(path, *arguments):
+        touch(path, *arguments)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", touch_and_lose)
+    assert cohort.output_folder(tmp_path / "out").is_dir()
