@@ -11,6 +11,8 @@ from torch import Tensor
 
 Layer: TypeAlias = tuple[Tensor, Tensor]
 
+# what the kernels take; float64 runs in the references
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # a tensor core multiplies by no fewer channels
 NARROWEST = 16
 
@@ -48,6 +50,28 @@ class PackedUnit(NamedTuple):
 def padded(channels: int) -> int:
     """Returns the power of two that channels are padded to."""
     return max(NARROWEST, 1 << (channels - 1).bit_length())
+
+
+def checked_input(input: Tensor, what: str, channels: int, weight: Tensor) -> Tensor:
+    """Returns an operation's input without its gradient.
+
+    Args:
+        input: What was given.
+        what: "stem" or "unit".
+        channels: That its input has.
+        weight: One of its packed weights.
+
+    Raises:
+        ValueError: If shape, dtype or device are not those that it was packed for.
+    """
+    if input.dim() != 4 or input.shape[1] != channels:
+        raise ValueError(f"input must be [N, {channels}, H, W], got {list(input.shape)}")
+    if input.dtype != weight.dtype or input.device != weight.device:
+        raise ValueError(
+            f"input is {input.dtype} on {input.device}, the {what} is packed in {weight.dtype} on "
+            f"{weight.device}"
+        )
+    return input.detach()
 
 
 def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = ()) -> PackedUnit:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch
-from .shuffle_pack import padded_matrix
+from .shuffle_pack import KERNEL_DTYPES, checked_input, padded_matrix
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # rows and columns of the weight; larger ones fit neither into registers nor into shared memories
 LARGEST = 256
 
@@ -102,14 +101,8 @@ def _new_output(input: Tensor, channels: int) -> Tensor:
 
 def _checked(input: Tensor, stem: PackedStem) -> tuple:
     """Checks the arguments and returns those of the operator."""
-    if input.dim() != 4 or input.shape[1] != stem.in_channels:
-        raise ValueError(f"input must be [N, {stem.in_channels}, H, W], got {list(input.shape)}")
-    if input.dtype != stem.weight.dtype or input.device != stem.weight.device:
-        raise ValueError(
-            f"input is {input.dtype} on {input.device}, the stem is packed in {stem.weight.dtype} "
-            f"on {stem.weight.device}"
-        )
-    return input.detach(), stem.weight, stem.bias, stem.out_channels
+    input = checked_input(input, "stem", stem.in_channels, stem.weight)
+    return input, stem.weight, stem.bias, stem.out_channels
 
 
 def shuffle_stem_reference(input: Tensor, stem: PackedStem) -> Tensor:

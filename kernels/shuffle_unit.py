@@ -21,9 +21,8 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch
-from .shuffle_pack import PackedUnit
+from .shuffle_pack import KERNEL_DTYPES, PackedUnit, checked_input
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
 WIDEST = 256
 
@@ -79,20 +78,13 @@ def _(input, main, side, mid, channels):
 
 def _new_output(input: Tensor, halved: bool, channels: int) -> Tensor:
     height, width = ((side + 1) // 2 if halved else side for side in input.shape[2:])
-    return input.new_empty(len(input), height, width, channels).permute(0, 3, 1, 2)
+    return input.new_empty(input.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
 def _checked(input: Tensor, unit: PackedUnit) -> tuple:
     """Checks the arguments and returns those of the operator."""
-    weight = unit.main[0]
-    if input.dim() != 4 or input.shape[1] != unit.in_channels:
-        raise ValueError(f"input must be [N, {unit.in_channels}, H, W], got {list(input.shape)}")
-    if input.dtype != weight.dtype or input.device != weight.device:
-        raise ValueError(
-            f"input is {input.dtype} on {input.device}, the unit is packed in {weight.dtype} on "
-            f"{weight.device}"
-        )
-    return input.detach(), unit.main, unit.side, unit.mid_channels, unit.out_channels
+    input = checked_input(input, "unit", unit.in_channels, unit.main[0])
+    return input, unit.main, unit.side, unit.mid_channels, unit.out_channels
 
 
 def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
