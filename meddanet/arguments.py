@@ -135,10 +135,10 @@ def _train_parser(recipe: str) -> ArgumentParser:
         "--resume", action="store_true",
         help="go on where the run in OUT stands; the same happens without, this wants one there",
     )
-    settings = {"baseline": None, **recipe_settings(recipe)}
+    settings = recipe_settings(recipe)
     # as plain values, which --print-config can write down
-    plain = json.loads(json.dumps(asdict(TrainConfig("", "", **recipe_settings(recipe)))))
-    parser.set_defaults({name: plain[name] for name in settings})
+    plain = json.loads(json.dumps(asdict(TrainConfig("", "", **settings))))
+    parser.set_defaults({name: plain[name] for name in ("baseline", *settings)})
     return parser
 
 
@@ -171,7 +171,7 @@ def train_config(options: Namespace) -> TrainConfig:
     for name in ("config", "resume", "recipe"):
         del values[name]
     values["phases"] = [
-        _phase(f"phases.{number}", fields) for number, fields in enumerate(values["phases"])
+        _phase(f"phases.{number}", phase) for number, phase in enumerate(values["phases"])
     ]
     if values["baseline"] is not None:
         values["baseline"] = _phase("baseline", values["baseline"])

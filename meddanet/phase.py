@@ -233,10 +233,15 @@ def train_parts(model: nn.Module, parts: tuple[str, ...] = ()) -> None:
     Raises:
         ValueError: If the model has no such part.
     """
-    known = [name for name, _ in model.named_children()]
-    if strange := set(parts) - set(known):
-        raise ValueError(f"parts holds {', '.join(strange)}, expected some of {', '.join(known)}")
+    check_parts(model, parts)
     model.train()
     for name, child in model.named_children():
         trains = not parts or name in parts
         child.train(trains).requires_grad_(trains)
+
+
+def check_parts(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """Raises ValueError unless a model has all of these parts."""
+    known = [name for name, _ in model.named_children()]
+    if strange := sorted(set(parts) - set(known)):
+        raise ValueError(f"parts holds {', '.join(strange)}, expected some of {', '.join(known)}")

@@ -25,7 +25,7 @@ from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict
 from .objectives import OBJECTIVES, Objective
 from .objectives_v1 import DecisionObjective, bank, member_shares
-from .phase import run_phase
+from .phase import check_parts, run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .routing import to_memory_format
 from .weights import save_model, take_weights
@@ -204,25 +204,12 @@ def check_phases(model: Any, config: TrainConfig) -> None:
     Raises:
         ValueError: If one has an objective, parts or shares that the model does not; it is named.
     """
-    known, parts = _objectives(model, config), [name for name, _ in model.named_children()]
-    kind = type(model).__name__
+    known = _objectives(model, config)
     for number, phase in enumerate(config.phases):
-        name = f"phases.{number}"
-        if phase.objective not in known:
-            cure = "" if config.bank else "; Med-DANet (V1) is trained where a bank is named"
-            raise ValueError(
-                f"{name}.objective is {phase.objective!r}, expected one of {', '.join(known)} for "
-                f"a {kind}{cure}"
-            )
-        if strange := sorted(set(phase.parts) - set(parts)):
-            raise ValueError(
-                f"{name}.parts holds {', '.join(strange)}, expected some of {', '.join(parts)}"
-            )
-        if phase.objective == "bank":
-            try:
-                member_shares(phase, len(model.bank))
-            except ValueError as error:
-                raise ValueError(f"{name}.{error}") from error
+        try:
+            _check_phase(model, phase, known)
+        except ValueError as error:
+            raise ValueError(f"phases.{number}.{error}") from error
     if config.baseline is not None and config.baseline.objective != "static":
         raise ValueError(
             f"baseline.objective is {config.baseline.objective!r}, expected static: it is a plain "
@@ -235,6 +222,18 @@ def check_phases(model: Any, config: TrainConfig) -> None:
             "cost_weight acts in phases `joint` alone and there is none; bit_weight is that of "
             "phases `quantised`", stacklevel=2,
         )
+
+
+def _check_phase(model: Any, phase: PhaseConfig, known: dict[str, Objective]) -> None:
+    if phase.objective not in known:
+        cure = "" if hasattr(model, "bank") else "; Med-DANet (V1) is trained where a bank is named"
+        raise ValueError(
+            f"objective is {phase.objective!r}, expected one of {', '.join(known)} for a "
+            f"{type(model).__name__}{cure}"
+        )
+    check_parts(model, phase.parts)
+    if phase.objective == "bank":
+        member_shares(phase, len(model.bank))
 
 
 def _objectives(model: Any, config: TrainConfig) -> dict[str, Objective]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +97,12 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
             "expected a file written by save_model"
         ) from error
     own = _tensors(model)
-    odd = [
-        name for name in sorted(own.keys() | tensors.keys())
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    ]
-    if odd:
+    if odd := sorted((own.keys() | tensors.keys()) - _fitting(own, tensors)):
         raise ValueError(
             f"{path}: {len(odd)} tensors do not fit its architecture, first {odd[0]}; "
             "expected a file written by save_model"
         )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
+    _copy(tensors, own, own.keys())
     model.metadata = metadata
     for layer in quantized_layers(model).values():
         layer.update_range = False
@@ -135,18 +129,13 @@ def take_weights(
     if "modalities" not in facts:
         raise ValueError(f"{path}: does not say what it is; expected a file written by save_model")
     own = _tensors(model)
-    fitting = {
-        name for name, value in own.items()
-        if name in tensors and tensors[name].shape == value.shape
-    }
+    fitting = _fitting(own, tensors)
     if not any(own[name].dim() > 1 for name in fitting):
         raise ValueError(
             f"{path}: none of its weights fits this {type(model).__name__}; expected weights of "
             "the same segmenter and number of modalities"
         )
-    with torch.no_grad():
-        for name in fitting:
-            own[name].copy_(tensors[name])
+    _copy(tensors, own, fitting)
     return [name for name in own if name not in fitting], facts
 
 
@@ -155,6 +144,18 @@ def _tensors(model: RoutedSegmenter) -> dict[str, Tensor]:
     layers = quantized_layers(model)
     ranges = {_RANGE.format(name): layer.input_amax for name, layer in layers.items()}
     return {**model.state_dict(), **ranges}
+
+
+def _fitting(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
+    """Returns the names under which both have a tensor of the same shape."""
+    both = own.keys() & theirs.keys()
+    return {name for name in both if own[name].shape == theirs[name].shape}
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], names: Iterable[str]) -> None:
+    for name in names:
+        target[name].copy_(source[name])
 
 
 def _locate(path_or_name: str | Path) -> Path:
