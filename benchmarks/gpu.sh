@@ -98,6 +98,17 @@ card_of() {
     'import timing, torch; print(timing.card_name(torch.cuda.get_device_name()))'
 }
 
+# what the results of this machine are named after
+name_card() {
+  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+}
+# where pytest's part of the results goes
+results_into() {
+  name_card
+  MEDDANET_RESULTS=$(result "$1")
+  export MEDDANET_RESULTS
+}
+
 log=$out/gpu-$part.log
 : >"$log"
 status=0
@@ -134,9 +145,7 @@ sanitize)
 
 kernels)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
-  [[ -n $dry_run ]] || card=$(card_of) || exit 1
-  MEDDANET_RESULTS=$(result gpu_kernels)
-  export MEDDANET_RESULTS
+  results_into gpu_kernels
   tests benchmarks/test_kernels.py -s --benchmark-disable-gc --benchmark-columns=median,rounds "$@" \
     || status=1
   ways=$(result forward_way)
@@ -146,9 +155,7 @@ kernels)
 
 network)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
-  [[ -n $dry_run ]] || card=$(card_of) || exit 1
-  MEDDANET_RESULTS=$(result gpu_network)
-  export MEDDANET_RESULTS
+  results_into gpu_network
   tests benchmarks/test_network.py -k "not tuned" -s --benchmark-columns=median,rounds "$@" ||
     status=1
   launches=$(result gpu_launches)
@@ -164,9 +171,7 @@ network)
 
 tuned)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
-  [[ -n $dry_run ]] || card=$(card_of) || exit 1
-  MEDDANET_RESULTS=$(result gpu_network_tuned)
-  export MEDDANET_RESULTS
+  results_into gpu_network_tuned
   tests benchmarks/test_network.py -k tuned -s --benchmark-columns=median,rounds "$@" || status=1
   say "results: $MEDDANET_RESULTS"
   ;;
@@ -174,7 +179,7 @@ tuned)
 tune)
   need numpy triton nibabel isal safetensors
   [[ -n $dry_run ]] && say "there is no dry run of this part"
-  [[ -n $dry_run ]] || card=$(card_of) || exit 1
+  name_card
   [[ -n $dry_run ]] ||
     limited "$python" benchmarks/tune.py "$(result gpu_tune)" "${case_of[@]}" || status=1
   ;;

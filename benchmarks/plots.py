@@ -10,7 +10,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from tables import PEERS, Results, mean, present_rows, scored, short
+from committed import Results, mean, short
+from tables import PEERS, present_rows, scored
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -273,8 +274,7 @@ def measured_kernels(results: Results, card: str) -> list[dict[str, Any]]:
     from predict import CARDS, compare
 
     rows = []
-    for path in sorted(results.folder.glob("gpu_kernels*.json")):
-        content = json.loads(path.read_text())
+    for content in results.named("gpu_kernels*").values():
         if content["environment"]["device"] in CARDS[card].devices:
             rows += [row for row in compare(content) if row["operations"]]
     return rows

@@ -15,7 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-from tables import TABLES, Results
+from committed import Results
+from tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end of table -->"

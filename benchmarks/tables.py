@@ -1,15 +1,11 @@
-"""The tables of README and docs, in Markdown, made of `results/*.json` alone."""
+"""The tables of README and docs, in Markdown, made of the committed results alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-Content = dict[str, Any]
-Cases = dict[str, Content]
+from committed import Cases, Content, Results, markdown, mean, routes, short
+from gpu_tables import gpu_bounds, gpu_kernels, gpu_launches, gpu_network, prediction
 
 # times of the suite: what README calls them
 PEERS = {
@@ -29,89 +25,6 @@ ROWS = ("static", "whole", "S", "Q", "S+Q", "8", "16", "random")
 # rows: what README calls them
 NAMES = {"S+Q": "Med-DANet V2", "whole": "whole", "static": "plain"}
 COSTS = {"mac": "true MACs, G", "paper": "papers' count, G", "scaled_paper": "b/32, G"}
-
-
-class Results:
-    """The committed numbers.
-
-    Args:
-        folder: Holds the JSON files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def read(self, name: str) -> Content:
-        """Returns one file's content; the name without its ending."""
-        return json.loads((self.folder / f"{name}.json").read_text())
-
-    @cached_property
-    def speed(self) -> Content:
-        """The CPU suite's numbers: the file of the machine that was measured last."""
-        contents = [json.loads(path.read_text()) for path in sorted(self.folder.glob("cpu_*.json"))]
-        return max(contents, key=measured)
-
-    @property
-    def speed_machine(self) -> str:
-        """Processor and threads of the CPU suite."""
-        facts = self.networks[0]["machine"]
-        return f"{facts['processor']}, {facts['threads']} threads"
-
-    @cached_property
-    def networks(self) -> list[Content]:
-        """The network level, case by case, the one with all peers first."""
-        found = [part for level, part in self.speed.items() if level.startswith("network ")]
-        return sorted(found, key=lambda part: (-len(part["times"]), part["case"]))
-
-    @cached_property
-    def accuracy(self) -> Cases:
-        """Scores and decisions of the shipped weights by held-out case."""
-        return dict(sorted(self.read("brats2021")["cases"].items()))
-
-    @cached_property
-    def folds(self) -> Cases:
-        """The same of the recipe, each fold's weights on the cases it held out."""
-        return dict(sorted(self.read("brats2021_folds")["cases"].items()))
-
-    @cached_property
-    def predictions(self) -> dict[str, Content]:
-        """What `predict.py` says of every card: computed, so never older than the results."""
-        from predict import predictions
-
-        return predictions(self.accuracy, self.read("kernels_compiled")["variants"])
-
-    def ablations(self) -> dict[str, Content]:
-        """The files that `ablations.py` wrote, by name."""
-        files = {path.stem: json.loads(path.read_text()) for path in self.folder.glob("*.json")}
-        return {name: content for name, content in sorted(files.items()) if "results" in content}
-
-
-def measured(levels: Content) -> str:
-    """When the newest level of a CPU file was measured; one that does not say is the oldest."""
-    return max(level.get("environment", {}).get("date", "") for level in levels.values())
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a table; cells as they are."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def short(case: str) -> str:
-    """BraTS2021_00024 -> 00024."""
-    return case.rpartition("_")[2]
-
-
-def routes(decisions: Sequence[int]) -> str:
-    """What became of the slices, skip first."""
-    skip, *crops, whole = decisions
-    return f"{skip} skip, {sum(crops)} crop, {whole} whole"
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of at least one value."""
-    values = list(values)
-    return sum(values) / len(values)
 
 
 # speed ----------------------------------------------------------------------------------------
@@ -323,118 +236,6 @@ def context(results: Results) -> str:
     return markdown(
         ["", "run as", "windows run", "seconds", "CPU seconds", "G MACs of the volume",
          "peak memory, GB", "papers' G per 128^3 block"], rows
-    )  # fmt: skip
-
-
-def prediction(results: Results) -> str:
-    """Least milliseconds per volume: least, middle and most work, and the static network."""
-    ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
-           for name, case in results.accuracy.items()}  # fmt: skip
-    ordered = sorted(ran, key=lambda name: ran[name])
-    shown = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
-    heads = [f"{short(name)}, {ran[name]} slices run" for name in shown]
-    rows = []
-    for name, card in results.predictions.items():
-        cells = []
-        for case in [*shown, "static, every slice whole"]:
-            volume = card["volumes"][case]
-            bound = next(iter(volume["milliseconds_by_bound"]))
-            cells.append(f"{volume['milliseconds']:.2f} ({bound})")
-        rows.append((name, *cells))
-    header = ["**predicted lower bound**, ms, most of it by", *heads, "static, every slice whole"]
-    return markdown(header, rows)
-
-
-def gpu_network(results: Results) -> str:
-    """The network on GPUs: GPU time, a bound where launches outlast the queue, and wall time."""
-    rows = []
-    for path in sorted(results.folder.glob("gpu_network*.json")):
-        content = json.loads(path.read_text())
-        device = content["environment"]["device"]
-        for case in content["cases"]:
-            ours = case["providers"][case["ours"]]
-            absent = {name: {"failed": why} for name, why in case.get("not_run", {}).items()}
-            for name, found in (case["providers"] | absent).items():
-                label = f"**{name}**" if name == case["ours"] else name
-                where = device, short(case["volume"]), case["case"], label
-                if "failed" in found:
-                    rows.append((*where, "", "", found["failed"]))
-                    continue
-                gpu, wall = (found[kind]["median"] for kind in ("cold_ms", "wall_ms"))
-                # with gaps in it, or none that the file tells of, it is a bound
-                most = "" if found.get("queued") else "≤ "
-                ratio = wall / ours["wall_ms"]["median"]
-                rows.append((*where, f"{most}{gpu:.2f}", f"{wall:.2f}", f"{ratio:.1f}x"))
-    return markdown(
-        ["GPU", "case", "from where to where", "", "GPU ms", "wall ms", "wall / ours"], rows
-    )
-
-
-def gpu_kernels(results: Results) -> str:
-    """Every kernel on GPUs beside its peers, and its share of the card's roof, if known."""
-    from predict import compare, known_card
-
-    rows = []
-    for path in sorted(results.folder.glob("gpu_kernels*.json")):
-        content = json.loads(path.read_text())
-        device = content["environment"]["device"]
-        shares = {row["case"]: row for row in compare(content)} if known_card(device) else {}
-        for case in content["cases"]:
-            ours = case["providers"][case["ours"]]
-            peers = [
-                f"{name} {ratios['cold_ms']:.2f}x" for name, ratios in case["ratios"].items()
-            ]
-            failed = [name for name, found in case["providers"].items() if "failed" in found]
-            share = shares.get(case["case"])
-            rows.append((
-                device, case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
-                f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
-                "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
-            ))
-    return markdown(
-        ["GPU", "case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
-    ) if rows else "None has been measured yet."  # fmt: skip
-
-
-def gpu_launches(results: Results) -> str:
-    """What a volume's GPU time is made of, case by case."""
-    contents = [json.loads(path.read_text())
-                for path in sorted(results.folder.glob("gpu_launches*.json"))]  # fmt: skip
-    parts = list(dict.fromkeys(part for content in contents for part in content["parts_us"]))
-    rows = [
-        (content["environment"]["device"], content["environment"]["commit"],
-         short(content["case"]), routes(content["decisions"]),
-         *(f"{content['parts_us'].get(part, 0):.0f}" for part in parts),
-         f"{content['replay_us']:.0f}", f"{content['every_slice_whole_us']:.0f}")
-        for content in contents
-    ]  # fmt: skip
-    return markdown(
-        ["GPU", "commit", "case", "slices", *(f"{part}, us" for part in parts),
-         "the graph, us", "every slice whole, us"], rows
-    )  # fmt: skip
-
-
-def gpu_bounds(results: Results) -> str:
-    """What was measured of today's plan, part by part, beside its predicted lower bound."""
-    from predict import bounds_of_launches
-
-    variants, rows = results.read("kernels_compiled")["variants"], []
-    for path in sorted(results.folder.glob("gpu_launches*.json")):
-        content = json.loads(path.read_text())
-        bounds = bounds_of_launches(content, results.accuracy, variants)
-        if bounds is None:
-            continue
-        times = {**content["parts_us"], "**the graph**": content["replay_us"]}
-        least = {**bounds["milliseconds_by_part"], "**the graph**": bounds["milliseconds"]}
-        facts = content["environment"]
-        rows += [
-            (facts["device"], facts["commit"], short(content["case"]), part, f"{time:.0f}",
-             f"{1e3 * least[part]:.0f}", f"{time / least[part] / 1e3:.1f}x")
-            for part, time in times.items()
-        ]  # fmt: skip
-    return markdown(
-        ["GPU", "commit", "case", "", "measured, us", "predicted lower bound, us",
-         "measured / bound"], rows
     )  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 report = pytest.importorskip("report")
+committed = pytest.importorskip("committed")
 tables = pytest.importorskip("tables")
+gpu_tables = pytest.importorskip("gpu_tables")
 curves = pytest.importorskip("curves")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
-def results(tmp_path) -> tables.Results:
+def results(tmp_path) -> committed.Results:
     """A folder of hand-made numbers."""
 
     def row(dice: float, mac: float) -> dict:
@@ -40,7 +42,7 @@ def results(tmp_path) -> tables.Results:
 
     cases = {"BraTS2021_00002": case(0.75), "BraTS2021_00001": case(0.25)}
     (tmp_path / "brats2021.json").write_text(json.dumps({"cases": cases}))
-    return tables.Results(tmp_path)
+    return committed.Results(tmp_path)
 
 
 def test_the_machine_measured_last_is_shown(tmp_path):
@@ -49,23 +51,23 @@ def test_the_machine_measured_last_is_shown(tmp_path):
         (tmp_path / f"cpu_{name}.json").write_text(json.dumps({"network a": level}))
 
     write("z")
-    assert tables.Results(tmp_path).networks[0]["case"] == "z"
+    assert committed.Results(tmp_path).networks[0]["case"] == "z"
     write("b", environment={"date": "2026-11-26 12:00:00 UTC"})
     # neither by name nor, without a date, before one that has it
     write("c", environment={"date": "2026-09-30 12:00:00 UTC"})
-    assert tables.Results(tmp_path).networks[0]["case"] == "b"
+    assert committed.Results(tmp_path).networks[0]["case"] == "b"
 
 
 def test_kernels_of_a_cpu_stand_beside_their_peers(tmp_path):
     path = tmp_path / "cpu_a.json"
     path.write_text(json.dumps({"end to end": {}}))
-    assert tables.cpu_kernels(tables.Results(tmp_path)) == "None has been measured yet."
+    assert tables.cpu_kernels(committed.Results(tmp_path)) == "None has been measured yet."
     level = {
         "ours": "label_head", "ratios": {"layers": {"wall_ms": 2.0}},
         "providers": {"label_head": {"wall_ms": {"median": 1.5}}, "other": {"failed": "absent"}},
     }  # fmt: skip
     path.write_text(json.dumps({"end to end": {}, "kernel head": level}))
-    found = cells(tables.cpu_kernels(tables.Results(tmp_path)), 2)
+    found = cells(tables.cpu_kernels(committed.Results(tmp_path)), 2)
     assert found == ["head", "label_head", "1.50", "layers 2.0x; other did not run"]
 
 
@@ -76,10 +78,10 @@ def test_every_level_tells_when_and_of_what_it_is(tmp_path, monkeypatch):
     path = volumes.write_results("network a", {"case": "a"})
     content = json.loads(path.read_text())
     for level in content.values():
-        assert level["environment"]["date"] == tables.measured({"": level}) > "2026"
+        assert level["environment"]["date"] == committed.measured({"": level}) > "2026"
         assert level["environment"]["commit"] and level["environment"]["torch"]
         assert level["case"] == "a"
-    assert tables.Results(tmp_path).speed == content
+    assert committed.Results(tmp_path).speed == content
 
 
 def cells(table: str, line: int) -> list[str]:
@@ -110,7 +112,7 @@ def test_ablations_by_hand(tmp_path):
     kinds = {"S": {}, "S+Q": {"0": fold, "1": other}, "training CPU seconds": seconds}
     content = {"machine": {}, "results": {"skip-96": kinds}}
     (tmp_path / "policy.json").write_text(json.dumps(content))
-    table = tables.ablations(tables.Results(tmp_path))
+    table = tables.ablations(committed.Results(tmp_path))
     assert cells(table, 4) == ["skip-96", "S+Q", "3", "2", "0.7000", "15.00", "5.00"]
 
 
@@ -151,7 +153,7 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
 
 
 @pytest.fixture
-def unknown_card(tmp_path) -> tables.Results:
+def unknown_card(tmp_path) -> committed.Results:
     """The committed results, and those of a card whose peaks nobody has entered."""
     timing = pytest.importorskip("timing")
     shutil.copytree(RESULTS, tmp_path / "results")
@@ -174,7 +176,7 @@ def unknown_card(tmp_path) -> tables.Results:
     write("network", cases=[{**case, "not_run": {"TensorRT": "not installed"}}])
     launches = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
     write("launches", **{k: v for k, v in launches.items() if k != "environment"})
-    return tables.Results(tmp_path / "results")
+    return committed.Results(tmp_path / "results")
 
 
 @pytest.mark.parametrize(("part", "kinds"), [
@@ -202,18 +204,19 @@ def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
 
 
 def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
-    found = cells(tables.gpu_kernels(unknown_card), 2)
+    found = cells(gpu_tables.gpu_kernels(unknown_card), 2)
     assert found == ["NVIDIA GeForce Made-Up 9000", "head", "20.0", "",
                      "eager 2.00x; absent did not run"]  # fmt: skip
-    (line, other) = [n for n, row in enumerate(tables.gpu_network(unknown_card).splitlines())
+    (line, other) = [n for n, row in enumerate(gpu_tables.gpu_network(unknown_card).splitlines())
                      if "Made-Up 9000 | phantom" in row and "0.02" in row]  # fmt: skip
     # of launches that outlast the queue the time between events is a bound
-    assert cells(tables.gpu_network(unknown_card), line)[3:5] == ["**label_head**", "0.02"]
-    assert cells(tables.gpu_network(unknown_card), other)[3:5] == ["eager", "≤ 0.02"]
-    assert "phantom | head | TensorRT |  |  | not installed |" in tables.gpu_network(unknown_card)
-    assert "Made-Up 9000 | abc" in tables.gpu_launches(unknown_card)
-    assert "Made-Up" not in tables.gpu_bounds(unknown_card)
-    assert tables.gpu_kernels(tables.Results(RESULTS)) == "None has been measured yet."
+    network = gpu_tables.gpu_network(unknown_card)
+    assert cells(network, line)[3:5] == ["**label_head**", "0.02"]
+    assert cells(network, other)[3:5] == ["eager", "≤ 0.02"]
+    assert "phantom | head | TensorRT |  |  | not installed |" in network
+    assert "Made-Up 9000 | abc" in gpu_tables.gpu_launches(unknown_card)
+    assert "Made-Up" not in gpu_tables.gpu_bounds(unknown_card)
+    assert gpu_tables.gpu_kernels(committed.Results(RESULTS)) == "None has been measured yet."
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -1,0 +1,113 @@
+"""The tables of GPUs: what is predicted for them, and what they were measured to take."""
+
+from __future__ import annotations
+
+from committed import Results, markdown, routes, short
+
+
+def prediction(results: Results) -> str:
+    """Least milliseconds per volume: least, middle and most work, and the static network."""
+    ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
+           for name, case in results.accuracy.items()}  # fmt: skip
+    ordered = sorted(ran, key=lambda name: ran[name])
+    shown = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    heads = [f"{short(name)}, {ran[name]} slices run" for name in shown]
+    rows = []
+    for name, card in results.predictions.items():
+        cells = []
+        for case in [*shown, "static, every slice whole"]:
+            volume = card["volumes"][case]
+            bound = next(iter(volume["milliseconds_by_bound"]))
+            cells.append(f"{volume['milliseconds']:.2f} ({bound})")
+        rows.append((name, *cells))
+    header = ["**predicted lower bound**, ms, most of it by", *heads, "static, every slice whole"]
+    return markdown(header, rows)
+
+
+def gpu_network(results: Results) -> str:
+    """The network on GPUs: GPU time, a bound where launches outlast the queue, and wall time."""
+    rows = []
+    for content in results.named("gpu_network*").values():
+        device = content["environment"]["device"]
+        for case in content["cases"]:
+            ours = case["providers"][case["ours"]]
+            absent = {name: {"failed": why} for name, why in case.get("not_run", {}).items()}
+            for name, found in (case["providers"] | absent).items():
+                label = f"**{name}**" if name == case["ours"] else name
+                where = device, short(case["volume"]), case["case"], label
+                if "failed" in found:
+                    rows.append((*where, "", "", found["failed"]))
+                    continue
+                gpu, wall = (found[kind]["median"] for kind in ("cold_ms", "wall_ms"))
+                # with gaps in it, or none that the file tells of, it is a bound
+                most = "" if found.get("queued") else "≤ "
+                ratio = wall / ours["wall_ms"]["median"]
+                rows.append((*where, f"{most}{gpu:.2f}", f"{wall:.2f}", f"{ratio:.1f}x"))
+    return markdown(
+        ["GPU", "case", "from where to where", "", "GPU ms", "wall ms", "wall / ours"], rows
+    )
+
+
+def gpu_kernels(results: Results) -> str:
+    """Every kernel on GPUs beside its peers, and its share of the card's roof, if known."""
+    from predict import compare, known_card
+
+    rows = []
+    for content in results.named("gpu_kernels*").values():
+        device = content["environment"]["device"]
+        shares = {row["case"]: row for row in compare(content)} if known_card(device) else {}
+        for case in content["cases"]:
+            ours = case["providers"][case["ours"]]
+            peers = [
+                f"{name} {ratios['cold_ms']:.2f}x" for name, ratios in case["ratios"].items()
+            ]
+            failed = [name for name, found in case["providers"].items() if "failed" in found]
+            share = shares.get(case["case"])
+            rows.append((
+                device, case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
+                f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
+                "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
+            ))
+    return markdown(
+        ["GPU", "case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
+    ) if rows else "None has been measured yet."  # fmt: skip
+
+
+def gpu_launches(results: Results) -> str:
+    """What a volume's GPU time is made of, case by case."""
+    contents = results.named("gpu_launches*").values()
+    parts = list(dict.fromkeys(part for content in contents for part in content["parts_us"]))
+    rows = [
+        (content["environment"]["device"], content["environment"]["commit"],
+         short(content["case"]), routes(content["decisions"]),
+         *(f"{content['parts_us'].get(part, 0):.0f}" for part in parts),
+         f"{content['replay_us']:.0f}", f"{content['every_slice_whole_us']:.0f}")
+        for content in contents
+    ]  # fmt: skip
+    return markdown(
+        ["GPU", "commit", "case", "slices", *(f"{part}, us" for part in parts),
+         "the graph, us", "every slice whole, us"], rows
+    )  # fmt: skip
+
+
+def gpu_bounds(results: Results) -> str:
+    """What was measured of today's plan, part by part, beside its predicted lower bound."""
+    from predict import bounds_of_launches
+
+    variants, rows = results.read("kernels_compiled")["variants"], []
+    for content in results.named("gpu_launches*").values():
+        bounds = bounds_of_launches(content, results.accuracy, variants)
+        if bounds is None:
+            continue
+        times = {**content["parts_us"], "**the graph**": content["replay_us"]}
+        least = {**bounds["milliseconds_by_part"], "**the graph**": bounds["milliseconds"]}
+        facts = content["environment"]
+        rows += [
+            (facts["device"], facts["commit"], short(content["case"]), part, f"{time:.0f}",
+             f"{1e3 * least[part]:.0f}", f"{time / least[part] / 1e3:.1f}x")
+            for part, time in times.items()
+        ]  # fmt: skip
+    return markdown(
+        ["GPU", "commit", "case", "", "measured, us", "predicted lower bound, us",
+         "measured / bound"], rows
+    )  # fmt: skip
