@@ -271,7 +271,7 @@ def test_the_tile_answers_as_the_whole_canvas(executor, segmenter, side, toleran
     model.eval()
     channels = model.segmenter.stage_channels[0]
     networks = _last_stage_only(model, executor)
-    engine = SliceEngine(model, networks, executor, 1)
+    engine = SliceEngine(model, networks, executor, threads=1, callers=1)
     lasts = [length - 16 for length in side]
     ends = [{0, 1, 3, 4, 5, last - 5, last - 1, last} & {*range(last + 1)} for last in lasts]
     for y, x in itertools.product(*map(sorted, ends)):
@@ -413,9 +413,10 @@ def test_the_uninterrupted_way_answers_to_the_bit(widths, monkeypatch):
         assert len(found) == 2 and min(found.values()) > 3
     else:
         assert set(found) == {widths}
-        usual = asked[widths], one_by_one[0]
-        # the narrowest count as one slice: after nine others nine tenths are sure
-        assert usual == ((0, 60) if max(widths) > 8 else (51, 9))
+        assert asked[widths] + one_by_one[0] == 60
+        # the narrowest count as one slice: after nine others nine tenths are sure, when the
+        # second of two callers may have begun another
+        assert one_by_one[0] in ((60,) if max(widths) > 8 else (9, 10))
     engine._networks.at_once = lambda *arguments: None
     for one, other in zip(fast, engine.segment(slices), strict=True):
         assert torch.equal(one, other)
@@ -480,6 +481,7 @@ def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
 
     monkeypatch.setattr(openvino_networks, "KEPT", 9)
     engine = compile_engine(model, "cpu", "openvino")
+    engine._callers = engine._pool  # every caller keeps its own
     small, large = slices_for([3, 0], (40, 48)), slices_for([3], (48, 48))
     expected = engine.segment(small).labels
     engine.segment(large)

@@ -170,13 +170,16 @@ def _openvino_engine(model: MedDANetV2) -> SliceEngine:
     from .openvino_networks import OpenVINONetworks
 
     threads = torch.get_num_threads()
-    return SliceEngine(model, OpenVINONetworks(model, threads), "openvino", threads)
+    networks = OpenVINONetworks(model, threads)
+    # the graphs have threads of their own; one caller for each leaves these idle in between
+    return SliceEngine(model, networks, "openvino", threads, callers=2 * threads)
 
 
 def _torch_engine(model: MedDANetV2) -> SliceEngine:
     from .torch_networks import TorchNetworks
 
-    return SliceEngine(model, TorchNetworks(model), "torch", torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return SliceEngine(model, TorchNetworks(model), "torch", threads, callers=threads)
 
 
 def _check_ranges(model: MedDANetV2) -> None:

@@ -56,7 +56,7 @@ class OpenVINONetworks:
 
     Args:
         model: In `eval()`, every quantised layer with a range.
-        threads: How many calls may run at a time.
+        threads: How many calls run at a time; others wait.
 
     Raises:
         ValueError: If a part of the model has no translation.
@@ -198,7 +198,6 @@ class OpenVINONetworks:
         follower = nn.Identity() if name == "decode" else segmenter.last_stage
         (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
         return [channels_last(result) if name == "decode" else _labels(result)]
-
 
     def _begin(self, inputs: list[Node]) -> tuple[Node, Node]:
         """The input of the first stage and the image's gradients."""

@@ -4,7 +4,8 @@
 
 The small decision networks see slices by eights, always eight, blank ones making up the number.
 After that every thread takes one slice at a time through the whole way: no barriers, activations
-stay in the core's cache. Where nearly all slices chose the same widths so far, the next one runs
+stay in the core's cache. An executor with threads of its own has two slices waiting for each, so
+that none of them idles while Python prepares the next. Where nearly all slices chose the same widths so far, the next one runs
 with them uninterrupted and its selectors are asked afterwards; another answer sends it through the
 stages one by one. No result depends on a slice's neighbours.
 """
@@ -104,13 +105,13 @@ class SliceEngine:
     Attributes:
         executor: What runs the networks.
         passed_over: As for `Engine`.
-        threads: How many slices are worked on at a time.
+        threads: How many cores are at work.
     """
 
     passed_over = ""
 
     def __init__(
-        self, model: MedDANetV2, networks: Networks, executor: str, threads: int
+        self, model: MedDANetV2, networks: Networks, executor: str, threads: int, callers: int
     ) -> None:
         self.executor, self.threads = executor, threads
         self._model: Any = model
@@ -120,6 +121,7 @@ class SliceEngine:
         self._chosen = Counter([tuple(min(widths) for _, _, widths in self._selectors)])
         self._halos = [halo(stage) for stage in model.crop_last_stages]
         self._pool = _single_threaded_workers(threads)
+        self._callers = self._pool if callers == threads else _single_threaded_workers(callers)
         self._background = lru_cache(_BACKGROUNDS)(self._label_background)
 
     def segment(self, slices: Tensor) -> Segmentation:
@@ -155,7 +157,7 @@ class SliceEngine:
             route, (y, x) = decisions[index], offsets[index].astype(int)
             self._segment(images[index], labels[index], route, (y, x), num_bits[index])
 
-        list(self._pool.map(run, seen[routes > 0]))
+        list(self._callers.map(run, seen[routes > 0]))
         return result
 
     def _offsets(self, places: Array, sizes: Array, image: tuple[int, int]) -> Tensor:
@@ -182,7 +184,7 @@ class SliceEngine:
             np.stack(some, out=batch[: len(some)])
             return network(batch)[: len(some)].copy()
 
-        return np.concatenate(list(self._pool.map(run, range(0, len(chosen), DECISIONS))))
+        return np.concatenate(list(self._callers.map(run, range(0, len(chosen), DECISIONS))))
 
     def _segment(
         self,
