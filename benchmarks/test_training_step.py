@@ -2,46 +2,51 @@
 
     pytest benchmarks/test_training_step.py --benchmark-only
 
-The straightforward way is that of the published code, at the same arithmetic: a Python loop over
-the samples in every convolution whose width is chosen, quantisation out of plain operations
-differentiated by autograd, crop and paste by `F.affine_grid` and `F.grid_sample`, PyTorch's default
-layout. Both ways take the whole step (forward with both branches, loss, backward, Adam) on the same
-batch, in turns, so that the ratio is of interleaved runs.
+The straightforward way is that of the published code: a Python loop over the samples in every
+convolution whose width is chosen, quantisation out of plain operations differentiated by autograd,
+crop and paste by `F.affine_grid` and `F.grid_sample`, PyTorch's default layout. Both ways take
+whole steps (forward, loss, backward, Adam) on the same batch, in float32 and under bfloat16's
+autocast, all four in turns, so that ratios are of interleaved runs. Two kinds of step:
+
+    joint      policy, position and both branches on every sample, as the papers train
+    quantised  a step of the crop and one of the whole branch, as the recipe trains
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
+from volumes import write_results
 
 from meddanet import layers, med_danet_v2
+from meddanet.bench import time_interleaved
 from meddanet.build import build_med_danet_v2
 from meddanet.layers import set_quantization
-from meddanet.objectives import joint
+from meddanet.objectives import OBJECTIVES
 from meddanet.recipe import PhaseConfig
 
-ROUNDS, BATCH, SIDE = 3, 8, 128
-PHASE = PhaseConfig("joint", 1, batch=BATCH, cost_weight=0.06, oracle_weight=0)
+ROUNDS, BATCH, SIDE, CROP = 5, 8, 128, 96
+# steps of each kind: the recipe's take the branches in turn
+STEPS = {"joint": 1, "quantised": 2}
 
 
 class OneBatch:
     """The same windows again and again: a bright disc in noise."""
 
-    def __init__(self) -> None:
+    bit_weight = 0.05
+
+    def window_batch(self, size: int, at_least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (images [size, 4, 128, 128], labels)."""
         generator = torch.Generator().manual_seed(0)
         rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
         disc = ((rows - 60) ** 2 + (columns - 70) ** 2 < 20**2).long()
-        self.labels = disc.repeat(BATCH, 1, 1)
-        noise = torch.randn(BATCH, 4, SIDE, SIDE, generator=generator)
-        self.images = noise + 3 * self.labels[:, None]
+        noise = torch.randn(size, 4, SIDE, SIDE, generator=generator)
+        return noise + 3 * disc, disc.repeat(size, 1, 1)
 
-    def window_batch(self, size: int, at_least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the batch."""
-        return self.images, self.labels
+    def jitter(self, count: int, most: int) -> torch.Tensor:
+        """Returns no shift at all, [count, 2]."""
+        return torch.zeros(count, 2)
 
 
 def plain_quantize(x, num_bits, amax):
@@ -112,10 +117,10 @@ def straightforward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(med_danet_v2, "channels_last", lambda input: input.contiguous())
 
 
-def make_step(layout: torch.memory_format):
-    """Returns a function that makes one step and returns loss and the segmenter's gradient norm."""
+def make_steps(kind: str, layout: torch.memory_format, half: bool):
+    """Returns a function that makes a round of steps and returns losses and gradient norms."""
     torch.manual_seed(0)
-    model = build_med_danet_v2("unet-16", crop_sizes=(96,)).to(memory_format=layout).train()
+    model = build_med_danet_v2("unet-16", crop_sizes=(CROP,)).to(memory_format=layout).train()
     model.segmenter.dropout.p = 0.0
     # as drawn, every sample would choose 16 bit: a mean that lies between makes both widths run
     with torch.no_grad():
@@ -125,53 +130,60 @@ def make_step(layout: torch.memory_format):
             selector.linear.bias.zero_()
     set_quantization(model, quantize=True, update_range=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
-    batches = OneBatch()
+    phase = PhaseConfig(kind, 1, batch=BATCH, cost_weight=0.06, oracle_weight=0)
 
-    def step() -> tuple[float, float]:
+    def steps() -> list[tuple[float, float]]:
         torch.manual_seed(1)
-        loss = joint(model, batches, 0, PHASE)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [p.grad for p in model.segmenter.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        optimizer.step()
-        return loss.item(), norm.item()
+        found = []
+        for index in range(STEPS[kind]):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = OBJECTIVES[kind](model, OneBatch(), index, phase)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            gradients = [p.grad for p in model.segmenter.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            optimizer.step()
+            found.append((loss.item(), norm.item()))
+        return found
 
-    return step
+    return steps
 
 
-def test_training_step_against_straightforward(benchmark):
-    """Seconds per step of both, and their ratio; the first step's loss and gradient agree."""
-    ours, plain = make_step(torch.channels_last), make_step(torch.contiguous_format)
-    times = {"ours": [], "straightforward": []}
-
-    def run_plain():
-        with pytest.MonkeyPatch.context() as patch:
-            straightforward(patch)
-            began = time.perf_counter()
-            result = plain()
-            times["straightforward"].append(time.perf_counter() - began)
-        return result
+def plainly(steps):
+    """Returns the same steps by the straightforward parts."""
 
     def run():
-        began = time.perf_counter()
-        result = ours()
-        times["ours"].append(time.perf_counter() - began)
-        return result
+        with pytest.MonkeyPatch.context() as patch:
+            straightforward(patch)
+            return steps()
 
+    return run
+
+
+@pytest.mark.parametrize("kind", list(STEPS))
+def test_training_step_against_straightforward(benchmark, kind):
+    """Seconds per round of steps, and ratios; the first one's losses and gradients agree."""
+    runs = {}
+    for name, half in (("float32", False), ("bfloat16", True)):
+        runs[f"ours, {name}"] = make_steps(kind, torch.channels_last, half)
+        runs[f"straightforward, {name}"] = plainly(
+            make_steps(kind, torch.contiguous_format, half)
+        )
     # quality first: the same loss and gradient, but for the finer 16-bit grid and rounding; policy
     # and position network amplify these, their random weights turn noise into other codes
-    (loss, norm), (plain_loss, plain_norm) = run(), run_plain()
-    assert loss == pytest.approx(plain_loss, rel=1e-3)
-    assert norm == pytest.approx(plain_norm, rel=1e-2)
-    for taken in times.values():
-        taken.clear()
-    benchmark.pedantic(run, setup=lambda: run_plain() and None, rounds=ROUNDS, warmup_rounds=0)
-    median = {name: statistics.median(taken) for name, taken in times.items()}
-    ratio = median["straightforward"] / median["ours"]
-    benchmark.extra_info.update(
-        batch=BATCH, window=SIDE, threads=torch.get_num_threads(), torch=torch.__version__,
-        median_seconds={name: round(value, 3) for name, value in median.items()},
-        ratio=round(ratio, 2),
+    first = {name: run()[0] for name, run in runs.items()}
+    loss, norm = first["straightforward, float32"]
+    assert first["ours, float32"] == (
+        pytest.approx(loss, rel=1e-3), pytest.approx(norm, rel=1e-2)
     )
-    print(median, f"ratio {ratio:.2f}")
+    assert first["ours, bfloat16"][0] == pytest.approx(loss, rel=1e-2)
+    times = time_interleaved(runs, ROUNDS, warm_up=False)
+    benchmark.pedantic(runs["ours, float32"], rounds=1)
+    ours = times["ours, float32"]["seconds"]
+    content = {
+        "batch": BATCH, "window": SIDE, "crop": CROP, "steps": STEPS[kind], "times": times,
+        "ratio_to_ours": {name: round(t["seconds"] / ours, 3) for name, t in times.items()},
+    }
+    benchmark.extra_info.update(content)
+    write_results(f"training step, {kind}", content)
+    print(content["ratio_to_ours"])

@@ -34,9 +34,10 @@ def byte_planes(num_bits: int | Tensor) -> int:
 
 def bytes_of(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the (low, high) bytes of whole numbers in -32639..32639, int8 of their shape."""
-    codes = codes.to(torch.int32)
-    # the cast keeps the lowest byte
-    return codes.to(torch.int8), (codes + 128 >> 8).to(torch.int8)
+    codes = codes.to(torch.int16, copy=True)
+    # the cast keeps the lowest byte; 32639 + 128 still fits
+    low = codes.to(torch.int8)
+    return low, codes.add_(128).bitwise_right_shift_(8).to(torch.int8)
 
 
 def split_codes(codes: Tensor) -> Tensor:

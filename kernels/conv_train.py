@@ -167,8 +167,7 @@ def fake_quant_conv2d(
     if input_num_bits is None:
         input = input.to(dtype)
     elif input_amax is None:
-        # its second argument only tells one range per sample from one for all
-        amax = amax_of(input, torch.empty(0))
+        amax = amax_of(input, per_sample=True)
     else:
         amax = input_amax.detach().reshape(-1)
     learning = [

@@ -76,10 +76,9 @@ def fake_quant_conv2d_op(
     made = _nothing_kept(input)
     if amax is not None:
         wanted = None if on_codes and all(on_codes) else dtype
-        made = encode_input(
-            input, input_bits, amax, values=wanted, mask=mask,
-            planes=byte_planes(input_bits) if keep or any(on_codes) else 0,
-        )  # fmt: skip
+        read = [byte_planes(x) for ((_, x), _), on in zip(groups, on_codes, strict=True) if on]
+        planes = byte_planes(input_bits) if keep else max(read, default=0)
+        made = encode_input(input, input_bits, amax, planes=planes, values=wanted, mask=mask)
     values = input.to(dtype) if amax is None else made.values
     output = None if len(groups) == 1 else _new_output(input, weight, geometry, dtype)
     with torch.autocast(input.device.type, enabled=False):
@@ -170,7 +169,8 @@ def conv_backward(
                 by_weight += w_grad
         if wanted[2]:
             slope = convolve(x, (weight - quantised).to(x.dtype), geometry)
-            total = (g * slope).sum((1, 2, 3), dtype=wide_dtype(x))
+            wide = wide_dtype(x)
+            total = g.to(wide).mul(slope.to(wide)).sum((1, 2, 3))
             by_bits[samples] = (LN2 * total).to(by_bits.dtype)
     return by_values, by_weight, by_bits
 

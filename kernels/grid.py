@@ -36,9 +36,8 @@ def qmax(num_bits: int | Tensor) -> int | Tensor:
     return 32639 if num_bits == 16 else 2 ** (num_bits - 1) - 1
 
 
-def amax_of(input: Tensor, num_bits: int | Tensor) -> Tensor:
-    """Returns max|input|: [1] of the whole tensor for an int width, [N] for a tensor of widths."""
-    per_sample = isinstance(num_bits, Tensor)
+def amax_of(input: Tensor, per_sample: bool) -> Tensor:
+    """Returns max|input|: [N], of each sample, or [1], of the whole tensor."""
     if input.numel() == 0:
         return input.new_zeros(input.shape[0] if per_sample else 1)
     input = input.detach()
@@ -74,9 +73,18 @@ def step_size(
 
 def quantize_codes(input: Tensor, step: Tensor, largest: Tensor | int) -> Tensor:
     """Returns the integer codes of `input` as floats; a step of 0 gives zeros, NaN stays NaN."""
-    codes = input.to(step.dtype).div(step.masked_fill(step == 0, math.inf)).round_()
+    wide, divisor = input.to(step.dtype), step.masked_fill(step == 0, math.inf)
+    # a copy is free to be written to
+    codes = wide.div(divisor) if wide is input else wide.div_(divisor)
+    codes.round_()
     if isinstance(largest, int):
         return codes.clamp_(-largest, largest)
     # clamp_ with tensors is ten times slower on a CPU
     torch.minimum(codes, largest, out=codes)
     return torch.maximum(codes, -largest, out=codes)
+
+
+def inside(input: Tensor, amax: Tensor) -> Tensor:
+    """Returns 1 where |input| <= amax, as `step_size` returns it, 0 elsewhere: uint8."""
+    # in place and in one dtype: several times as fast as a tensor of booleans on a CPU
+    return input.to(amax.dtype).abs().le_(amax).to(torch.uint8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .bitmask import pack_bits
 from .conv_pack import bytes_of
-from .grid import quantize_codes, step_size
+from .grid import inside, quantize_codes, step_size
 from .layout import memory_format
 
 
@@ -66,7 +66,8 @@ def encode_input(
         input: Any floating-point dtype.
         num_bits: Int, or a tensor [N].
         amax: Range, [1] or [N].
-        planes: How many byte planes to make: 0 (none), 1, or 2 where a width may be above 8.
+        planes: How many byte planes to make: 0 (none), 1 (the low one; the codes themselves up to
+            8 bits), or 2.
         values: Dtype in which the values are returned; None does not return them.
         mask: Whether to return the bits of the range.
     """
@@ -81,14 +82,15 @@ def encode_input(
         return InputCodes(made, empty if value is None else value, packed, ranges)
     step, largest, limits = step_size(input, num_bits, amax)
     if mask:
-        packed = pack_bits(input.to(step.dtype).abs() <= limits, len(input))
+        packed = pack_bits(inside(input, limits), len(input))
     codes = quantize_codes(input, step, largest)
     ranges = limits.reshape(-1).expand(len(input)).contiguous()
     if planes:
         # codes are finite: their sum is NaN where one is
         ranges = torch.where(codes.sum((1, 2, 3)).isnan(), torch.nan, ranges)
         known = codes.nan_to_num(0.0) if bool(ranges.isnan().any()) else codes
-        for plane, byte in zip(made, (known,) if planes == 1 else bytes_of(known), strict=True):
+        whole = isinstance(num_bits, int) and num_bits <= 8
+        for plane, byte in zip(made, (known,) if whole else bytes_of(known), strict=False):
             plane.copy_(byte)
     value = empty if values is None else codes.mul_(step).to(values)
     return InputCodes(made, value, packed, ranges)

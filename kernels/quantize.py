@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .bitmask import pack_bits, unpack_bits
-from .grid import amax_of, quantize_codes, step_size
+from .grid import amax_of, inside, quantize_codes, step_size
 from .layout import memory_format, wide_dtype
 
 LN2 = math.log(2.0)
@@ -62,7 +62,7 @@ def _fake_quantize(
         return quantize(input, num_bits, width, amax, packed, rows), packed
     step, largest, amax = step_size(input, width if num_bits is None else num_bits, amax)
     if mask:
-        packed = pack_bits(input.to(step.dtype).abs() <= amax, rows)
+        packed = pack_bits(inside(input, amax), rows)
     return _values(input, step, largest), packed
 
 
@@ -86,7 +86,8 @@ def _masked_gradient(grad: Tensor, packed: Tensor, channels_last: bool) -> Tenso
         from .quantize_triton import masked_gradient
 
         return masked_gradient(grad, packed)
-    return grad * unpack_bits(packed, grad)
+    # 0 or 1 in the gradient's own dtype: a product with booleans takes twenty times as long
+    return unpack_bits(packed, grad).to(grad.dtype).mul_(grad)
 
 
 @_masked_gradient.register_fake
@@ -108,11 +109,12 @@ def _width_gradient(
 
         return width_gradient(grad, input, num_bits, amax)
     step, largest, amax = step_size(input, num_bits, amax)
-    error = input.to(step.dtype) - _values(input, step, largest)
-    error *= grad
+    # everything in one dtype: where they are mixed a CPU goes element by element
+    error = input.to(step.dtype) - _values(input, step, largest).to(step.dtype)
+    error *= grad.to(step.dtype)
     axes = tuple(range(1, input.dim()))
     by_width = LN2 * (error.sum(axes) if axes else error)
-    return grad * (input.to(step.dtype).abs() <= amax), by_width
+    return inside(input, amax).to(grad.dtype).mul_(grad), by_width
 
 
 @_width_gradient.register_fake
@@ -160,7 +162,7 @@ def _range(input: Tensor, num_bits: int | Tensor, amax: Tensor | None) -> Tensor
     if not input.is_floating_point():
         raise ValueError(f"fake_quantize takes a floating-point tensor, got {input.dtype}")
     if amax is None:
-        return amax_of(input, num_bits)
+        return amax_of(input, isinstance(num_bits, Tensor))
     amax = amax.detach()
     if amax.numel() == 1:
         return amax.reshape(1)

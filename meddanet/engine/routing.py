@@ -4,10 +4,10 @@
 
 The small decision networks see slices by eights, always eight, blank ones making up the number.
 After that every thread takes one slice at a time through the whole way: no barriers, activations
-stay in the core's cache. An executor with threads of its own has two slices waiting for each, so
-that none of them idles while Python prepares the next. Where nearly all slices chose the same widths so far, the next one runs
-with them uninterrupted and its selectors are asked afterwards; another answer sends it through the
-stages one by one. No result depends on a slice's neighbours.
+stay in the core's cache. An executor with threads of its own has two callers for each, so that none
+idles while Python prepares the next slice. Where nearly all slices chose the same widths so far,
+the next one runs with them uninterrupted and its selectors are asked afterwards; another answer
+sends it through the stages one by one. No result depends on a slice's neighbours.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from ..layers import (
     QuantLinear,
     image_gradients,
     quantized_layers,
+    spread_of,
 )
 from ..med_danet_v2 import MedDANetV2
 from ..routing import channels_last, to_memory_format
@@ -164,7 +165,7 @@ def _batch(image: Array) -> Tensor:
 
 
 def _spread(feature: Tensor) -> Array:
-    return feature[0].flatten(1).std(1, correction=0).numpy()
+    return spread_of(feature)[0].numpy()
 
 
 def _labels(logits: Tensor) -> Array:
