@@ -41,8 +41,11 @@ def candidates(call: ConvCall) -> Iterator[Sizes]:
     rows, depth = call.conv.codes.shape[2:]
     wide, channels = len(call.input) == 2, call.conv.in_channels
     columns = [n for n in (16, 32, 64, 128) if min(rows, 32) <= n <= max(16, rows)]
-    chunks = [k for k in (64, 128) if depth % k == 0 and channels % k == 0] or [32]
     looped = wide or depth > 160
+    chunks = [k for k in (64, 128) if depth % k == 0 and channels % k == 0] or [32]
+    if channels <= 16 and depth <= 160:
+        # fewer waits for loads, some of them for nothing: the last block reaches beyond K
+        chunks = [k for k in (32, 64, 128, 256) if k < 2 * depth]
     for m, n, k, warps in product((32, 64, 128, 256), columns, chunks, (2, 4, 8)):
         sums = m * n * (3 if wide else 1) / (32 * warps)
         if not 16 <= sums <= 128 or m * k / (32 * warps) > 128 or m * n < 512 * warps // 2:

@@ -35,6 +35,9 @@ def _add_products(
     offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
     offs_w = rows[None, :] * K + k[:, None]
     mask_w = rows[None, :] < ROWS
+    if K % BLOCK_K != 0:
+        # the last block reaches beyond K, where no tap is
+        mask_w &= (k < K)[:, None]
 
     low = tl.load(low_ptr + offs, mask=mask, other=0)
     weight_low = tl.load(weight_ptr + offs_w, mask=mask_w, other=0)

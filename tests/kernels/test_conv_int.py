@@ -238,6 +238,21 @@ def test_against_loops_over_integers(name, narrow):
     problem.check(problem.run(), narrow)
 
 
+@pytest.mark.parametrize("step", [64, 256])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.channels[0] <= 16])
+def test_a_step_through_the_sums_may_reach_beyond_them(name, step, backend, narrow, monkeypatch):
+    """Block sizes that `benchmarks/tune.py` tries: K is no multiple of them."""
+    if backend == "triton":
+        from meddanet.kernels import conv_int_triton
+
+        usual = conv_int_triton.blocks
+        monkeypatch.setattr(
+            conv_int_triton, "blocks", lambda *given: {**usual(*given), "BLOCK_K": step}
+        )
+    problem = Problem(CASES[name])
+    problem.check(problem.run(), narrow)
+
+
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.out_bits == 8])
 def test_8_bit_codes_are_those_of_float64_but_at_ties(name, tolerances):
     problem = Problem(CASES[name])
