@@ -179,8 +179,14 @@ def _resume(
             f"{checkpoint}: has {progress.step} steps done, more than the {phase.steps} asked for; "
             "expected at least as many, or another out"
         )
-    for name, value in stateful.items():
-        value.load_state_dict(states[name])
+    try:
+        for name, value in stateful.items():
+            value.load_state_dict(states[name])
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint}: is no checkpoint of this phase ({error}); delete it to repeat the "
+            "phase, or name another out"
+        ) from error
     if progress.steps != phase.steps:
         progress.ramp_start, progress.ramp_share = progress.step, progress.share
         progress.steps = int(phase.steps)

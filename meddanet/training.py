@@ -23,6 +23,7 @@ from .layers import set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict
+from .networks.heatmap import HeatmapLocator
 from .objectives import OBJECTIVES, Objective
 from .objectives_v1 import DecisionObjective, bank, member_shares
 from .phase import check_parts, run_phase
@@ -263,7 +264,8 @@ def _prediction(model: Any, phase: PhaseConfig) -> Predict:
 def compile_parts(model: nn.Module) -> None:
     """Compiles every block that holds layers by itself, in place; names stay as they are."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList) or hasattr(child, "encoder"):
+        # what is called by other ways than its forward is compiled part by part
+        if isinstance(child, (nn.ModuleList, HeatmapLocator)) or hasattr(child, "encoder"):
             compile_parts(child)
         else:
             child.compile()

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from meddanet import phase as phase_module
+from meddanet.build import build_med_danet_v2
 from meddanet.checkpoint import Progress, load_checkpoint, save_checkpoint
 from meddanet.data import VolumeError
 from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.phase import phase_share, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
-from meddanet.training import train
+from meddanet.training import compile_parts, train
 from meddanet.weights import load_model
 
 KILLED_IN_ITS_FIFTH_CHECKPOINT = """
@@ -278,6 +279,19 @@ def test_a_checkpoint_executes_nothing(config, tmp_path):
         load_checkpoint(path, torch.nn.Linear(1, 1))
 
 
+def test_a_checkpoint_of_other_parameters_is_named(config, tmp_path):
+    """The same model, but an optimiser that held fewer of its tensors."""
+    config.phases = [PhaseConfig("static", 2, batch=2)]
+    train(config)
+    path = tmp_path / "run" / "0-static.pt"
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["param_groups"][0]["params"].pop()
+    content["progress"]["step"] = 1
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"{path}: is no checkpoint of this phase .*; delete it"):
+        train(config)
+
+
 def test_a_damaged_checkpoint_is_named_whatever_is_left_of_it(tmp_path):
     model, path = torch.nn.Conv2d(40, 40, 3), tmp_path / "0-static.pt"
     save_checkpoint(path, model, Progress())
@@ -354,6 +368,17 @@ def test_compiled_and_deterministic_runs_have_the_same_checkpoints(config, tmp_p
         finally:
             torch.use_deterministic_algorithms(False)
     assert_same_bits(result(tmp_path / "run"), result(tmp_path / "other"))
+
+
+def test_what_is_called_by_other_ways_than_forward_is_compiled_part_by_part(monkeypatch):
+    """Training calls the heat map itself, past the forward of its network."""
+    model, compiled = build_med_danet_v2("unet-12", position_network="heatmap"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    compile_parts(model)
+    within = {id(part) for module in compiled for part in module.modules()}
+    left = {name for name, part in model.named_modules() if id(part) not in within}
+    assert left == {"", "segmenter", "segmenter.encoder", "crop_last_stages", "bit_selectors",
+                    "position"}  # fmt: skip
 
 
 def test_half_precision_with_loss_scaling(config, tmp_path):
