@@ -22,6 +22,8 @@ from .onednn import ZERO_POINT, convolve
 
 # up to here float32 holds every integer
 EXACT = 2**24
+# layouts that one convolution's weights are kept in: one for every shape, width and part of K
+KEPT = 32
 
 _prepacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -33,16 +35,20 @@ def _weight(
     kept = _prepacked.setdefault(conv.codes, {})
     version = 0 if conv.codes.is_inference() else conv.codes._version
     key = (version, variant, planes, channels.start, channels.stop, *shape)
-    if key not in kept:
+    packed = kept.get(key)
+    if packed is None:
         rows = [
             _plain(conv, unpack_weight(conv._replace(codes=conv.codes[:, p : p + 1]), variant))
             for p in range(planes)
         ]
         weight = torch.cat(rows)[:, channels].to(torch.int8).contiguous()
-        kept[key] = torch.ops.onednn.qconv_prepack(
+        packed = torch.ops.onednn.qconv_prepack(
             weight, torch.ones(len(weight)), 1.0, ZERO_POINT, *_geometry(conv), shape
         )
-    return kept[key]
+        while len(kept) >= KEPT:
+            kept.pop(next(iter(kept)), None)
+        kept[key] = packed
+    return packed
 
 
 def _plain(conv: PackedConv, weight: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ def test_weights_are_prepacked_once_and_forgotten_with_their_convolution():
         for _ in range(2):
             quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32)
         assert [len(kept) for kept in conv_int_onednn._prepacked.values()] == [1]
+        for side in range(1, conv_int_onednn.KEPT + 3):  # as many sizes of images
+            tall = encode(x[..., :1, :].repeat(1, 1, side, 1), ONE)
+            quant_conv2d(tall, conv, ONE, stream=torch.float32)
+        (kept,) = conv_int_onednn._prepacked.values()
+        assert len(kept) == conv_int_onednn.KEPT
         conv.codes.neg_()
         changed = quant_conv2d(encode(x, ONE), conv, ONE, stream=torch.float32).stream
     wanted = quant_conv2d_reference(encode(x, ONE), conv, ONE, stream=torch.float32).stream
