@@ -239,6 +239,21 @@ def context(results: Results) -> str:
     )  # fmt: skip
 
 
+def training_step(results: Results) -> str:
+    """A training step against the straightforward way to write it."""
+    rows = []
+    for kind in ("joint", "quantised"):
+        part = results.speed[f"training step, {kind}"]
+        rows.extend(
+            (kind, name, f"{times['seconds']:.2f}", f"{times['cpu_seconds']:.2f}",
+             f"{part['ratio_to_ours'][name]:.2f}x")
+            for name, times in part["times"].items()
+        )  # fmt: skip
+    return markdown(
+        ["steps", "written", "seconds", "CPU seconds", "time over ours in float32"], rows
+    )
+
+
 def ablations(results: Results) -> str:
     """Every list of configurations that was trained."""
     parts = []
@@ -282,6 +297,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
+    "training-step": training_step,
     "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,
     "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
 }  # fmt: skip

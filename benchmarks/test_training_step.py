@@ -117,7 +117,7 @@ def straightforward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(med_danet_v2, "channels_last", lambda input: input.contiguous())
 
 
-def make_steps(kind: str, layout: torch.memory_format, half: bool):
+def make_steps(kind: str, layout: torch.memory_format, half: bool, quantize: bool = True):
     """Returns a function that makes a round of steps and returns losses and gradient norms."""
     torch.manual_seed(0)
     model = build_med_danet_v2("unet-16", crop_sizes=(CROP,)).to(memory_format=layout).train()
@@ -128,7 +128,7 @@ def make_steps(kind: str, layout: torch.memory_format, half: bool):
             weight = selector.linear.weight
             weight += 0.02 * torch.randn(weight.shape)
             selector.linear.bias.zero_()
-    set_quantization(model, quantize=True, update_range=True)
+    set_quantization(model, quantize=quantize, update_range=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
     phase = PhaseConfig(kind, 1, batch=BATCH, cost_weight=0.06, oracle_weight=0)
 
@@ -177,6 +177,9 @@ def test_training_step_against_straightforward(benchmark, kind):
         pytest.approx(loss, rel=1e-3), pytest.approx(norm, rel=1e-2)
     )
     assert first["ours, bfloat16"][0] == pytest.approx(loss, rel=1e-2)
+    # what is left to gain: the same steps with nothing quantised
+    runs["ours, float32, not quantised"] = make_steps(kind, torch.channels_last, False, False)
+    runs["ours, float32, not quantised"]()
     times = time_interleaved(runs, ROUNDS, warm_up=False)
     benchmark.pedantic(runs["ours, float32"], rounds=1)
     ours = times["ours, float32"]["seconds"]
