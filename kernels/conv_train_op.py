@@ -77,8 +77,8 @@ def fake_quant_conv2d_op(
     if amax is not None:
         wanted = None if on_codes and all(on_codes) else dtype
         read = [byte_planes(x) for ((_, x), _), on in zip(groups, on_codes, strict=True) if on]
-        planes = byte_planes(input_bits) if keep else max(read, default=0)
-        made = encode_input(input, input_bits, amax, planes=planes, values=wanted, mask=mask)
+        count = byte_planes(input_bits) if keep else max(read, default=0)
+        made = encode_input(input, input_bits, amax, planes=count, values=wanted, mask=mask)
     values = input.to(dtype) if amax is None else made.values
     output = None if len(groups) == 1 else _new_output(input, weight, geometry, dtype)
     with torch.autocast(input.device.type, enabled=False):

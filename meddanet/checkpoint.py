@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _FREE = {
     "data", "out", "cache", "device", "threads", "compile", "deterministic", "checkpoint_minutes",
     "checkpoint_steps", "validate_every", "validation_slices", "tensorboard", "baseline",
 }
+# of a phase that is not finished, what acts from the next step on
+_PACE = ("learning_rate", "selector_rate", "schedule_before", "schedule_after", "decay", "warm_up")
 
 
 @dataclass
@@ -79,24 +81,43 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, d
         ValueError: If the file is damaged or belongs to another model.
         OSError: If it cannot be read.
     """
-    stream = io.BytesIO(path.read_bytes())
-    try:
-        content = torch.load(stream, weights_only=True, map_location="cpu")
+    with _content(path) as content:
         progress = Progress(**content.pop("progress"))
         model.load_state_dict(content.pop("model"))
         layers = quantized_layers(model)
         for name, amax in content.pop("input_amax").items():
             layers[name].input_amax.copy_(amax)
+    return progress, content
+
+
+def load_part(path: Path, part: str, model: nn.Module) -> None:
+    """Loads one part of a checkpoint's model into a model that is such a part; ranges stay.
+
+    Raises:
+        ValueError: If the file is damaged or belongs to another model.
+        OSError: If it cannot be read.
+    """
+    with _content(path) as content:
+        state = content["model"].items()
+        own = {name.removeprefix(f"{part}."): v for name, v in state if name.startswith(f"{part}.")}
+        model.load_state_dict(own)
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[dict[str, Any]]:
+    """Opens a checkpoint; whatever reading it raises becomes a ValueError that names the file."""
+    stream = io.BytesIO(path.read_bytes())
+    try:
+        yield torch.load(stream, weights_only=True, map_location="cpu")
     except MemoryError:
         raise
     # damaged bytes make readers raise nearly anything
     except Exception as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path}: is no checkpoint of this run ({why}); "
-            "delete it to repeat its phase, or name another out"
+            f"{path}: is no checkpoint of this run ({why}); delete it, and those of later phases, "
+            "to repeat its phase, or name another out"
         ) from error
-    return progress, content
 
 
 def hold_run(out: Path) -> AbstractContextManager[object]:
@@ -120,7 +141,8 @@ def hold_run(out: Path) -> AbstractContextManager[object]:
 def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
     """Writes `<out>/config.json` and `split.json`, or sees that those there say the same.
 
-    Steps, devices, threads and how a run is watched may differ, and phases may be added.
+    Steps, devices, threads and how a run is watched may differ, and phases may be added; so may all
+    of a phase that has not begun, and the learning rate and schedule of one that is not finished.
 
     Raises:
         ValueError: If anything else differs; the first such field is named. If a file is damaged.
@@ -139,7 +161,9 @@ def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a configuration the fields that came later, as what its run had."""
     rates = [{"selector_rate": phase.get("selector_rate", 1.0)} for phase in saved["phases"]]
     phases = [phase | rate for phase, rate in zip(saved["phases"], rates, strict=True)]
-    later: dict[str, Any] = {"start": None, "lesion_share": 0.67, "patient": None}
+    later: dict[str, Any] = {
+        "start": None, "start_parts": [], "lesion_share": 0.67, "patient": None
+    }
     augment = {"rotation": 15.0, "zoom": 0.15, "shift": 0.06, **saved["augment"]}
     # Med-DANet (V1) has no such network, whatever is asked
     if not saved.get("bank"):
@@ -156,11 +180,32 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         free = root in _FREE and not (root == "baseline" and wanted["baseline"] and rest)
         if free or name.endswith(".steps") or now.get(name, _ABSENT) == value:
             continue
+        if root in ("phases", "baseline") and _may_change(path.parent, saved, name):
+            continue
         asked = "nothing" if name not in now else repr(now[name])
         raise ValueError(
             f"{path}: {name} is {value!r} in the run that is there, and {asked} is asked for; "
             "expected the same, or another out"
         )
+
+
+def _may_change(out: Path, saved: dict[str, Any], name: str) -> bool:
+    """Tells whether a field of a phase, by its dotted name, has had no effect yet."""
+    root, *number, field = name.split(".")
+    if not number and root == "phases":
+        return False
+    objectives = [phase["objective"] for phase in saved["phases"]]
+    files = [out / f"{index}-{objective}.pt" for index, objective in enumerate(objectives)]
+    here = int(number[0]) if number else len(files)
+    files.append(out / "baseline.pt")
+    # those of later phases would have been trained from what is to change
+    if any(file.exists() for file in files[here + 1 :]):
+        return False
+    if not files[here].exists():
+        return True
+    with _content(files[here]) as content:
+        progress = Progress(**content["progress"])
+    return progress.step < progress.steps and field in _PACE
 
 
 _ABSENT = object()

@@ -61,7 +61,7 @@ class Monitor:
         all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
         chosen = np.linspace(0, len(all_slices) - 1, min(slices, len(all_slices))).round()
         self.samples = [all_slices[int(index)] for index in chosen]
-        self.summary_writer = _summary_writer() if tensorboard and rank() == 0 else None
+        self.summary_writer = summary_writer() if tensorboard and rank() == 0 else None
         self.writer: Any = None
 
     def rewind(self, phase: str, step: int) -> None:
@@ -160,7 +160,8 @@ def swallowed_background(air: np.ndarray, signal: np.ndarray) -> dict[str, float
     return {str(k): round(float(shares[k]), 4) for k in range(1, len(shares))}
 
 
-def _summary_writer() -> Any:
+def summary_writer() -> Any:
+    """Returns TensorBoard's class of writers, or raises ImportError that says how to get it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

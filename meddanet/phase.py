@@ -246,8 +246,8 @@ def train_parts(model: nn.Module, parts: tuple[str, ...] = ()) -> None:
         child.train(trains).requires_grad_(trains)
 
 
-def check_parts(model: nn.Module, parts: tuple[str, ...]) -> None:
-    """Raises ValueError unless a model has all of these parts."""
+def check_parts(model: nn.Module, parts: tuple[str, ...], name: str = "parts") -> None:
+    """Raises ValueError unless a model has all of these parts; `name` is what named them."""
     known = [name for name, _ in model.named_children()]
     if strange := sorted(set(parts) - set(known)):
-        raise ValueError(f"parts holds {', '.join(strange)}, expected some of {', '.join(known)}")
+        raise ValueError(f"{name} holds {', '.join(strange)}, expected some of {', '.join(known)}")

@@ -306,6 +306,7 @@ class TrainConfig:
         num_bits: Widths the selectors choose from.
         start: Weights to start from, a file or a name as for `load_model`; what they have no tensor
             of the same name and shape for starts anew. The baseline does not start from them.
+        start_parts: Parts of the model that start from them, such as segmenter; () = all.
         cost_weight: Lambda of the joint phase.
         bit_weight: Weight of the mean width in the quantised phase.
         phases: What is trained, in this order; a finished phase is not repeated.
@@ -347,6 +348,7 @@ class TrainConfig:
     margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
     start: str | None = None
+    start_parts: tuple[str, ...] = ()
     cost_weight: float = 0.06
     bit_weight: float = 0.06
     phases: list[PhaseConfig] = field(default_factory=meddanet_phases)
@@ -362,7 +364,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("modalities", "window_hu", "bank", "crop_sizes", "num_bits"):
+        for name in ("modalities", "window_hu", "bank", "crop_sizes", "num_bits", "start_parts"):
             value = getattr(self, name)
             setattr(self, name, value if value is None else tuple(value))
         check_numbers(

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
-from .checkpoint import hold_run, keep_config, load_checkpoint
+from .checkpoint import hold_run, keep_config, load_checkpoint, load_part
 from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
 from .distributed import barrier, process_group, rank, world
 from .layers import set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
-from .monitor import Monitor, Predict
+from .monitor import Monitor, Predict, summary_writer
 from .networks.heatmap import HeatmapLocator
 from .objectives import OBJECTIVES, Objective
 from .objectives_v1 import DecisionObjective, bank, member_shares
 from .phase import check_parts, run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .routing import to_memory_format
-from .weights import save_model, take_weights
+from .weights import locate, part_of, save_model, take_weights
 
 # quantised?, ranges still learnt?
 _ARITHMETIC = {"float": (False, True), "learning": (True, True), "fixed": (True, False)}
@@ -69,20 +69,16 @@ class _Run:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.out = config, device, Path(config.out)
+        # once a checkpoint is there, all weights are in it
+        starts = config.start is not None and not self._checkpoint(0).exists()
+        check_run(config, starts)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
-        self.model = _build(config, self.data)
-        # once a checkpoint is there, all weights are in it
-        if config.start is not None and not self._checkpoint(0).exists():
-            self._start(config.start)
+        self.model = _build(config, len(self.data.modalities), self.data.num_classes)
+        if starts:
+            self._start()
         self.model = self._place(self.model)
         stride, largest = self.model.stride, self.model.smallest_side
-        if config.window is not None and (config.window % stride or config.window < largest):
-            raise ValueError(
-                f"window is {config.window}, expected a multiple of {stride} that is at least "
-                f"{largest}, or null for whole slices"
-            )
-        check_phases(self.model, config)
         # only what can be trained is kept: the next call has to ask for the same
         if rank() == 0:
             keep_config(config, self.data.split)
@@ -99,10 +95,16 @@ class _Run:
         phases = self.config.phases
         notes: dict[str, Any] = {**self.data.split, **self.data.facts}
         files = [self._checkpoint(number) for number in range(len(phases))]
+        # the baseline goes on from the last of these
+        common = list(takewhile(lambda phase: phase.objective == "static", phases))
+        baseline = self.out / "baseline.pt"
         for number, (phase, file) in enumerate(zip(phases, files, strict=True)):
-            if phase.objective == "segmenter" and (number or self.config.start is None):
+            if phase.objective == "segmenter" and not self._crops_trained(number):
                 start_crop_stages(self.model)
-            objective = self._phase(self.model, phase, number, file, files[number + 1 :])
+            later = files[number + 1 :]
+            if number < len(common):
+                later = [*later, baseline]
+            objective = self._phase(self.model, phase, number, file, later)
             if isinstance(objective, DecisionObjective):
                 counts = objective.counts.tolist()
                 notes["decision_labels"] = dict(zip(self.model.routes, counts, strict=True))
@@ -113,23 +115,32 @@ class _Run:
             plain = build_segmenter(
                 self.config.segmenter, len(self.data.modalities), self.data.num_classes
             )
-            common = list(takewhile(lambda phase: phase.objective == "static", phases))
             if common:
-                _start_from(plain, files[len(common) - 1])
-            self._phase(self._place(plain), self.config.baseline, 100, self.out / "baseline.pt", [])
+                load_part(files[len(common) - 1], "segmenter", plain)
+            self._phase(self._place(plain), self.config.baseline, 100, baseline, [])
         return path
+
+    def _crops_trained(self, number: int) -> bool:
+        """Tells whether crops have last stages of their own before a phase."""
+        before = [phase.objective for phase in self.config.phases[:number]]
+        started = self.config.start is not None and "static" not in before
+        return started or not {"static", "decisions"}.issuperset(before)
 
     def _checkpoint(self, number: int) -> Path:
         return self.out / f"{number}-{self.config.phases[number].objective}.pt"
 
-    def _start(self, weights: str) -> None:
+    def _start(self) -> None:
         """Takes over the weights that fit, and warns of what a score would not show."""
-        left, facts = take_weights(self.model, weights)
-        if any(name.startswith("crop_last_stages") for name in left):
-            start_crop_stages(self.model)
+        weights, parts = self.config.start, self.config.start_parts
+        assert weights is not None
+        left, facts = take_weights(self.model, weights, parts)
+        start_crop_stages(self.model, within=left)
         notes, theirs = [], tuple(facts["modalities"])
-        if left:
-            notes.append(f"fits all but {len(left)} tensors, first {left[0]}, which start anew")
+        misfits = [name for name in left if not parts or part_of(name) in parts]
+        if misfits:
+            notes.append(
+                f"fits all but {len(misfits)} tensors, first {misfits[0]}, which start anew"
+            )
         if theirs != self.data.modalities:
             here = ", ".join(self.data.modalities)
             notes.append(f"was trained on {', '.join(theirs)}; the channels here are {here}")
@@ -187,9 +198,8 @@ class _Run:
         return model
 
 
-def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
+def _build(config: TrainConfig, channels: int, classes: int) -> MedDANet | MedDANetV2:
     """Builds the untrained model."""
-    channels, classes = len(data.modalities), data.num_classes
     if config.bank:
         return build_med_danet(config.bank, channels, classes, config.decision_network)
     return build_med_danet_v2(
@@ -197,6 +207,33 @@ def _build(config: TrainConfig, data: Dataset) -> MedDANet | MedDANetV2:
         config.decision_network, config.decision_scale, config.quantize_decisions,
         config.position_network,
     )
+
+
+def check_run(config: TrainConfig, starts: bool) -> None:
+    """Sees, before any data is read, what can be seen without it.
+
+    Args:
+        config: Of the run.
+        starts: Whether weights to start from will be read.
+
+    Raises:
+        ValueError: If a phase cannot be trained, or the window does not fit; it is named. If there
+            are no weights to start from.
+        ImportError: If TensorBoard is asked for and not installed.
+    """
+    model = _build(config, channels=1, classes=2)
+    stride, largest = model.stride, model.smallest_side
+    if config.window is not None and (config.window % stride or config.window < largest):
+        raise ValueError(
+            f"window is {config.window}, expected a multiple of {stride} that is at least "
+            f"{largest}, or null for whole slices"
+        )
+    check_phases(model, config)
+    check_parts(model, config.start_parts, "start_parts")
+    if config.start is not None and starts:
+        locate(config.start)
+    if config.tensorboard:
+        summary_writer()
 
 
 def check_phases(model: Any, config: TrainConfig) -> None:
@@ -271,15 +308,14 @@ def compile_parts(model: nn.Module) -> None:
             child.compile()
 
 
-def start_crop_stages(model: Any) -> None:
-    """Gives every crop's last stage the weights of the whole slice's."""
-    for stage in model.crop_last_stages:
-        stage.load_state_dict(model.segmenter.last_stage.state_dict())
+def start_crop_stages(model: Any, within: list[str] | None = None) -> None:
+    """Gives crops' last stages the weights of the whole slice's.
 
-
-def _start_from(plain: nn.Module, checkpoint: Path) -> None:
-    """Loads the segmenter of a dynamic model's checkpoint."""
-    state, prefix = torch.load(checkpoint, weights_only=True)["model"], "segmenter."
-    plain.load_state_dict(
-        {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
-    )
+    Args:
+        model: Of any kind; without such stages nothing is done.
+        within: Only the stages that have a tensor of one of these names; None: all.
+    """
+    for number, stage in enumerate(getattr(model, "crop_last_stages", ())):
+        own = f"crop_last_stages.{number}."
+        if within is None or any(name.startswith(own) for name in within):
+            stage.load_state_dict(model.segmenter.last_stage.state_dict())

@@ -85,7 +85,7 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     Raises:
         ValueError: If there is no such file or name, or the file is not one of ours.
     """
-    path = _locate(path_or_name)
+    path = locate(path_or_name)
     metadata, tensors = _read(path)
     try:
         # older files name no model; they are of V2
@@ -110,13 +110,14 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
 
 
 def take_weights(
-    model: RoutedSegmenter, path_or_name: str | Path
+    model: RoutedSegmenter, path_or_name: str | Path, parts: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, Any]]:
     """Copies into a model what fits it by name and shape, input ranges included.
 
     Args:
         model: Of any architecture; changed in place.
         path_or_name: As for `load_model`.
+        parts: Of the model, the only ones that take anything; () = all.
 
     Returns:
         The names of the model's tensors that stay as they are, and the facts of the file.
@@ -124,12 +125,14 @@ def take_weights(
     Raises:
         ValueError: If there is no such file or name, or nothing fits.
     """
-    path = _locate(path_or_name)
+    path = locate(path_or_name)
     facts, tensors = _read(path)
     if "modalities" not in facts:
         raise ValueError(f"{path}: does not say what it is; expected a file written by save_model")
     own = _tensors(model)
     fitting = _fitting(own, tensors)
+    if parts:
+        fitting = {name for name in fitting if part_of(name) in parts}
     if not any(own[name].dim() > 1 for name in fitting):
         raise ValueError(
             f"{path}: none of its weights fits this {type(model).__name__}; expected weights of "
@@ -137,6 +140,11 @@ def take_weights(
         )
     _copy(tensors, own, fitting)
     return [name for name in own if name not in fitting], facts
+
+
+def part_of(name: str) -> str:
+    """Returns which part of a model a tensor belongs to, by its name in the file."""
+    return name.removeprefix("quantization.").partition(".")[0]
 
 
 def _tensors(model: RoutedSegmenter) -> dict[str, Tensor]:
@@ -158,7 +166,8 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor], names: Iterable[
         target[name].copy_(source[name])
 
 
-def _locate(path_or_name: str | Path) -> Path:
+def locate(path_or_name: str | Path) -> Path:
+    """Returns where weights lie, or raises ValueError if there are none."""
     path = Path(path_or_name)
     if path.is_file():
         return path

@@ -222,6 +222,81 @@ def test_a_run_starts_from_weights(config, tmp_path):
         train(replace(second, start=None))
 
 
+def stages_of(path):
+    """The weights of the whole slice's last stage, and of every crop's."""
+    model = load_model(path)
+    whole = model.segmenter.last_stage.state_dict()
+    return whole, [stage.state_dict() for stage in model.crop_last_stages]
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_crops_keep_what_they_start_from(config, tmp_path):
+    """A stage that the weights do not have is the whole slice's, the others are theirs."""
+    first = train(config)
+    _, (known,) = stages_of(first)
+    second = replace(
+        config, start=str(first), crop_sizes=(16, 24), out=str(tmp_path / "second"),
+        phases=[PhaseConfig("decisions", 1, batch=2)],
+    )
+    with pytest.warns(UserWarning, match="fits all but .* tensors, first "):
+        whole, (smaller, larger) = stages_of(train(second))
+    assert not same(known, whole) and same(smaller, known) and same(larger, whole)
+    trunk = replace(second, start_parts=("segmenter",), out=str(tmp_path / "trunk"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs, crops = stages_of(train(trunk))
+    assert same(theirs, whole) and all(same(crop, whole) for crop in crops)
+    with pytest.raises(ValueError, match="start_parts holds trunk, expected some of segmenter"):
+        train(replace(trunk, start_parts=("trunk",)))
+
+
+def test_crops_begin_as_the_whole_slice_once(config, tmp_path):
+    """A second phase `segmenter` goes on with the stages that the first one trained."""
+    phase = PhaseConfig("segmenter", 2, batch=2, learning_rate=0.01, warm_up=0)
+    still = replace(phase, steps=1, learning_rate=1e-12)
+    config.phases = [phase, PhaseConfig("decisions", 1, batch=2), still]
+    whole, (crop,) = stages_of(train(config))
+    name = next(name for name, value in crop.items() if value.dim() == 4)
+    assert (crop[name] - whole[name]).abs().max() > 1e-3
+
+
+def test_a_baseline_is_not_left_behind(config):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    config.baseline = PhaseConfig("static", 1, batch=2)
+    train(config)
+    config.phases[0].steps = 2
+    with pytest.raises(ValueError, match=r"baseline.pt: was trained from fewer steps than the 2"):
+        train(config)
+
+
+def test_what_has_had_no_effect_yet_may_change(config, tmp_path, monkeypatch):
+    config.phases = [PhaseConfig("static", 3, batch=2), PhaseConfig("decisions", 1, batch=2)]
+    make_step, made = phase_module._make_step, []
+
+    def interrupted(*args):
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return make_step(*args)
+
+    monkeypatch.setattr(phase_module, "_make_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    static, decisions = config.phases
+    with pytest.raises(ValueError, match="phases.0.batch is 2 in the run that is there, and 4"):
+        train(replace(config, phases=[replace(static, batch=4), decisions]))
+    slower = replace(static, learning_rate=1e-5, schedule_after=2)
+    train(replace(config, phases=[slower, replace(decisions, batch=3)]))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["phases"]
+    assert kept[0]["learning_rate"] == 1e-5 and kept[1]["batch"] == 3
+    # now both are trained
+    with pytest.raises(ValueError, match="phases.0.learning_rate is 1e-05"):
+        train(config)
+
+
 def test_weights_that_know_the_held_out_cases(config, tmp_path):
     first = train(config)
     other = replace(
@@ -275,7 +350,7 @@ def test_a_checkpoint_executes_nothing(config, tmp_path):
 
     path = tmp_path / "0-static.pt"
     torch.save({"model": Harm(), "progress": {}, "input_amax": {}}, path)
-    with pytest.raises(ValueError, match="is no checkpoint of this run .* delete it to repeat"):
+    with pytest.raises(ValueError, match="is no checkpoint of this run .* delete it"):
         load_checkpoint(path, torch.nn.Linear(1, 1))
 
 
@@ -304,8 +379,8 @@ def test_a_damaged_checkpoint_is_named_whatever_is_left_of_it(tmp_path):
             load_checkpoint(path, model)
         message = str(caught.value)
         assert re.fullmatch(
-            f"{path}: is no checkpoint of this run [(].+[)]; delete it to repeat its phase, or "
-            "name another out", message
+            f"{path}: is no checkpoint of this run [(].+[)]; delete it, and those of later phases, "
+            "to repeat its phase, or name another out", message
         )
     path.write_bytes(whole)
     load_checkpoint(path, model)
