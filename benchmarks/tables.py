@@ -180,6 +180,18 @@ def decisions(cases: Cases) -> str:
     )  # fmt: skip
 
 
+def confusion(cases: Cases) -> str:
+    """All cases' slices: the route that the labels call for against the one that was taken."""
+    found = [case["decisions"] for case in cases.values()]
+    routes = list(found[0]["routes"])
+    sums = [
+        [sum(case["confusion"][wanted][taken] for case in found) for taken in range(len(routes))]
+        for wanted in range(len(routes))
+    ]
+    rows = [(f"**{route}**", *counts) for route, counts in zip(routes, sums, strict=True)]
+    return markdown(["labels call for, policy takes", *routes], rows)
+
+
 def hippocampus_v1(results: Results) -> str:
     """Med-DANet (V1) and its members on the tested hippocampus cases."""
     content = results.read("v1_hippocampus")
@@ -243,7 +255,7 @@ def training_step(results: Results) -> str:
     """A training step against the straightforward way to write it."""
     rows = []
     for kind in ("joint", "quantised"):
-        part = results.speed[f"training step, {kind}"]
+        part = results.speed.get(f"training step, {kind}", {"times": {}})
         rows.extend(
             (kind, name, f"{times['seconds']:.2f}", f"{times['cpu_seconds']:.2f}",
              f"{part['ratio_to_ours'][name]:.2f}x")
@@ -296,6 +308,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds": lambda results: accuracy(results.folds),
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
+    "folds-confusion": lambda results: confusion(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
     "training-step": training_step,
     "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,

@@ -32,7 +32,8 @@ def results(tmp_path) -> committed.Results:
 
     def case(dice: float) -> dict:
         decisions = {
-            "routes": {"skip": 2, "crop-96": 5, "whole": 1}, "confusion": [[1, 1, 0], [1, 4, 1]],
+            "routes": {"skip": 2, "crop-96": 5, "whole": 2},
+            "confusion": [[1, 1, 0], [1, 4, 1], [0, 0, 1]],
             "missed_slices": 1, "skipped": 25, "tumour_voxels": 100,
             "crop_coverage": {"model": 0.5, "image centre": 0.25, "brain centroid": None},
             "num_bits": [{"8": 4, "16": 2}],
@@ -99,9 +100,11 @@ def test_tables_by_hand(results):
     table = tables.accuracy(results.accuracy)
     assert [cells(table, n)[0] for n in (2, 3, 4)] == ["whole", "S", "S+Q"]
     assert cells(tables.decisions(results.accuracy), 2) == [
-        "00001", "1 of 6", "25.0 %", "1 of 2", "50.0 %", "25.0 %", "", "8: 4/16: 2",
+        "00001", "1 of 7", "25.0 %", "1 of 2", "50.0 %", "25.0 %", "", "8: 4/16: 2",
     ]  # fmt: skip
-    assert cells(tables.accuracy_cases(results.accuracy), 2)[-1] == "2 skip, 5 crop, 1 whole"
+    assert cells(tables.accuracy_cases(results.accuracy), 2)[-1] == "2 skip, 5 crop, 2 whole"
+    # two cases alike
+    assert cells(tables.confusion(results.accuracy), 3) == ["**crop-96**", "2", "8", "2"]
 
 
 def test_ablations_by_hand(tmp_path):
