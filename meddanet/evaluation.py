@@ -174,7 +174,8 @@ def _detected(pair: Pair, labels: np.ndarray) -> str:
     if not _may_be_brain_tumour(pair.case, values):
         raise VolumeError(
             f"{pair.reference}: its label values ({listed(values)}) are no brain tumour's; "
-            "name regions with --groups, such as 'liver=1,2;tumour=2'"
+            "name regions with --groups, such as 'liver=1,2;tumour=2', or the convention of brain "
+            "tumours by --labels"
         )
     try:
         # without labels all conventions say the same
@@ -185,6 +186,9 @@ def _detected(pair: Pair, labels: np.ndarray) -> str:
 
 def _may_be_brain_tumour(case: Case, values: set[int]) -> bool:
     """Tells whether modalities and, where the naming does not, values are those of one."""
+    if case.convention == "msd":
+        # the Decathlon names ten tasks alike, and one T1 or T2 may be of anything
+        return set(case.modalities) == set(MODALITIES)
     known = case.convention in LABELS or any(values <= {*v.values()} for v in LABELS.values())
     return known and set(case.modalities) <= set(MODALITIES)
 

@@ -289,6 +289,27 @@ def test_other_labels_than_a_brain_tumours_need_groups(tmp_path):
         compare(the_pair(ours, undecided))
 
 
+@pytest.mark.parametrize("channels", [None, ["T1"], ["FLAIR", "T1w"]])
+def test_an_organ_in_decathlon_layout_is_no_brain_tumour(tmp_path, channels):
+    """Its values, 1 and 2, could be; without channels or with one or two MR ones, nothing tells."""
+    task = tmp_path / "Task04"
+    data = np.random.default_rng(0).integers(0, 900, (8, 9, 6)).astype(np.int16)
+    (task / "imagesTr").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(data, SPACING), task / "imagesTr" / "hippocampus_001.nii.gz")
+    halves = {(1, 1, 1): 1, (2, 2, 2): 2}
+    write(task / "labelsTr" / "hippocampus_001.nii.gz", halves)
+    if channels:
+        names = dict(enumerate(channels))
+        (task / "dataset.json").write_text(json.dumps({"channel_names": names}))
+    (pair,) = find_pairs(write(tmp_path / "out" / "hippocampus_001.nii.gz", halves), task)
+    wanted = r"values \(1, 2\) are no brain tumour's; .* --groups, such as .*, or .* by --labels"
+    with pytest.raises(VolumeError, match=wanted):
+        compare(pair)
+    assert compare(pair, groups={"front": (1,)})["dice"] == {"front": 1}
+    # who knows that they are one says so
+    assert compare(pair, "msd")["dice"].keys() == {"WT", "TC", "ET"}
+
+
 def test_scans_beside_loose_labels_are_no_references(tmp_path):
     write_scan(tmp_path / "ct" / "x_scan.nii.gz")
     write(tmp_path / "ct" / "x_seg.nii.gz", {(1, 1, 1): 5})
