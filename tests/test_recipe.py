@@ -275,6 +275,26 @@ def test_tensorboard(model, batches, tmp_path):
     assert events.Scalars("dice/1")[0].value == 0
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "validation.jsonl"])
+def test_half_a_line_is_dropped_wherever_it_ends(tmp_path, name):
+    """A killed process may stop after any character, a closing brace within the line too."""
+    monitor = Monitor(tmp_path)
+    for phase, step in (("0-static", 9), ("1-joint", 3), ("1-joint", 4)):
+        monitor.log(phase, step, name, dice={"1": 0.0, "2": 0.5})
+    whole = (tmp_path / name).read_text()
+    *kept, _ = whole.splitlines(keepends=True)
+    last = '{"phase": "0-static", "step": 10, "dice": {"1": 0.0, "2": 0.5}, "lost": {}}'
+    assert json.loads(last)
+    for length in range(1, len(last)):
+        (tmp_path / name).write_text(whole + last[:length])
+        monitor.rewind("1-joint", 3)
+        assert (tmp_path / name).read_text() == "".join(kept)
+    # whole but for the line's end
+    (tmp_path / name).write_text(whole + last)
+    monitor.rewind("1-joint", 3)
+    assert (tmp_path / name).read_text() == "".join(kept) + last + "\n"
+
+
 def test_tensorboard_holds_a_step_once_after_a_kill(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
