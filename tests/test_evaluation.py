@@ -214,6 +214,28 @@ def test_a_report_of_other_labels_makes_them_regions(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"label 1": 0, "label 5": 1}
 
 
+def test_a_report_beside_the_reference_tells_of_both(tmp_path):
+    """As beside the predictions of another model that are taken for the reference."""
+    ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 5})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 5, (2, 2, 2): 1})
+    pair, told = the_pair(ours, truth), truth.with_name("a.json")
+    told.write_text(json.dumps({
+        "label_convention": "values", "label_values": {"label 1": 1, "label 5": 5},
+    }))
+    assert compare(pair)["dice"] == {"label 1": 0, "label 5": 1}
+    # what the prediction's own report says goes first, unless it cannot be compared
+    report = {"label_convention": "values", "label_values": {"five": 5}}
+    ours.with_name("a.json").write_text(json.dumps(report))
+    assert compare(pair)["dice"] == {"five": 1}
+    ours.with_name("a.json").write_text(json.dumps({"label_convention": "msd"}))
+    with pytest.raises(VolumeError, match=f"^{ours}: holds the labels of msd .*, {truth} others;"):
+        compare(pair)
+    ours.with_name("a.json").unlink()
+    told.write_text(json.dumps({"label_convention": "values"}))
+    with pytest.raises(VolumeError, match=f"^{truth}: the report beside it names no label_values"):
+        compare(pair)
+
+
 def test_the_rule_nan_drops_no_missed_structure(tmp_path):
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1})
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2})
