@@ -199,7 +199,8 @@ def test_channels_that_only_the_user_can_name(cohort, tmp_path, segment):
     nib.save(nib.Nifti1Image(data, parts[0].affine), tmp_path / "scan.nii.gz")
     out = tmp_path / "out"
     code, _, messages = segment(tmp_path / "scan.nii.gz", "-o", out)
-    assert code == 1 and "what its channels are is unknown" in messages[0]
+    assert code == 1 and "channels are is unknown; name them in their order" in messages[0]
+    assert "--modalities flair,t1ce,t1,t2" in messages[0]
     order = ",".join(MRI[::-1])
     assert segment(tmp_path / "scan.nii.gz", "-o", out, "--modalities", order)[0] == 0
     assert segment(cohort / "case_0", "-o", out)[0] == 0
@@ -588,6 +589,14 @@ def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     assert seen.pop() == TrainConfig(
         "a", "c", seed=7, crop_sizes=(64, 96), phases=[PhaseConfig("static", 3)]
     )
+
+
+def test_train_asks_for_modalities_as_its_option_is_called(decathlon, tmp_path, capsys):
+    (decathlon / "dataset.json").unlink()
+    assert main(["train", "--data", str(decathlon), "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "disc_000: what its channels are is unknown" in message
+    assert "such as --modalities flair,t1ce,t1,t2" in message
 
 
 def test_train_on_nothing_is_one_line(tmp_path, capsys):
