@@ -16,19 +16,22 @@ from typing import Any, TextIO
 
 from jsonargparse import Namespace
 
-from .arguments import error_line, parse_command, train_config
+from .arguments import UsageError, error_line, parse_command, train_config
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = parse_command(argv)
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
+            options = parse_command(argv)
             return COMMANDS[options.command](options[options.command])
+        except UsageError as error:
+            _complain(error)
+            return 2
         except (
             ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError
         ) as error:
