@@ -10,6 +10,8 @@ sums, and the reference's epilogue follows.
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,6 +28,7 @@ EXACT = 2**24
 KEPT = 32
 
 _prepacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lock = Lock()
 
 
 def _weight(
@@ -45,10 +48,17 @@ def _weight(
         packed = torch.ops.onednn.qconv_prepack(
             weight, torch.ones(len(weight)), 1.0, ZERO_POINT, *_geometry(conv), shape
         )
-        while len(kept) >= KEPT:
-            kept.pop(next(iter(kept)), None)
-        kept[key] = packed
+        _keep(kept, key, packed)
     return packed
+
+
+def _keep(kept: dict[tuple, Tensor], key: tuple, packed: Tensor) -> None:
+    """Adds one layout; the oldest leave where there are too many."""
+    # what another thread adds between the two steps of finding the oldest would be an error
+    with _lock:
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = packed
 
 
 def _plain(conv: PackedConv, weight: Tensor) -> Tensor:

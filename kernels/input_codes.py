@@ -67,10 +67,17 @@ def encode_input(
         num_bits: Int, or a tensor [N].
         amax: Range, [1] or [N].
         planes: How many byte planes to make: 0 (none), 1 (the low one; the codes themselves up to
-            8 bits), or 2.
+            8 bits), or 2, where codes may have more than 8 bits.
         values: Dtype in which the values are returned; None does not return them.
         mask: Whether to return the bits of the range.
+
+    Raises:
+        ValueError: If the codes do not have so many byte planes.
     """
+    whole = isinstance(num_bits, int) and num_bits <= 8
+    most = 1 if whole else 2
+    if not 0 <= planes <= most:
+        raise ValueError(f"planes is {planes}, codes of {num_bits} bits have 0 to {most}")
     input = input.contiguous(memory_format=memory_format(input))
     made, empty = new_planes(input, planes), input.new_empty(0)
     packed = new_packed(input) if mask else empty.to(torch.uint8)
@@ -89,7 +96,6 @@ def encode_input(
         # codes are finite: their sum is NaN where one is
         ranges = torch.where(codes.sum((1, 2, 3)).isnan(), torch.nan, ranges)
         known = codes.nan_to_num(0.0) if bool(ranges.isnan().any()) else codes
-        whole = isinstance(num_bits, int) and num_bits <= 8
         for plane, byte in zip(made, (known,) if whole else bytes_of(known), strict=False):
             plane.copy_(byte)
     value = empty if values is None else codes.mul_(step).to(values)

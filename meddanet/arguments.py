@@ -34,6 +34,10 @@ def error_line(error: object) -> str:
     return f"meddanet: error: {' '.join(str(error).split())}"
 
 
+class UsageError(ValueError):
+    """Reports arguments that the command does not have; the exit code is 2."""
+
+
 class _Parser(ArgumentParser):
     """Reports a usage error in one line."""
 
@@ -48,9 +52,23 @@ class _Parser(ArgumentParser):
 
 
 def parse_command(arguments: Sequence[str] | None = None) -> Namespace:
-    """Parses a command line, by default the process's own."""
+    """Parses a command line, by default the process's own.
+
+    Raises:
+        UsageError: If it changes a field within the list of phases.
+        SystemExit: After any other usage error, told on stderr, and after help.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    return command_parser(_asked_recipe(arguments)).parse_args(arguments)
+    options = command_parser(_asked_recipe(arguments)).parse_args(arguments)
+    # jsonargparse would take it for a field of the last phase
+    within = next((text for text in arguments if text.startswith("--phases.")), None)
+    if within is not None:
+        raise UsageError(
+            f"{within.split('=')[0]}: phases are given as one list, by --phases '[{{objective: "
+            "static, steps: 100}, ...]' or in a file by --config, which --print-config writes "
+            "(see meddanet train --help)"
+        )
+    return options
 
 
 def command_parser(recipe: str = "meddanet") -> ArgumentParser:
@@ -165,6 +183,7 @@ def train_config(options: Namespace) -> TrainConfig:
     """Returns the run that the options of `meddanet train` ask for.
 
     Raises:
+        UsageError: If a phase has an unknown field, or lacks one.
         ValueError: If a value is none that training takes; it is named.
     """
     values = options.as_dict()
@@ -186,10 +205,10 @@ def _phase(name: str, values: dict[str, Any]) -> PhaseConfig:
     """Returns a phase; errors say which one it is."""
     known = [field.name for field in fields(PhaseConfig)]
     if strange := sorted(set(values) - set(known)):
-        raise ValueError(f"{name}.{strange[0]} is unknown, expected some of {', '.join(known)}")
+        raise UsageError(f"{name}.{strange[0]} is unknown, expected some of {', '.join(known)}")
     for needed in ("objective", "steps"):
         if needed not in values:
-            raise ValueError(f"{name} has no {needed}")
+            raise UsageError(f"{name} has no {needed}")
     try:
         return PhaseConfig(**values)
     except ValueError as error:

@@ -18,6 +18,7 @@ from .data import (
     VolumeError,
     canonical,
     detect_label_convention,
+    has_hounsfield_values,
     load_labels,
     load_volume,
     normalize,
@@ -105,6 +106,11 @@ def _fingerprint(case: Case) -> list[list[Any]]:
 def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:
     """Caches one case and returns its row of the table."""
     volume = load_volume(case, config.modalities)
+    if config.window_hu is None and has_hounsfield_values(volume):
+        raise VolumeError(
+            f"{case.name}: is a CT with negative values, which without a window count as background"
+            "; name the Hounsfield values that become 0 and 1, such as --window_hu '[-160, 240]'"
+        )
     labels = load_labels(str(case.label), like=volume)
     values = np.unique(labels)
     # one T1 or T2 may be of anything

@@ -10,25 +10,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from jsonargparse import Namespace
 
-from .arguments import error_line, parse_command, train_config
+from .arguments import UsageError, error_line, parse_command, train_config
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = parse_command(argv)
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
+            options = parse_command(argv)
             return COMMANDS[options.command](options[options.command])
+        except UsageError as error:
+            _complain(error)
+            return 2
         except (
             ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError
         ) as error:
@@ -153,9 +156,14 @@ def _train(options: Namespace) -> int:
 
 def _evaluate(options: Namespace) -> int:
     from .evaluation import check_groups, json_ready, mean_scores, parse_groups, write_csv
+    from .metrics import check_tolerance
     from .pairs import find_pairs, unpaired
     from .report import write_json
 
+    # what is wrong with the arguments is said before all cases are read
+    check_tolerance(options.tolerance)
+    for target in filter(None, (options.json, options.csv)):
+        _check_target(Path(target))
     groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
     if groups:
@@ -170,16 +178,27 @@ def _evaluate(options: Namespace) -> int:
     total = len(table) + len(missing)
     mean = mean_scores(table)
     _say(f"mean of {len(table)} of {total} cases  {_score_line(mean)}")
+    written = True
     if options.json:
         content = {
             "mean": json_ready(mean), "scored": len(table), "expected": total,
             "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
             "failed": failed, "cases": json_ready(table),
         }
-        write_json(content, Path(options.json))
+        written &= _tried(write_json, content, Path(options.json))
     if options.csv:
-        write_csv(table, Path(options.csv), missing)
-    return 1 if missing else 0
+        written &= _tried(write_csv, table, Path(options.csv), missing)
+    return 1 if missing or not written else 0
+
+
+def _tried(write: Callable[..., None], *arguments: Any) -> bool:
+    """Writes a file and tells whether that went well; what is written after it is not lost."""
+    try:
+        write(*arguments)
+    except (ValueError, OSError) as error:
+        _complain(error)
+        return False
+    return True
 
 
 def _report_unpaired(alone: dict[str, list[str]], predictions: str) -> None:

@@ -58,8 +58,8 @@ def compare(
 
     Without groups the regions are those of a brain tumour and each file's values follow its own
     convention: that of the report beside it, else `labels`, else the one its naming and values
-    tell; a prediction without any follows its reference. A report that tells of other labels makes
-    each of them a region.
+    tell; a prediction without any follows its reference. A report that tells of other labels, the
+    prediction's or else the reference's, makes each of them a region.
 
     Args:
         pair: From `find_pairs`.
@@ -73,7 +73,8 @@ def compare(
         "surface_dice", by region.
 
     Raises:
-        VolumeError: If the files do not lie on one grid or a convention cannot be told.
+        VolumeError: If the files do not lie on one grid, a convention cannot be told, or the
+            prediction's is a brain tumour's and the reference's is not.
     """
     reference = load_labels(pair.reference)
     # a volume only to have the prediction's grid compared with the reference's
@@ -82,20 +83,14 @@ def compare(
         pair.reference.name,
     )
     prediction = load_labels(pair.prediction, like=like)
-    report = _report(pair.prediction)
-    if groups is None and report.get("label_convention") == "values":
-        values = report.get("label_values")
-        if not isinstance(values, dict):
-            raise VolumeError(
-                f"{pair.prediction}: the report beside it names no label_values; see --groups"
-            )
-        groups = {name: (value,) for name, value in values.items()}
+    own, known = _report(pair.prediction), _report(pair.reference)
+    groups = _labels_told(pair, own, known) if groups is None else groups
     if groups is None:
-        convention = _report(pair.reference).get("label_convention") or labels
-        convention = convention or _detected(pair, reference)
+        convention = known.get("label_convention") or labels or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
-        own = report.get("label_convention") or convention
-        prediction = _classes(prediction, own, pair.prediction)
+        prediction = _classes(
+            prediction, own.get("label_convention") or convention, pair.prediction
+        )
     regions = groups or REGIONS
     scores = {"dice": dice_score(prediction, reference, labels=regions, empty=empty)}
     if find_spec("edt"):
@@ -109,6 +104,24 @@ def compare(
             for region, values in regions.items()
         }
     return scores
+
+
+def _labels_told(pair: Pair, own: dict[str, Any], known: dict[str, Any]) -> Groups | None:
+    """Returns a region for each label where a report tells of others than a brain tumour's."""
+    if own.get("label_convention") == "values":
+        path, values = pair.prediction, own.get("label_values")
+    elif known.get("label_convention") == "values":
+        path, values = pair.reference, known.get("label_values")
+        if convention := own.get("label_convention"):
+            raise VolumeError(
+                f"{pair.prediction}: holds the labels of {convention} by the report beside it, "
+                f"{path} others; name what they share with --groups"
+            )
+    else:
+        return None
+    if not isinstance(values, dict):
+        raise VolumeError(f"{path}: the report beside it names no label_values; see --groups")
+    return {name: (value,) for name, value in values.items()}
 
 
 def parse_groups(text: str) -> dict[str, tuple[int, ...]]:
@@ -174,7 +187,8 @@ def _detected(pair: Pair, labels: np.ndarray) -> str:
     if not _may_be_brain_tumour(pair.case, values):
         raise VolumeError(
             f"{pair.reference}: its label values ({listed(values)}) are no brain tumour's; "
-            "name regions with --groups, such as 'liver=1,2;tumour=2'"
+            "name regions with --groups, such as 'liver=1,2;tumour=2', or the convention of brain "
+            "tumours by --labels"
         )
     try:
         # without labels all conventions say the same
@@ -185,6 +199,9 @@ def _detected(pair: Pair, labels: np.ndarray) -> str:
 
 def _may_be_brain_tumour(case: Case, values: set[int]) -> bool:
     """Tells whether modalities and, where the naming does not, values are those of one."""
+    if case.convention == "msd":
+        # the Decathlon names ten tasks alike, and one T1 or T2 may be of anything
+        return set(case.modalities) == set(MODALITIES)
     known = case.convention in LABELS or any(values <= {*v.values()} for v in LABELS.values())
     return known and set(case.modalities) <= set(MODALITIES)
 

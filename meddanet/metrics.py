@@ -221,9 +221,14 @@ def surface_scores(
     }
 
 
-def _limit(tolerance: float) -> float:
+def check_tolerance(tolerance: float) -> None:
+    """Raises ValueError unless `surface_dice` takes a tolerance, in mm."""
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is a length in mm, 0 or more, got {tolerance}")
+
+
+def _limit(tolerance: float) -> float:
+    check_tolerance(tolerance)
     # the distances are float32: a few units in the last place still count as equal
     return tolerance * (1 + 4e-7)
 

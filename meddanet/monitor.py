@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,9 @@ class Monitor:
             self.writer = self.summary_writer(str(folder), purge_step=step + 1)
         for path in (self.out / self.log_name, self.out / "validation.jsonl"):
             if rank() == 0 and path.exists():
-                # a killed process leaves half a line
-                rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
                 kept = [
-                    line for line in rows
-                    if (row := json.loads(line)).get("phase") != phase or row["step"] <= step
+                    line for line in path.read_text().splitlines()
+                    if (row := _row(line)) and (row.get("phase") != phase or row["step"] <= step)
                 ]
                 write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -128,6 +127,13 @@ class Monitor:
                     f"held-out slices; the phase's loss is {loss}, {_ADVICE[loss]}",
                     stacklevel=2,
                 )
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Returns what a line of a log says; nothing of half a line, which a killed process leaves."""
+    with suppress(ValueError):
+        return json.loads(line)
+    return {}
 
 
 def _pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

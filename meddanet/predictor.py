@@ -20,6 +20,7 @@ from .data import (
     VolumeError,
     from_classes,
     from_slices,
+    has_hounsfield_values,
     to_slices,
     window_origins,
 )
@@ -130,6 +131,7 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         self._warn_of_spacing(volume)
+        self._warn_of_missing_window(volume)
         threads = torch.get_num_threads()
         slices = torch.from_numpy(to_slices(self.ordered(volume), threads, self.window_hu))
         height, width = slices.shape[2:]
@@ -229,6 +231,14 @@ class VolumePredictor:
             warnings.warn(
                 f"{volume.name}: its voxels are {voxel} mm, the model was trained on {trained} mm; "
                 "resample the scan, or expect worse labels",
+                stacklevel=3,
+            )
+
+    def _warn_of_missing_window(self, volume: Volume) -> None:
+        if self.window_hu is None and has_hounsfield_values(volume):
+            warnings.warn(
+                f"{volume.name}: is a CT with negative values, which count as background since the "
+                "model has no Hounsfield window; train one with window_hu, or expect worse labels",
                 stacklevel=3,
             )
 

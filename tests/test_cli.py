@@ -199,7 +199,8 @@ def test_channels_that_only_the_user_can_name(cohort, tmp_path, segment):
     nib.save(nib.Nifti1Image(data, parts[0].affine), tmp_path / "scan.nii.gz")
     out = tmp_path / "out"
     code, _, messages = segment(tmp_path / "scan.nii.gz", "-o", out)
-    assert code == 1 and "what its channels are is unknown" in messages[0]
+    assert code == 1 and "channels are is unknown; name them in their order" in messages[0]
+    assert "--modalities flair,t1ce,t1,t2" in messages[0]
     order = ",".join(MRI[::-1])
     assert segment(tmp_path / "scan.nii.gz", "-o", out, "--modalities", order)[0] == 0
     assert segment(cohort / "case_0", "-o", out)[0] == 0
@@ -524,6 +525,45 @@ def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
     assert captured.out.splitlines()[1].startswith("b  Dice TC 1.0000 ET 1.0000")
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--json", "absent/t.json"], "absent/t.json: cannot be written, expected a file"),
+    (["--json", "t.json", "--csv", "absent/t.csv"], "absent/t.csv: cannot be written"),
+    (["--csv", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--tolerance", "-1"], "tolerance is a length in mm, 0 or more, got -1.0"),
+    (["--tolerance", ".inf"], "tolerance is a length in mm, 0 or more, got inf"),
+])  # fmt: skip
+def test_evaluate_says_what_is_wrong_before_it_scores(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    folders = [str(label_files(tmp_path / side, {"a": [4], "b": [4]})) for side in "pr"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *folders, *arguments]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == "" and line.startswith("meddanet: error: ") and message in line
+    assert names(tmp_path) == ["p", "r"]
+
+
+@pytest.mark.parametrize("lost", ["json", "csv"])
+def test_evaluate_writes_one_table_where_the_other_cannot_be(tmp_path, monkeypatch, capsys, lost):
+    """As on a disk that filled up while the cases were scored."""
+    folders = [str(label_files(tmp_path / side, {"a": [4]})) for side in "pr"]
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(lost):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    files = {kind: tmp_path / f"t.{kind}" for kind in ("json", "csv")}
+    given = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
+    assert main(["evaluate", *folders, *given]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"meddanet: error: {files.pop(lost)}: cannot be written (No space left")
+    assert names(tmp_path) == ["p", "r", *(path.name for path in files.values())]
+
+
 def test_evaluate_a_cohort_without_enhancing_tumour(tmp_path, capsys):
     """The convention names the region, so that it may be empty in every file."""
     folders = [str(label_files(tmp_path / side, {"a_seg": [1, 2], "b_seg": [2]})) for side in "pr"]
@@ -549,6 +589,14 @@ def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     assert seen.pop() == TrainConfig(
         "a", "c", seed=7, crop_sizes=(64, 96), phases=[PhaseConfig("static", 3)]
     )
+
+
+def test_train_asks_for_modalities_as_its_option_is_called(decathlon, tmp_path, capsys):
+    (decathlon / "dataset.json").unlink()
+    assert main(["train", "--data", str(decathlon), "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "disc_000: what its channels are is unknown" in message
+    assert "such as --modalities flair,t1ce,t1,t2" in message
 
 
 def test_train_on_nothing_is_one_line(tmp_path, capsys):

@@ -81,6 +81,39 @@ def test_a_label_map_and_a_hounsfield_window(real_data, tmp_path):
     write_preview(volume, prediction, tmp_path / "p.png")
 
 
+def make_ct(task, shift):
+    """Makes the Decathlon task one of CT and adds to its intensities."""
+    (task / "dataset.json").write_text('{"modality": {"0": "CT"}}')
+    for path in (task / "imagesTr").iterdir():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32) + shift, image.affine), path)
+
+
+def test_a_ct_with_negative_values_needs_a_window(decathlon, tmp_path):
+    """The mask of the z-score, above 0, would take fat and lung for background."""
+    make_ct(decathlon, -100)
+    settings = config(decathlon, tmp_path / "run")
+    wanted = r"^disc_000: is a CT with negative values, .*--window_hu '(\[-160, 240\])'$"
+    with pytest.raises(VolumeError, match=wanted) as caught:
+        prepare_dataset(settings)
+    pasted = re.search(r"--window_hu '([^']+)'", str(caught.value))[1]
+    parsed = command_parser().parse_args(
+        ["train", "--data", "a", "--out", "b", "--window_hu", pasted]
+    )
+    window = train_config(parsed["train"]).window_hu
+    case = prepare_dataset(replace(settings, window_hu=window)).training[0]
+    hu = nib.load(decathlon / "imagesTr" / f"{case.name}.nii.gz").get_fdata()
+    assert hu.min() < 0
+    scaled = np.clip((hu + 160) / 400, 0, 1)
+    np.testing.assert_allclose(case.images[:, 0], scaled.transpose(2, 0, 1), atol=1e-3)
+
+
+def test_a_ct_without_negative_values_may_be_z_scored(decathlon, tmp_path):
+    make_ct(decathlon, 1000)
+    data = prepare_dataset(config(decathlon, tmp_path / "run"))
+    assert data.modalities == ("ct",) and "normalisation" not in data.facts
+
+
 def write_labels(task, number, change):
     """Changes one label file of the Decathlon task in place."""
     path = task / "labelsTr" / f"disc_{number:03d}.nii.gz"

@@ -214,6 +214,28 @@ def test_a_report_of_other_labels_makes_them_regions(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"label 1": 0, "label 5": 1}
 
 
+def test_a_report_beside_the_reference_tells_of_both(tmp_path):
+    """As beside the predictions of another model that are taken for the reference."""
+    ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 5})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 5, (2, 2, 2): 1})
+    pair, told = the_pair(ours, truth), truth.with_name("a.json")
+    told.write_text(json.dumps({
+        "label_convention": "values", "label_values": {"label 1": 1, "label 5": 5},
+    }))
+    assert compare(pair)["dice"] == {"label 1": 0, "label 5": 1}
+    # what the prediction's own report says goes first, unless it cannot be compared
+    report = {"label_convention": "values", "label_values": {"five": 5}}
+    ours.with_name("a.json").write_text(json.dumps(report))
+    assert compare(pair)["dice"] == {"five": 1}
+    ours.with_name("a.json").write_text(json.dumps({"label_convention": "msd"}))
+    with pytest.raises(VolumeError, match=f"^{ours}: holds the labels of msd .*, {truth} others;"):
+        compare(pair)
+    ours.with_name("a.json").unlink()
+    told.write_text(json.dumps({"label_convention": "values"}))
+    with pytest.raises(VolumeError, match=f"^{truth}: the report beside it names no label_values"):
+        compare(pair)
+
+
 def test_the_rule_nan_drops_no_missed_structure(tmp_path):
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1})
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2})
@@ -287,6 +309,27 @@ def test_other_labels_than_a_brain_tumours_need_groups(tmp_path):
     undecided = write(tmp_path / "brain.nii.gz", {(1, 1, 1): 3})
     with pytest.raises(VolumeError, match="choose one of brats2023, msd: .* see --labels and"):
         compare(the_pair(ours, undecided))
+
+
+@pytest.mark.parametrize("channels", [None, ["T1"], ["FLAIR", "T1w"]])
+def test_an_organ_in_decathlon_layout_is_no_brain_tumour(tmp_path, channels):
+    """Its values, 1 and 2, could be; without channels or with one or two MR ones, nothing tells."""
+    task = tmp_path / "Task04"
+    data = np.random.default_rng(0).integers(0, 900, (8, 9, 6)).astype(np.int16)
+    (task / "imagesTr").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(data, SPACING), task / "imagesTr" / "hippocampus_001.nii.gz")
+    halves = {(1, 1, 1): 1, (2, 2, 2): 2}
+    write(task / "labelsTr" / "hippocampus_001.nii.gz", halves)
+    if channels:
+        names = dict(enumerate(channels))
+        (task / "dataset.json").write_text(json.dumps({"channel_names": names}))
+    (pair,) = find_pairs(write(tmp_path / "out" / "hippocampus_001.nii.gz", halves), task)
+    wanted = r"values \(1, 2\) are no brain tumour's; .* --groups, such as .*, or .* by --labels"
+    with pytest.raises(VolumeError, match=wanted):
+        compare(pair)
+    assert compare(pair, groups={"front": (1,)})["dice"] == {"front": 1}
+    # who knows that they are one says so
+    assert compare(pair, "msd")["dice"].keys() == {"WT", "TC", "ET"}
 
 
 def test_scans_beside_loose_labels_are_no_references(tmp_path):

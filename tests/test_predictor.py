@@ -287,6 +287,25 @@ def test_a_spacing_the_model_was_not_trained_on_is_a_warning(model):
         predictor.predict(volume(data, LPS * [1, 1, 5, 1]))
 
 
+def test_a_ct_without_a_window_is_a_warning():
+    """As of weights from before training refused it; values from 0 up lie in the mask."""
+    one = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
+    positive = np.random.default_rng(0).uniform(1, 900, (1, 16, 16, 3)).astype(np.float32)
+
+    def predict(data, modality, **facts):
+        one.metadata = {"modalities": [modality], **facts}
+        case = Volume(data, LPS, None, (modality,), "files", "case")
+        Predictor(one, "cpu").predict(case)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(positive, "ct")
+        predict(positive - 100, "mri")
+        predict(positive - 100, "ct", window_hu=[-160, 240])
+    with pytest.warns(UserWarning, match="^case: is a CT with negative values, .* window_hu"):
+        predict(positive - 100, "ct")
+
+
 def test_the_engine_is_what_predicts(model, tolerances):
     """The default executor on a phantom, with a size that has to be padded, against eager."""
     phantom = volume(make_phantom(1, (42, 44, 20)).data)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from meddanet.arguments import parse_command, train_config
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.checkpoint import Progress
@@ -181,8 +182,6 @@ def test_lists_of_phases_replace_each_other(tmp_path, monkeypatch):
          "phases.0.steps is 0, expected more than 0"),
         (["--phases", "[{objective: static, steps: 1}, {objective: static, steps: 1, batch: 0}]"],
          "phases.1.batch is 0, expected a whole number, 1 or more"),
-        (["--phases", "[{objective: static, steps: 1, stepz: 1}]"], "phases.0.stepz is unknown"),
-        (["--phases", "[{steps: 1}]"], "phases.0 has no objective"),
         (["--phases", "[]"], "phases is empty, expected at least one"),
         (["--baseline", "{objective: static, steps: many}"], "baseline.steps is 'many', expected"),
         (["--seed", "-1"], "seed is -1, expected a whole number, 0 or more"),
@@ -198,6 +197,38 @@ def test_values_that_cannot_be(options, message, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--data", "a", "--out", str(out), *options]) == 1
     assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--phases", "[{objective: static, steps: 1, stepz: 1}]"],
+         "phases.0.stepz is unknown, expected some of objective, steps"),
+        (["--phases", "[{steps: 1}]"], "phases.0 has no objective"),
+        (["--baseline", "{objective: static}"], "baseline has no steps"),
+        (["--baseline.stepz", "5"], "baseline.stepz is unknown"),
+        (["--phases.0.steps", "5"], "--phases.0.steps: phases are given as one list, by --phases"),
+        # which would change the last phase alone
+        (["--phases.steps=5"], "--phases.steps: phases are given as one list, by --phases"),
+        (["--augment.zooom", "0.1"], "zooom"),
+    ],
+)
+def test_fields_that_are_not_there_are_usage_errors(options, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    try:
+        code = main(["train", "--data", "a", "--out", str(out), *options])
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and not out.exists()
+    assert line.startswith("meddanet: error: ") and message in line
+
+
+def test_the_list_of_phases_that_an_error_shows_can_be_given(capsys):
+    assert main(["train", "--data", "a", "--out", "b", "--phases.0.steps", "5"]) == 2
+    shown = re.search(r"--phases '([^']+)'", capsys.readouterr().err)[1].replace(", ...", "")
+    options = parse_command(["train", "--data", "a", "--out", "b", "--phases", shown])
+    assert train_config(options["train"]).phases == [PhaseConfig("static", 100)]
 
 
 def test_dice_and_swallowed_background_by_hand():
@@ -273,6 +304,26 @@ def test_tensorboard(model, batches, tmp_path):
     assert events.Scalars("loss")[0].value == pytest.approx(loss)
     assert "learning_rate" in events.Tags()["scalars"]
     assert events.Scalars("dice/1")[0].value == 0
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "validation.jsonl"])
+def test_half_a_line_is_dropped_wherever_it_ends(tmp_path, name):
+    """A killed process may stop after any character, a closing brace within the line too."""
+    monitor = Monitor(tmp_path)
+    for phase, step in (("0-static", 9), ("1-joint", 3), ("1-joint", 4)):
+        monitor.log(phase, step, name, dice={"1": 0.0, "2": 0.5})
+    whole = (tmp_path / name).read_text()
+    *kept, _ = whole.splitlines(keepends=True)
+    last = '{"phase": "0-static", "step": 10, "dice": {"1": 0.0, "2": 0.5}, "lost": {}}'
+    assert json.loads(last)
+    for length in range(1, len(last)):
+        (tmp_path / name).write_text(whole + last[:length])
+        monitor.rewind("1-joint", 3)
+        assert (tmp_path / name).read_text() == "".join(kept)
+    # whole but for the line's end
+    (tmp_path / name).write_text(whole + last)
+    monitor.rewind("1-joint", 3)
+    assert (tmp_path / name).read_text() == "".join(kept) + last + "\n"
 
 
 def test_tensorboard_holds_a_step_once_after_a_kill(tmp_path):

@@ -156,6 +156,18 @@ def test_folds_hold_out_every_patient_once():
     assert set(training) | set(held) == set(names) and not set(training) & set(held)
 
 
+def test_a_fold_that_holds_out_nobody_is_refused():
+    names = [f"p{index}" for index in range(8)]
+    assert folds(names, 20, 7)[1] == ["p7"]
+    wanted = "^fold 8 of 20 holds out nobody of 8 patients; name a fold below 8, or 0 folds"
+    with pytest.raises(ValueError, match=wanted):
+        folds(names, 20, 8)
+    # it is patients that count: four of two timepoints
+    with pytest.raises(ValueError, match="fold 4 of 5 holds out nobody of 4 patients"):
+        folds([f"q{n // 2}_{n % 2}" for n in range(8)], 5, 4, r"q\d")
+    assert folds(names, 0, 0) == (names, [])
+
+
 def test_the_cases_of_a_patient_stay_together():
     """Five patients of one to three timepoints; by sorted patient, every second from the first."""
     points = {"A_1": 2, "A_10": 1, "A_2": 3, "B_1": 1, "B_2": 2}

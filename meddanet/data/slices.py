@@ -100,14 +100,19 @@ def folds(
             `-101`; every other case is a patient.
 
     Raises:
-        ValueError: If `fold` is not below `count`, nobody is left to train on, or a name holds no
-            patient.
+        ValueError: If `fold` is not below `count`, nobody is held out or left to train on, or a
+            name holds no patient.
     """
     if count and not 0 <= fold < count:
         raise ValueError(f"fold is {fold}, expected 0 to {count - 1} of {count} folds")
     patient_of = {name: _patient(name, patient) for name in names}
     patients = sorted(set(patient_of.values()))
     chosen = set(patients[fold::count]) if count else set()
+    if count and not chosen:
+        raise ValueError(
+            f"fold {fold} of {count} holds out nobody of {len(patients)} patients; name a fold "
+            f"below {len(patients)}, or 0 folds to train on all"
+        )
     training = sorted(name for name in names if patient_of[name] not in chosen)
     if not training:
         raise ValueError(f"{len(patients)} patients leave none to train on; name 0 folds")

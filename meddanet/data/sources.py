@@ -48,7 +48,8 @@ def channel_sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tupl
     names = case.modalities or given
     if names is None:
         raise VolumeError(
-            f"{case.name}: what its channels are is unknown; pass modalities=, in their order"
+            f"{case.name}: what its channels are is unknown; name them in their order, such as "
+            "--modalities flair,t1ce,t1,t2, or modalities= in Python"
         )
     if isinstance(case.files, Path):
         return {name: (case.files, index) for index, name in enumerate(names)}

@@ -110,6 +110,11 @@ def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
     return result
 
 
+def has_hounsfield_values(volume: Volume) -> bool:
+    """Tells whether a volume is a CT whose tissues lie below 0 too, outside `normalize`'s mask."""
+    return volume.modalities == ("ct",) and bool(volume.data.min() < 0)
+
+
 def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Clips to a window of Hounsfield values and scales it to 0..1, float32, same shape.
 

@@ -86,6 +86,14 @@ def test_what_is_not_asked_for_is_empty():
     assert not made.planes.numel() and not made.values.numel() and not made.packed.numel()
 
 
+@pytest.mark.parametrize(("bits", "planes", "most"), [(8, 2, 1), (3, 2, 1), (16, 3, 2), (8, -1, 1)])
+def test_planes_that_codes_do_not_have_are_refused(bits, planes, most):
+    """They would be left as the memory was."""
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=f"planes is {planes}, codes of {bits} bits .* to {most}"):
+        encode_input(x, bits, torch.ones(1), planes=planes, values=None, mask=False)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_nan_marks_its_samples_range(bits):
     x = torch.randn(3, 4, 20, 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,6 +110,25 @@ def test_weights_are_prepacked_once_and_forgotten_with_their_convolution():
     assert torch.equal(changed, wanted)
     del conv
     assert len(conv_int_onednn._prepacked) == 0
+
+
+def test_threads_that_keep_layouts_do_not_disturb_each_other(monkeypatch):
+    """Every layout drives another out, and threads change at every chance."""
+    monkeypatch.setattr(conv_int_onednn, "KEPT", 4)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    kept = {}
+
+    def work(thread):
+        for number in range(20_000):
+            conv_int_onednn._keep(kept, (thread, number), ONE)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(kept) == 4
 
 
 def test_sums_that_saturate_are_found_out(monkeypatch):
