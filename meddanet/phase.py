@@ -6,6 +6,7 @@ phase that was stopped goes on where its checkpoint stands.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from .objectives import Objective
 from .recipe import PhaseConfig
 
 _LOG_EVERY = 50
+# at an overflow float16's scaler halves its scale, 65536 at first; where it scales no more, it is
+# not why a gradient is not finite
+_LEAST_SCALE = 1.0
 _AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,7 +102,8 @@ def run_phase(
         every: Steps between checkpoints; 0 = by time alone.
 
     Raises:
-        FloatingPointError: If loss or gradient stop being finite; the step and the batch are named.
+        FloatingPointError: If loss or gradient stop being finite, in float16 at every scale; the
+            step and the batch are named.
         ValueError: If the checkpoint has more steps than the phase, or not as many for every
             process.
     """
@@ -216,9 +221,12 @@ def _make_step(
     _check_finite("loss", value, name, step, batches)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    if not scaler.is_enabled():
-        trained = (p for group in optimizer.param_groups for p in group["params"])
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
+    scaler.unscale_(optimizer)
+    trained = (p for group in optimizer.param_groups for p in group["params"])
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
+    # a finite norm needs no scale, which a GPU would have to be waited for
+    overflown = not math.isfinite(norm) and scaler.is_enabled()
+    if not overflown or scaler.get_scale() <= _LEAST_SCALE:
         _check_finite("gradient", norm, name, step, batches)
     scaler.step(optimizer)
     scaler.update()
