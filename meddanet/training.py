@@ -18,7 +18,7 @@ from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .checkpoint import hold_run, keep_config, load_checkpoint
 from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
-from .distributed import barrier, process_group, rank, world
+from .distributed import first_alone, process_group, rank, world
 from .layers import set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
@@ -84,9 +84,9 @@ class _Run:
             )
         check_phases(self.model, config)
         # only what can be trained is kept: the next call has to ask for the same
-        if rank() == 0:
-            keep_config(config, self.data.split)
-        barrier()
+        with first_alone() as first:
+            if first:
+                keep_config(config, self.data.split)
         self.canvas = self.data.canvas(stride, max(stride, largest))
         self.monitor = Monitor(
             self.out, self.data.held_out, every=config.validate_every,

@@ -295,3 +295,7 @@ def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_
     assert again.returncode == 0, again.stderr
     assert again.stdout == f"{run / 'model.safetensors'}\n"
     assert torch.load(run / "0-static.pt", weights_only=True)["progress"]["step"] == done + 2
+    other = subprocess.run([*command, *phases(done), "--seed", "1"], capture_output=True, text=True)
+    assert other.returncode != 0 and "config.json: seed is 0 in the run that" in other.stderr
+    # which the same command again would not cure
+    assert "stopped because another one ended" not in other.stderr
