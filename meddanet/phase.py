@@ -28,6 +28,8 @@ _LOG_EVERY = 50
 # at an overflow float16's scaler halves its scale, 65536 at first; where it scales no more, it is
 # not why a gradient is not finite
 _LEAST_SCALE = 1.0
+# parts that have no say in how a slice is segmented where it is not skipped
+_DECIDING = {"policy", "position", "decision"}
 _AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,7 +149,7 @@ def run_phase(
                 cpu_seconds=round(progress.cpu_seconds, 1),
             )
         if predict and monitor.every and (progress.step % monitor.every == 0 or last):
-            monitor.look(name, progress.step, predict, device, phase.loss)
+            monitor.look(name, progress.step, predict, device, segmenter_loss(phase))
             train_parts(model, phase.parts)
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes
@@ -155,6 +157,17 @@ def run_phase(
                 states = {key: value.state_dict() for key, value in stateful.items()}
                 save_checkpoint(checkpoint, model, progress, **states)
     barrier()
+
+
+def segmenter_loss(phase: PhaseConfig) -> str | None:
+    """Returns the loss that a phase trains what segments by; None where it trains decisions alone.
+
+    These are judged by what the segmenter, or the bank, makes of them.
+    """
+    decides = phase.objective in ("decisions", "decision")
+    if decides or (phase.parts and _DECIDING.issuperset(phase.parts)):
+        return None
+    return phase.loss
 
 
 def _groups(model: nn.Module, phase: PhaseConfig) -> list[dict[str, Any]]:
