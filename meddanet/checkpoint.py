@@ -15,7 +15,7 @@ from torch import nn
 
 from .data.lock import hold
 from .data.storage import read_record, write_bytes
-from .distributed import rank
+from .distributed import first_alone
 from .layers import quantized_layers
 from .recipe import TrainConfig
 
@@ -127,15 +127,17 @@ def hold_run(out: Path) -> AbstractContextManager[object]:
 
     Raises:
         ValueError: If another run is in it.
+        ConnectionError: If so, in the other processes.
     """
-    if rank() > 0:
-        return nullcontext()
-    try:
-        return hold(out / "run.lock")
-    except BlockingIOError as error:
-        raise ValueError(
-            f"another run is using {out}; wait until it ends, or name another out"
-        ) from error
+    with first_alone() as first:
+        if not first:
+            return nullcontext()
+        try:
+            return hold(out / "run.lock")
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is using {out}; wait until it ends, or name another out"
+            ) from error
 
 
 def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:

@@ -62,6 +62,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     Raises:
         VolumeError: If a case is bad, or the cases do not belong together.
         ValueError: If the cache was made with other settings, or the fold does not fit.
+        ConnectionError: If the first process, which fills the cache, fails.
     """
     cache = Path(config.cache or Path(config.out) / "cache")
     found = {case.name: case for case in find_cases(config.data) if case.label is not None}

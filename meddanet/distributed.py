@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -76,12 +76,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Returns every process's value, in their order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -90,12 +90,31 @@ def first_alone() -> Iterator[bool]:
     """Lets the first process work while the others wait, a day if need be; yields whether it is.
 
     A plain barrier gives up after ten minutes under NCCL, which a large cache takes longer than.
+
+    Raises:
+        ConnectionError: In the others, if the first one's work raised or its process ended.
     """
-    yield rank() == 0
-    if dist.is_initialized():
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        dist.barrier(patient)
-        dist.destroy_process_group(patient)
+    if not dist.is_initialized():
+        yield True
+        return
+    # made before the work: those who wait see a process end by its connection alone
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    try:
+        yield rank() == 0
+    except _Stopped:
+        raise
+    except Exception:
+        # whoever is gone too need not hear of it
+        with suppress(RuntimeError):
+            gathered(False, patient)
+        raise
+    worked = gathered(True, patient)
+    dist.destroy_process_group(patient)
+    if not all(worked):
+        raise ConnectionError(
+            f"process {rank()} of {world()} stopped because process {worked.index(False)} failed; "
+            "mend what that one names, then give the same command again"
+        )
 
 
 class _Sum(torch.autograd.Function):

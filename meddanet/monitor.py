@@ -20,10 +20,13 @@ from .distributed import rank
 # slices [N, C, H, W] -> labels [N, H, W]
 Predict = Callable[[Tensor], Tensor]
 _CHUNK = 8
-# what a loss has to do with a class that swallows background
+# what a loss has to do with a class that swallows background, and what to do
 _ADVICE = {
-    "dice": "which counts foreground alone and allows that, see dice+ce",
-    "dice+ce": "which forbids that: lower learning_rate if the next looks say the same",
+    "dice": "the phase's loss is dice, which counts foreground alone and allows that, see dice+ce",
+    "dice+ce": "the phase's loss is dice+ce, which forbids that: lower learning_rate if the next "
+    "looks say the same",
+    None: "this phase trains decisions alone, so the cause lies before it: train what segments "
+    "anew, with loss dice+ce or a lower learning_rate",
 }
 
 
@@ -93,7 +96,8 @@ class Monitor:
             self.writer.flush()
 
     def look(
-        self, phase: str, step: int, predict: Predict, device: torch.device, loss: str = "dice+ce"
+        self, phase: str, step: int, predict: Predict, device: torch.device,
+        loss: str | None = "dice+ce",
     ) -> None:
         """Logs the Dice of each class on held-out slices; warns where one swallows background.
 
@@ -102,7 +106,7 @@ class Monitor:
             step: Steps done.
             predict: Labels of slices.
             device: Where slices are taken.
-            loss: What the phase minimises, for the warning.
+            loss: What the phase trains the segmenter by, for the warning; None = it does not.
         """
         if rank() > 0:
             return
@@ -124,7 +128,7 @@ class Monitor:
             if share > 0.5:
                 warnings.warn(
                     f"{phase}, step {step}: class {name} takes {share:.0%} of the background of "
-                    f"held-out slices; the phase's loss is {loss}, {_ADVICE[loss]}",
+                    f"held-out slices; {_ADVICE[loss]}",
                     stacklevel=2,
                 )
 

@@ -6,6 +6,7 @@ phase that was stopped goes on where its checkpoint stands.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from .objectives import Objective
 from .recipe import PhaseConfig
 
 _LOG_EVERY = 50
+# at an overflow float16's scaler halves its scale, 65536 at first; where it scales no more, it is
+# not why a gradient is not finite
+_LEAST_SCALE = 1.0
+# parts that have no say in how a slice is segmented where it is not skipped
+_DECIDING = {"policy", "position", "decision"}
 _AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,7 +104,8 @@ def run_phase(
         every: Steps between checkpoints; 0 = by time alone.
 
     Raises:
-        FloatingPointError: If loss or gradient stop being finite; the step and the batch are named.
+        FloatingPointError: If loss or gradient stop being finite, in float16 at every scale; the
+            step and the batch are named.
         ValueError: If the checkpoint has more steps than the phase, or not as many for every
             process.
     """
@@ -142,7 +149,7 @@ def run_phase(
                 cpu_seconds=round(progress.cpu_seconds, 1),
             )
         if predict and monitor.every and (progress.step % monitor.every == 0 or last):
-            monitor.look(name, progress.step, predict, device, phase.loss)
+            monitor.look(name, progress.step, predict, device, segmenter_loss(phase))
             train_parts(model, phase.parts)
         if last or time.monotonic() > due or (every and progress.step % every == 0):
             due = time.monotonic() + 60 * minutes
@@ -150,6 +157,17 @@ def run_phase(
                 states = {key: value.state_dict() for key, value in stateful.items()}
                 save_checkpoint(checkpoint, model, progress, **states)
     barrier()
+
+
+def segmenter_loss(phase: PhaseConfig) -> str | None:
+    """Returns the loss that a phase trains what segments by; None where it trains decisions alone.
+
+    These are judged by what the segmenter, or the bank, makes of them.
+    """
+    decides = phase.objective in ("decisions", "decision")
+    if decides or (phase.parts and _DECIDING.issuperset(phase.parts)):
+        return None
+    return phase.loss
 
 
 def _groups(model: nn.Module, phase: PhaseConfig) -> list[dict[str, Any]]:
@@ -216,9 +234,12 @@ def _make_step(
     _check_finite("loss", value, name, step, batches)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    if not scaler.is_enabled():
-        trained = (p for group in optimizer.param_groups for p in group["params"])
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
+    scaler.unscale_(optimizer)
+    trained = (p for group in optimizer.param_groups for p in group["params"])
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
+    # a finite norm needs no scale, which a GPU would have to be waited for
+    overflown = not math.isfinite(norm) and scaler.is_enabled()
+    if not overflown or scaler.get_scale() <= _LEAST_SCALE:
         _check_finite("gradient", norm, name, step, batches)
     scaler.step(optimizer)
     scaler.update()

@@ -18,7 +18,7 @@ from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .checkpoint import hold_run, keep_config, load_checkpoint, load_part
 from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
-from .distributed import barrier, process_group, rank, world
+from .distributed import first_alone, process_group, rank, world
 from .layers import set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
@@ -80,9 +80,9 @@ class _Run:
         self.model = self._place(self.model)
         stride, largest = self.model.stride, self.model.smallest_side
         # only what can be trained is kept: the next call has to ask for the same
-        if rank() == 0:
-            keep_config(config, self.data.split)
-        barrier()
+        with first_alone() as first:
+            if first:
+                keep_config(config, self.data.split)
         self.canvas = self.data.canvas(stride, max(stride, largest))
         self.monitor = Monitor(
             self.out, self.data.held_out, every=config.validate_every,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
+from meddanet.data.lock import hold
 from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
@@ -58,6 +60,37 @@ with process_group("cpu"):
         except ValueError as error:
             messages.append(str(error))
 (out / f"messages-{{number}}").write_text("\\n".join(messages))
+"""
+
+# what the first process does alone fails or kills it
+FIRST_FAILS = """
+import os, sys, time
+from pathlib import Path
+from meddanet.distributed import first_alone, process_group
+from meddanet.checkpoint import hold_run
+
+task, out = sys.argv[1], Path(sys.argv[2])
+number, began = os.environ["RANK"], time.monotonic()
+
+def work():
+    if task == "lock":
+        with hold_run(out / "run"):
+            return
+    with first_alone() as first:
+        if first:
+            time.sleep(1)
+            if task == "kill":
+                os.kill(os.getpid(), 9)
+            raise ValueError("the first process cannot")
+
+message = "nothing"
+try:
+    with process_group("cpu"):
+        work()
+except (ValueError, ConnectionError) as error:
+    message = f"{type(error).__name__}: {error}"
+(out / f"message-{number}").write_text(message)
+assert time.monotonic() - began < 20
 """
 
 ONE_DIES = """
@@ -190,6 +223,48 @@ def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
     assert (len(first), len(second)) == (1, 2)
 
 
+@pytest.mark.parametrize("task", ["raise", "lock", "kill"])
+def test_a_first_process_that_fails_alone_ends_the_others_too(tmp_path, task):
+    """Under plain processes, not torchrun, which would kill those that wait for ever."""
+    path = script(tmp_path, FIRST_FAILS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # torchrun's agent keeps the store, which outlives the first process
+    store = torch.distributed.TCPStore("127.0.0.1", int(port), 3, True, wait_for_workers=False)
+    with hold(tmp_path / "run" / "run.lock"):
+        children = [
+            subprocess.Popen(
+                [sys.executable, path, task, str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **shared, "RANK": str(number),
+                     "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            )
+            for number in range(2)
+        ]
+        try:
+            errors = [child.communicate(timeout=60)[1] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+    del store
+    assert [c.returncode for c in children] == [-9 if task == "kill" else 0, 0], errors
+    other = (tmp_path / "message-1").read_text()
+    if task == "kill":
+        assert other.startswith("ConnectionError: process 1 of 2 stopped because another one ended")
+        return
+    causes = {
+        "raise": "ValueError: the first process cannot",
+        "lock": f"ValueError: another run is using {tmp_path}/run; wait until it ends, or name "
+        "another out",
+    }
+    assert (tmp_path / "message-0").read_text() == causes[task]
+    assert other == (
+        "ConnectionError: process 1 of 2 stopped because process 0 failed; mend what that one "
+        "names, then give the same command again"
+    )
+
+
 def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_path):
     run = tmp_path / "run"
     arguments = [
@@ -220,3 +295,7 @@ def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_
     assert again.returncode == 0, again.stderr
     assert again.stdout == f"{run / 'model.safetensors'}\n"
     assert torch.load(run / "0-static.pt", weights_only=True)["progress"]["step"] == done + 2
+    other = subprocess.run([*command, *phases(done), "--seed", "1"], capture_output=True, text=True)
+    assert other.returncode != 0 and "config.json: seed is 0 in the run that" in other.stderr
+    # which the same command again would not cure
+    assert "stopped because another one ended" not in other.stderr

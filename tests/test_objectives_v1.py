@@ -86,6 +86,22 @@ def test_a_member_that_has_left_stands_still(model, batches, tmp_path):
     assert not changed(model.decision, before)
 
 
+def test_shares_count_the_steps_that_a_phase_has_now(model, batches, tmp_path):
+    """Left after 2 of 4 steps; of 12 it has half too, so it is back for those up to the sixth."""
+    now, ran = [], []
+    model.bank[0].register_forward_hook(lambda *_: ran.append(now[-1]))
+
+    def noting(model, batches, step, phase):
+        now.append(step)
+        return bank(model, batches, step, phase)
+
+    for steps, expected in ((4, [0, 1]), (12, [0, 1, 4, 5])):
+        phase = PhaseConfig("bank", steps, batch=2, stay=(0.5, 1.0), windows=False, parts=("bank",))
+        run_phase(model, noting, phase, batches, tmp_path / "bank.pt", Monitor(tmp_path))
+        assert ran == expected
+    assert now == list(range(12))
+
+
 def test_a_phase_per_member_trains_each_on_its_own(model, batches, tmp_path):
     for index in range(2):
         before = [snapshot(member) for member in model.bank]

@@ -20,8 +20,8 @@ from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
 from meddanet.losses import papers_dice_loss
 from meddanet.monitor import Monitor, dice_per_class, swallowed_background
-from meddanet.objectives import joint, route_costs
-from meddanet.phase import phase_share, run_phase, train_parts
+from meddanet.objectives import OBJECTIVES, joint, route_costs
+from meddanet.phase import phase_share, run_phase, segmenter_loss, train_parts
 from meddanet.recipe import RECIPES, AugmentConfig, PhaseConfig, TrainConfig
 
 
@@ -283,6 +283,42 @@ def test_a_class_that_swallows_the_brain_is_named_however_much_air_there_is(tmp_
         monitor.look("0-x", 8, few, torch.device("cpu"))
     row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
     assert row["swallowed_background"]["2"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("objective", "parts"),
+    [
+        ("static", ()), ("static", ("segmenter",)), ("joint", ()), ("joint", ("bit_selectors",)),
+        ("joint", ("policy",)), ("decisions", ()), ("decisions", ("policy", "position")),
+    ],
+)
+def test_a_loss_is_blamed_where_it_trains_what_segments(model, batches, tmp_path, objective, parts):
+    """What segments is the segmenter, its last stages and the widths that they are run with."""
+
+    def segmenting() -> list[torch.Tensor]:
+        deciding = ("policy.", "position.")
+        state = model.state_dict().items()
+        return [value.clone() for name, value in state if not name.startswith(deciding)]
+
+    phase = PhaseConfig(objective, 1, batch=2, parts=parts, oracle_weight=0, loss="dice")
+    monitor = Monitor(tmp_path, batches.cases, every=1, slices=2, num_classes=3, canvas=(32, 32))
+    set_quantization(model, quantize=objective == "joint", update_range=True)
+    everything_two = lambda slices: torch.full((len(slices), 32, 32), 2)  # noqa: E731
+    before = segmenting()
+    with pytest.warns(UserWarning, match="class 2 takes 100%") as warned:
+        run_phase(
+            model, OBJECTIVES[objective], phase, batches, None, monitor, name="x",
+            predict=everything_two,
+        )
+    moved = any(not torch.equal(a, b) for a, b in zip(before, segmenting(), strict=True))
+    (text,) = [str(w.message) for w in warned if "class 2 takes" in str(w.message)]
+    cause = "the phase's loss is dice" if moved else "this phase trains decisions alone"
+    assert text.partition("slices; ")[2].startswith(f"{cause}, ")
+
+
+def test_v1_decisions_are_not_blamed_for_what_the_bank_does():
+    assert segmenter_loss(PhaseConfig("decision", 1, parts=("decision",))) is None
+    assert segmenter_loss(PhaseConfig("bank", 1, parts=("bank",), loss="dice")) == "dice"
 
 
 def test_tensorboard(model, batches, tmp_path):

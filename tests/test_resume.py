@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from meddanet import phase as phase_module
-from meddanet.build import build_med_danet_v2
+from meddanet.batches import Batches
+from meddanet.build import build_med_danet_v2, build_segmenter
 from meddanet.checkpoint import Progress, load_checkpoint, save_checkpoint
 from meddanet.data import VolumeError
 from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
-from meddanet.phase import phase_share, schedule
+from meddanet.monitor import Monitor
+from meddanet.objectives import OBJECTIVES, Objective
+from meddanet.phase import phase_share, run_phase, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import compile_parts, train
 from meddanet.weights import load_model
@@ -462,3 +465,47 @@ def test_half_precision_with_loss_scaling(config, tmp_path):
     state = torch.load(tmp_path / "run" / "0-static.pt", weights_only=True)
     assert state["scaler"]["scale"] >= 1 and state["progress"]["step"] == 4
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def broken_at(steps: range) -> Objective:
+    """The objective `static` with a gradient that is not a number at some steps; its loss is."""
+
+    def objective(model, batches, step, phase):
+        loss = OBJECTIVES["static"](model, batches, step, phase)
+        nothing = next(model.parameters()).sum() * 0
+        return loss + nothing.sqrt() if step in steps else loss
+
+    return objective
+
+
+def half_precision_run(config, tmp_path, objective: Objective) -> dict:
+    """Twenty steps in float16, each saved; returns the last checkpoint, whatever ended the run."""
+    data, file = prepare_dataset(config), tmp_path / "half.pt"
+    batches = Batches(data.training, window=None, canvas=(32, 32))
+    phase = PhaseConfig("static", 20, batch=2, autocast="float16")
+    torch.manual_seed(0)
+    model = build_segmenter("unet-4", 1, 3)
+    try:
+        run_phase(model, objective, phase, batches, file, Monitor(tmp_path), every=1)
+    finally:
+        state = torch.load(file, weights_only=True)
+    return state
+
+
+def test_half_precision_skips_a_step_whose_gradient_is_not_finite(config, tmp_path):
+    whole = half_precision_run(config, tmp_path, broken_at(range(0)))
+    (tmp_path / "half.pt").unlink()
+    state = half_precision_run(config, tmp_path, broken_at(range(1, 19, 6)))
+    made = [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (whole, state)]
+    assert made == [{20}, {17}]
+    assert state["scaler"]["scale"] == whole["scaler"]["scale"] / 2**3
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_half_precision_stops_where_no_scale_makes_the_gradient_finite(config, tmp_path):
+    """After 16 halvings of 65536 the gradient is what float32 would have."""
+    message = "half: the gradient is nan at step 16, whose batch is disc_.*; the last checkpoint "
+    with pytest.raises(FloatingPointError, match=message):
+        half_precision_run(config, tmp_path, broken_at(range(20)))
+    state = torch.load(tmp_path / "half.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 1 and state["progress"]["step"] == 16
