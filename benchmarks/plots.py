@@ -86,7 +86,7 @@ def time_per_volume(results: Results) -> Figure:
         for part in results.networks
     ], fontsize=8)  # fmt: skip
     right.set(ylabel="times as long", title="each timed case, and how many slices are run")
-    right.set_ylim(top=1.45 * right.get_ylim()[1])
+    right.set_ylim(top=1.75 * right.get_ylim()[1])
     right.grid(axis="x", visible=False)
     right.legend(loc="upper left", ncols=1)
     return figure

@@ -279,7 +279,8 @@ class TrainConfig:
         label_map: Label file's values and the classes 1, 2, ... they become; others are background.
             None = the convention of the naming where the four modalities of a glioma are there, of
             other cases the values themselves.
-        window_hu: Hounsfield values that become 0 and 1 (CT); None = z-score in the joint mask.
+        window_hu: Hounsfield values that become 0 and 1 (CT, which is refused without where values
+            are negative); None = z-score in the joint mask.
         folds: Number of folds k; every k-th patient by name is held out. 0 = none is.
         fold: Which of them is held out.
         patient: Regular expression whose first group, or whole match, is the patient in a case's
