@@ -183,13 +183,12 @@ def decisions(cases: Cases) -> str:
 def confusion(cases: Cases) -> str:
     """All cases' slices: the route that the labels call for against the one that was taken."""
     found = [case["decisions"] for case in cases.values()]
-    routes = list(found[0]["routes"])
-    sums = [
-        [sum(case["confusion"][wanted][taken] for case in found) for taken in range(len(routes))]
-        for wanted in range(len(routes))
+    names = list(found[0]["routes"])
+    rows = [
+        (f"**{wanted}**", *map(sum, zip(*(case["confusion"][row] for case in found), strict=True)))
+        for row, wanted in enumerate(names)
     ]
-    rows = [(f"**{route}**", *counts) for route, counts in zip(routes, sums, strict=True)]
-    return markdown(["labels call for, policy takes", *routes], rows)
+    return markdown(["labels call for, policy takes", *names], rows)
 
 
 def hippocampus_v1(results: Results) -> str:
@@ -255,7 +254,7 @@ def training_step(results: Results) -> str:
     """A training step against the straightforward way to write it."""
     rows = []
     for kind in ("joint", "quantised"):
-        part = results.speed.get(f"training step, {kind}", {"times": {}})
+        part = results.speed[f"training step, {kind}"]
         rows.extend(
             (kind, name, f"{times['seconds']:.2f}", f"{times['cpu_seconds']:.2f}",
              f"{part['ratio_to_ours'][name]:.2f}x")

@@ -110,11 +110,12 @@ def _width_gradient(
         return width_gradient(grad, input, num_bits, amax)
     step, largest, amax = step_size(input, num_bits, amax)
     # everything in one dtype: where they are mixed a CPU goes element by element
-    error = input.to(step.dtype) - _values(input, step, largest).to(step.dtype)
+    wide = input.to(step.dtype)
+    error = wide - _values(wide, step, largest).to(input.dtype).to(step.dtype)
     error *= grad.to(step.dtype)
     axes = tuple(range(1, input.dim()))
     by_width = LN2 * (error.sum(axes) if axes else error)
-    return inside(input, amax).to(grad.dtype).mul_(grad), by_width
+    return inside(wide, amax).to(grad.dtype).mul_(grad), by_width
 
 
 @_width_gradient.register_fake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +49,12 @@ class Progress:
     ramp_share: float = 0.0
     smooth: float | None = None
     cpu_seconds: float = 0.0
+
+
+def checkpoint_files(out: Path, objectives: Iterable[str]) -> tuple[list[Path], Path]:
+    """Returns where the checkpoints of a run's phases lie, in their order, and the baseline's."""
+    files = [out / f"{number}-{objective}.pt" for number, objective in enumerate(objectives)]
+    return files, out / "baseline.pt"
 
 
 def save_checkpoint(
@@ -196,18 +202,19 @@ def _may_change(out: Path, saved: dict[str, Any], name: str) -> bool:
     root, *number, field = name.split(".")
     if not number and root == "phases":
         return False
-    objectives = [phase["objective"] for phase in saved["phases"]]
-    files = [out / f"{index}-{objective}.pt" for index, objective in enumerate(objectives)]
+    files, baseline = checkpoint_files(out, (phase["objective"] for phase in saved["phases"]))
     here = int(number[0]) if number else len(files)
-    files.append(out / "baseline.pt")
+    files.append(baseline)
     # those of later phases would have been trained from what is to change
     if any(file.exists() for file in files[here + 1 :]):
         return False
     if not files[here].exists():
         return True
+    if field not in _PACE:
+        return False
     with _content(files[here]) as content:
         progress = Progress(**content["progress"])
-    return progress.step < progress.steps and field in _PACE
+    return progress.step < progress.steps
 
 
 _ABSENT = object()

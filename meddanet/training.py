@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
-from .checkpoint import hold_run, keep_config, load_checkpoint, load_part
+from .checkpoint import checkpoint_files, hold_run, keep_config, load_checkpoint, load_part
 from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
 from .distributed import first_alone, process_group, rank, world
@@ -69,8 +69,10 @@ class _Run:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.out = config, device, Path(config.out)
+        objectives = (phase.objective for phase in config.phases)
+        self.files, self.baseline = checkpoint_files(self.out, objectives)
         # once a checkpoint is there, all weights are in it
-        starts = config.start is not None and not self._checkpoint(0).exists()
+        starts = config.start is not None and not self.files[0].exists()
         check_run(config, starts)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
@@ -94,16 +96,14 @@ class _Run:
         """Runs all phases and saves the weights."""
         phases = self.config.phases
         notes: dict[str, Any] = {**self.data.split, **self.data.facts}
-        files = [self._checkpoint(number) for number in range(len(phases))]
         # the baseline goes on from the last of these
         common = list(takewhile(lambda phase: phase.objective == "static", phases))
-        baseline = self.out / "baseline.pt"
-        for number, (phase, file) in enumerate(zip(phases, files, strict=True)):
+        for number, (phase, file) in enumerate(zip(phases, self.files, strict=True)):
             if phase.objective == "segmenter" and not self._crops_trained(number):
                 start_crop_stages(self.model)
-            later = files[number + 1 :]
+            later = self.files[number + 1 :]
             if number < len(common):
-                later = [*later, baseline]
+                later = [*later, self.baseline]
             objective = self._phase(self.model, phase, number, file, later)
             if isinstance(objective, DecisionObjective):
                 counts = objective.counts.tolist()
@@ -116,8 +116,8 @@ class _Run:
                 self.config.segmenter, len(self.data.modalities), self.data.num_classes
             )
             if common:
-                load_part(files[len(common) - 1], "segmenter", plain)
-            self._phase(self._place(plain), self.config.baseline, 100, baseline, [])
+                load_part(self.files[len(common) - 1], "segmenter", plain)
+            self._phase(self._place(plain), self.config.baseline, 100, self.baseline, [])
         return path
 
     def _crops_trained(self, number: int) -> bool:
@@ -125,9 +125,6 @@ class _Run:
         before = [phase.objective for phase in self.config.phases[:number]]
         started = self.config.start is not None and "static" not in before
         return started or not {"static", "decisions"}.issuperset(before)
-
-    def _checkpoint(self, number: int) -> Path:
-        return self.out / f"{number}-{self.config.phases[number].objective}.pt"
 
     def _start(self) -> None:
         """Takes over the weights that fit, and warns of what a score would not show."""

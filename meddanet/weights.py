@@ -144,7 +144,7 @@ def take_weights(
 
 def part_of(name: str) -> str:
     """Returns which part of a model a tensor belongs to, by its name in the file."""
-    return name.removeprefix("quantization.").partition(".")[0]
+    return name.removeprefix(_RANGE.partition("{}")[0]).partition(".")[0]
 
 
 def _tensors(model: RoutedSegmenter) -> dict[str, Tensor]:
