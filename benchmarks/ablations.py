@@ -43,7 +43,7 @@ from torch import Tensor
 from meddanet.arguments import parse_command, train_config
 from meddanet.bench import machine
 from meddanet.build import build_segmenter
-from meddanet.checkpoint import load_checkpoint
+from meddanet.checkpoint import checkpoint_files, load_checkpoint
 from meddanet.cost import cost_table
 from meddanet.data.slices import CachedCase, pad
 from meddanet.dataset import Dataset, prepare_dataset
@@ -139,20 +139,19 @@ def read_config(file: Path, options: argparse.Namespace, fold: int) -> TrainConf
 
 def load_row(config: TrainConfig, data: Dataset, row: str) -> tuple[Any, Run] | None:
     """Returns the model of a row and how it runs; None where the run has no such row."""
-    out = Path(config.out)
+    out, objectives = Path(config.out), [phase.objective for phase in config.phases]
+    files, baseline = checkpoint_files(out, objectives)
     if row == "static":
-        if not (out / "baseline.pt").exists():
+        if not baseline.exists():
             return None
         plain = build_segmenter(config.segmenter, len(data.modalities), data.num_classes)
-        load_checkpoint(out / "baseline.pt", plain)
+        load_checkpoint(baseline, plain)
         return plain.eval(), lambda slices, labels: _whole(plain, slices)
     model: Any = load_model(out / "model.safetensors")
     if row == "S":
-        objectives = [phase.objective for phase in config.phases]
         if "quantised" not in objectives[1:]:
             return None
-        before = objectives.index("quantised") - 1
-        load_checkpoint(out / f"{before}-{objectives[before]}.pt", model)
+        load_checkpoint(files[objectives.index("quantised") - 1], model)
         set_quantization(model, quantize=False, update_range=False)
     if row == "Q":
         return model, lambda slices, labels: _whole(model, slices)
