@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .conv_pack import PackedConv, byte_planes, channels_last_planes, split_codes
 from .grid import qmax
+from .pairs import split_floats
 from .quantize import check_num_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +28,7 @@ class ConvCall:
         amax: float32 [1] or [N], range of the input.
         num_bits: Int, or int32 [N].
         residual: [M, Cout, Hout, Wout] in float32, float16 or bfloat16, channels last, or None.
-        affine: (scale, shift), float64 [Cout], or None.
+        affine: (scale, shift), pairs of float32 [2, Cout], or None.
         relu: Whether to cut off below zero.
         output_amax: float32 [1] or [M], range of the output codes.
         output_num_bits: Int, or int32 [M].
@@ -170,7 +171,7 @@ def _check_output(call: ConvCall, stream: torch.dtype | None) -> None:
             f"residual must be {list(shape)} in float32, float16 or bfloat16, "
             f"got {residual.dtype} {list(residual.shape)}"
         )
-    if call.affine is not None and any(t.shape != (shape[1],) for t in call.affine):
+    if call.affine is not None and any(t.shape != (2, shape[1]) for t in call.affine):
         raise ValueError(f"affine must be (scale, shift) of shape [{shape[1]}] each")
 
 
@@ -205,7 +206,7 @@ def checked_call(
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
     call = ConvCall(
         planes, conv, _range("amax", amax, planes.shape[1]), _widths(num_bits), residual,
-        None if affine is None else (affine[0].detach().double(), affine[1].detach().double()),
+        None if affine is None else (split_floats(affine[0]), split_floats(affine[1])),
         relu, None if output_amax is None else _range("output_amax", output_amax, samples),
         _widths(output_num_bits), _integers(slots), _integers(count),
     )  # fmt: skip

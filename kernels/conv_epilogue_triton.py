@@ -1,6 +1,6 @@
 """What follows the integer sum, in Triton: constants applied, codes made; see `conv_int.py`.
 
-Where a slot's codes have 16 bits a value is two float32, head + tail, with about 46 bits: products
+Constants come as pairs of float32 (`pairs.py`): there is no float64 instruction here. Where a slot's codes have 16 bits a value is two float32, head + tail, with about 46 bits: products
 are split by a fused multiply-add, sums by Knuth's two-sum. Elsewhere the tail is left out, and each
 product and sum is rounded on its own: launch with enable_fp_fusion=False.
 """
@@ -43,17 +43,28 @@ def plus(head, tail, addend, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def times_plus(head, tail, scale, offset, PRECISE: tl.constexpr):
-    """Returns (head + tail) * scale + offset for float64 rows of constants."""
-    scale_head, offset_head = scale.to(tl.float32), offset.to(tl.float32)
-    scale_row = scale_head[None, :]
-    product = head * scale_row
+def pair_at(ptr, index, PITCH: tl.constexpr):
+    """Loads pairs of float32: heads, and their tails PITCH further on."""
+    return tl.load(ptr + index), tl.load(ptr + PITCH + index)
+
+
+@triton.jit
+def times_step(scale, scale_tail, step, PRECISE: tl.constexpr):
+    """Returns a pair times a float32; the product's tail is 0 unless precise."""
+    low = scale_tail * step
+    head = tl.fma(scale, step, low)
+    tail = tl.fma(scale, step, -head) + low if PRECISE else tl.zeros_like(head)
+    return head, tail
+
+
+@triton.jit
+def times_plus(head, tail, scale, scale_tail, offset, offset_tail, PRECISE: tl.constexpr):
+    """Returns (head + tail) * scale + offset for pairs of rows of constants."""
+    product = head * scale[None, :]
     if PRECISE:
-        scale_tail = (scale - scale_head.to(tl.float64)).to(tl.float32)[None, :]
-        offset_tail = (offset - offset_head.to(tl.float64)).to(tl.float32)[None, :]
-        lost = tl.fma(head, scale_row, -product)
-        tail = lost + (head * scale_tail + tail * scale_row) + offset_tail
-    return plus(product, tail, offset_head[None, :], PRECISE)
+        lost = tl.fma(head, scale[None, :], -product)
+        tail = lost + (head * scale_tail[None, :] + tail * scale[None, :]) + offset_tail[None, :]
+    return plus(product, tail, offset[None, :], PRECISE)
 
 
 @triton.jit

@@ -138,8 +138,8 @@ def _fused(call: ConvCall, group: Group, output_step: float, codes: Tensor) -> N
     weight = _weight(conv, variant, 1, slice(None), list(unsigned.shape))
     output = convolve(
         unsigned, weight, *_geometry(conv),
-        step=float(group.step), scale=conv.scale[variant].float().repeat(repeats),
-        bias=conv.bias.float().repeat(repeats), output_step=output_step,
+        step=float(group.step), scale=conv.scale[variant, 0].repeat(repeats),
+        bias=conv.bias[0].repeat(repeats), output_step=output_step,
         relu=call.relu, dtype=torch.uint8,
     )  # fmt: skip
     # -128 is no code

@@ -169,12 +169,12 @@ def _launch_meta(
     rows, depth = (taps * c_out, c_in) if transposed else (c_out, taps * c_in)
     conv = PackedConv(
         empty(planes, planes, rows, triton.cdiv(depth, K_MULTIPLE) * K_MULTIPLE, dtype=torch.int8),
-        empty(planes, c_out, dtype=torch.float64), empty(c_out, dtype=torch.float64),
+        empty(planes, 2, c_out), empty(2, c_out),
         (8, 16)[:planes], c_in, (kernel, kernel), (stride, stride),
         (0, 0) if transposed else (kernel // 2, kernel // 2), (1, 1), 1, transposed,
     )  # fmt: skip
     widths, one = empty(2, dtype=torch.int32), empty(1)
-    constants = empty(c_out, dtype=torch.float64)
+    constants = empty(2, c_out)
     call = ConvCall(
         empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
         widths if mixed else 8, None, (constants, constants) if affine else None, relu,

@@ -10,7 +10,9 @@ sample and takes that sample's width on the device; 16-bit codes are four produc
 from __future__ import annotations
 
 from .backend import tl, triton
-from .conv_epilogue_triton import codes_of, float_of, plus, step_of, times_plus
+from .conv_epilogue_triton import (
+    codes_of, float_of, pair_at, plus, step_of, times_plus, times_step,
+)  # fmt: skip
 
 
 @triton.jit
@@ -105,13 +107,16 @@ def _variant(bits, index, WIDTHS: tl.constexpr):
 
 @triton.jit
 def _finish(
-    head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr, out_low_ptr,
-    out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
+    head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+    out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
     C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr, PRECISE: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """Does all that follows the sums of one tile; pointers are those of its slot."""
-    head, tail = times_plus(head, tail, scale, tl.load(bias_ptr + channel), PRECISE)
+    scale, scale_tail = pair_at(scale_ptr, channel, C_OUT)
+    scale, scale_tail = times_step(scale, scale_tail, step, PRECISE)
+    offset, offset_tail = pair_at(bias_ptr, channel, C_OUT)
+    head, tail = times_plus(head, tail, scale, scale_tail, offset, offset_tail, PRECISE)
     offs = pixel.to(INDEX) * C_OUT + channel[None, :]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
@@ -121,14 +126,15 @@ def _finish(
         tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
     if out_low_ptr is not None:
         if gain_ptr is not None:
-            gain, shift = tl.load(gain_ptr + channel), tl.load(shift_ptr + channel)
-            head, tail = times_plus(head, tail, gain, shift, PRECISE)
+            gain, gain_tail = pair_at(gain_ptr, channel, C_OUT)
+            shift, shift_tail = pair_at(shift_ptr, channel, C_OUT)
+            head, tail = times_plus(head, tail, gain, gain_tail, shift, shift_tail, PRECISE)
         value = head + tail if PRECISE else head
         if RELU:
             # a comparison keeps a NaN
             value = tl.where(value < 0, 0.0, value)
-        step, largest = step_of(out_amax_ptr, out_bits)
-        codes = codes_of(value, step, largest)
+        out_step, largest = step_of(out_amax_ptr, out_bits)
+        codes = codes_of(value, out_step, largest)
         offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
         # the cast keeps the lowest byte
         tl.store(out_low_ptr + offs, codes.to(tl.int8), mask=mask)
@@ -193,7 +199,7 @@ def conv_kernel(
         )  # fmt: skip
 
     channel = rows % C_OUT
-    scale = tl.load(scale_ptr + variant * C_OUT + channel) * step.to(tl.float64)
+    scale_ptr += variant * (2 * C_OUT)
     mask = valid[:, None] & (rows < ROWS)[None, :]
     if TRANSPOSED:
         tap = (rows // C_OUT)[None, :]
@@ -210,13 +216,13 @@ def conv_kernel(
         out_amax_ptr += slot * out_amax_stride
     if PRECISE and precise:
         _finish(
-            head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
             out_low_ptr, out_high_ptr + first * OUT_PITCH, out_amax_ptr, out_bits, pixel, channel,
             mask, C_OUT, OUT_PITCH, RELU, True, INDEX,
         )  # fmt: skip
     else:
         _finish(
-            head, tail, scale, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
             out_low_ptr, None, out_amax_ptr, out_bits, pixel, channel, mask,
             C_OUT, OUT_PITCH, RELU, False, INDEX,
         )  # fmt: skip

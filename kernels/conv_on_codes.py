@@ -16,6 +16,7 @@ from .conv_call import ConvCall, even_planes
 from .conv_pack import PackedConv, pack_weight
 from .grid import qmax, quantize_codes, step_size
 from .onednn import ZERO_POINT, convolve
+from .pairs import split_floats
 from .per_width import weight_amax
 
 
@@ -51,7 +52,8 @@ def conv_on_codes(
     stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups = geometry
     height, width = weight.shape[2:]
     conv = PackedConv(
-        codes, scale, torch.zeros_like(scale[0]) if bias is None else bias.double(),
+        codes, split_floats(scale),
+        split_floats(torch.zeros_like(scale[0]) if bias is None else bias),
         (weight_num_bits,), weight.shape[1] * groups, (height, width), (stride_y, stride_x),
         (pad_y, pad_x), (dilation_y, dilation_x), groups, False,
     )  # fmt: skip

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grid import qmax, quantize_codes, step_size
+from .pairs import split_floats
 from .per_width import weight_amax
 
 # depth of one integer tensor-core instruction
@@ -80,8 +81,9 @@ class PackedConv(NamedTuple):
         codes: int8 [V, P, rows, K], one entry per width and byte plane. Rows are output channels,
             K runs over (tap, input channel) and is padded with zeros to a multiple of 32. Of a
             transposed convolution rows run over (tap, output channel), K over input channels.
-        scale: float64 [V, Cout]; output = integer sum * input's step * scale + bias.
-        bias: float64 [Cout].
+        scale: Pairs of float32 [V, 2, Cout], see `pairs.py`; output = integer sum * input's step *
+            scale + bias.
+        bias: Pairs of float32 [2, Cout].
         num_bits: The V widths, ascending. Of those with as many bytes as its codes, a sample takes
             the narrowest that is not below its own width, or else the widest.
         in_channels, kernel_size, stride, padding, dilation, groups, transposed: As in PyTorch's
@@ -103,7 +105,7 @@ class PackedConv(NamedTuple):
     @property
     def out_channels(self) -> int:
         """Number of output channels."""
-        return len(self.bias)
+        return self.bias.shape[1]
 
     def to(self, device: torch.device | str) -> PackedConv:
         """Returns the same on another device."""
@@ -196,7 +198,7 @@ def pack_conv(
     if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset])).all()):
         raise ValueError("bias and norm must be finite")
     return PackedConv(
-        codes, scale, offset, widths,
+        codes, split_floats(scale), split_floats(offset), widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
         (weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation),
         groups, transposed,

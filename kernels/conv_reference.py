@@ -16,6 +16,7 @@ from torch import Tensor
 from .conv_call import ConvCall, largest_code, step_of
 from .conv_pack import split_codes, unpack_weight
 from .grid import quantize_codes
+from .pairs import join_floats
 
 
 class Group(NamedTuple):
@@ -95,11 +96,11 @@ def finish(
     dtype = torch.float64 if precise else torch.float32
 
     def row(values: Tensor) -> Tensor:
-        return values.to(dtype).reshape(1, -1, 1, 1)
+        return values.reshape(1, -1, 1, 1)
 
-    scale = group.step.double() * conv.scale[conv.variant(group.num_bits)]
-    value = total.to(dtype) * row(scale)
-    value += row(conv.bias)
+    scale = group.step.double() * join_floats(conv.scale[conv.variant(group.num_bits)])
+    value = total.to(dtype) * row(scale.to(dtype))
+    value += row(join_floats(conv.bias, dtype))
     if call.residual is not None:
         value += call.residual[group.slots].to(dtype)
     if stream is not None:
@@ -107,8 +108,8 @@ def finish(
     if codes is None or group.output_step is None:
         return
     if call.affine is not None:
-        value *= row(call.affine[0])
-        value += row(call.affine[1])
+        value *= row(join_floats(call.affine[0], dtype))
+        value += row(join_floats(call.affine[1], dtype))
     if call.relu:
         value.relu_()
     largest = largest_code(group.output_num_bits)

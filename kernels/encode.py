@@ -24,6 +24,7 @@ from .crop_paste import as_pair, overlap
 from .encode_call import EncodeCall
 from .grid import qmax, quantize_codes
 from .layout import wide_dtype
+from .pairs import join_floats, split_floats
 from .quantize import check_num_bits
 from .slots import check_offset, integers
 
@@ -44,7 +45,7 @@ def _value(call: EncodeCall, window: Tensor, width: int) -> Tensor:
     narrow = wide_dtype(window)
     if call.affine is not None:
         wide = torch.float64 if width > 8 else narrow
-        gain, shift = (t.to(wide)[:, None, None] for t in call.affine)
+        gain, shift = (join_floats(t, wide)[:, None, None] for t in call.affine)
         window = window.to(wide) * gain + shift
     value = window.to(narrow)
     # a comparison keeps a NaN
@@ -136,7 +137,7 @@ def _checked(
     return EncodeCall(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
         (input.shape[2], input.shape[3]) if size is None else as_pair(size), widths,
-        None if affine is None else (affine[0].detach().double(), affine[1].detach().double()),
+        None if affine is None else (split_floats(affine[0]), split_floats(affine[1])),
         relu, *integers(offset, slots, count),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ class EncodeCall:
         amax: float32 (float64 for a float64 input) [1] or [M].
         size: (height, width) of the outputs.
         num_bits: Int, or int32 [M].
-        affine: (gain, shift), float64 [C], or None.
+        affine: (gain, shift), pairs of float32 [2, C], see `pairs.py`, or None.
         relu: Whether to cut off below zero.
         offset: int32 [M, 2], or None: 0.
         slots: int32 [M], the sample that each slot reads, or None: slot m reads sample m.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .conv_call import pixel_pitch
-from .conv_epilogue_triton import codes_of, step_of, times_plus
+from .conv_epilogue_triton import codes_of, pair_at, step_of, times_plus
 from .encode_call import EncodeCall
 
 # elements per program; other sizes were not tried on a GPU
@@ -18,14 +18,18 @@ BLOCK = 2048
 
 
 @triton.jit
-def _affine(value, gain, shift, precise, PRECISE: tl.constexpr):
+def _affine(
+    value, gain_ptr, shift_ptr, channel, precise, CHANNELS: tl.constexpr, PRECISE: tl.constexpr
+):
     """Returns value * gain + shift, rounded once if precise."""
     zeros = tl.zeros_like(value)
+    gain, gain_tail = pair_at(gain_ptr, channel, CHANNELS)
+    shift, shift_tail = pair_at(shift_ptr, channel, CHANNELS)
     if PRECISE and precise:
-        head, tail = times_plus(value, zeros, gain, shift, True)
+        head, tail = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, True)
         value = head + tail
     else:
-        value, _ = times_plus(value, zeros, gain, shift, False)
+        value, _ = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, False)
     return value
 
 
@@ -74,11 +78,9 @@ def encode_kernel(
     bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
     value = x.to(tl.float32)
     if gain_ptr is not None:
-        row_of_constants = tl.arange(0, BLOCK_C)
-        known = row_of_constants < CHANNELS
-        gain = tl.load(gain_ptr + row_of_constants, mask=known, other=0.0)
-        shift = tl.load(shift_ptr + row_of_constants, mask=known, other=0.0)
-        value = _affine(value, gain, shift, bits > 8, PRECISE)
+        # channels beyond, which are not stored, take the last one's constants
+        own = tl.minimum(tl.arange(0, BLOCK_C), CHANNELS - 1)
+        value = _affine(value, gain_ptr, shift_ptr, own, bits > 8, CHANNELS, PRECISE)
     if RELU:
         # a comparison keeps a NaN
         value = tl.where(value < 0, 0.0, value)
@@ -151,7 +153,7 @@ def _launch_meta(
     def last(channels: int, dtype: torch.dtype) -> Tensor:
         return empty(2, 96, 96, channels, dtype=dtype).permute(0, 3, 1, 2)
 
-    constants = empty(channels, dtype=torch.float64)
+    constants = empty(2, channels, dtype=torch.float32)
     call = EncodeCall(
         empty(2, channels, 96, 96, dtype=dtype) if image else last(channels, dtype),
         empty(1, dtype=torch.float32), (96, 96), empty(2) if mixed else 8,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import PackedConv
+from .pairs import join_floats
 from .slots import check_offset, integers
 
 MAX_CLASSES = 256
@@ -35,8 +36,8 @@ def _scores(
         return F.conv2d(feature.float(), weight.float()[:, :, None, None], bias.float())[0]
     channels = feature.shape[1]
     total = F.conv2d(feature.double(), weight[:, :channels, None, None].double())[0]
-    factor = step_of(amax, slot, num_bits).double() * scale
-    return total.float() * factor.float()[:, None, None] + bias.float()[:, None, None]
+    factor = step_of(amax, slot, num_bits).double() * join_floats(scale)
+    return total.float() * factor.float()[:, None, None] + bias[:, None, None]
 
 
 def _run_reference(
@@ -83,7 +84,7 @@ def _label_head(
     width: int,
     margin: int = 0,
 ) -> Tensor:
-    """Returns labels [slices, height, width]; weight [K, C], scale [K] for codes, or None."""
+    """Returns labels [slices, height, width]; weight [K, C], scale [2, K] for codes, or None."""
     labels = torch.zeros(slices, height, width, dtype=torch.uint8, device=input.device)
     if len(input) == 0:
         return labels
@@ -127,7 +128,7 @@ def _checked(
         ) or weight.groups != 1 or not 2 <= num_bits <= 8:  # fmt: skip
             raise ValueError("packed weights must be a 1x1, with their own bias, for 2..8 bits")
         variant, inputs = weight.variant(num_bits), weight.in_channels
-        rows, scale, bias = weight.codes[variant, 0], weight.scale[variant], weight.bias
+        rows, scale, bias = weight.codes[variant, 0], weight.scale[variant], weight.bias[0]
         amax = amax.detach().float().reshape(-1)
     else:
         if not input.is_floating_point() or weight.shape[2:].numel() != 1:

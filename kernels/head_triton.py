@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .conv_call import pixel_pitch
-from .conv_epilogue_triton import step_of
+from .conv_epilogue_triton import pair_at, step_of, times_step
 
 # elements per program; other sizes were not tried on a GPU
 BLOCK = 4096
@@ -58,8 +58,9 @@ def head_kernel(
         w = tl.load(weight_ptr + k * PITCH_W + channel, mask=channel < CHANNELS, other=0)
         if scale_ptr is not None:
             total = tl.sum(x.to(tl.int32) * w.to(tl.int32)[None, :], 1).to(tl.float32)
-            scale = tl.load(scale_ptr + k) * step.to(tl.float64)
-            score = total * scale.to(tl.float32) + tl.load(bias_ptr + k).to(tl.float32)
+            scale, scale_tail = pair_at(scale_ptr, k, CLASSES)
+            scale, _ = times_step(scale, scale_tail, step, False)
+            score = total * scale + tl.load(bias_ptr + k)
         else:
             score = tl.sum(x.to(tl.float32) * w[None, :], 1) + tl.load(bias_ptr + k)
         # a NaN beats any number, and the first one stays
@@ -81,9 +82,9 @@ def run(
     Args:
         labels: uint8 [slices, H, W], dense.
         input: [M, C, h, w], floats or int8 codes, channels last, also some channels of wider ones.
-        weight: [K, C] float32; or int8 codes [K, >= C] with `scale`, float64 [K].
-        scale: None for floats.
-        bias: [K], float32 for floats, float64 for codes.
+        weight: [K, C] float32; or int8 codes [K, >= C] with `scale`.
+        scale: Pairs of float32 [2, K], see `pairs.py`; None for floats.
+        bias: float32 [K].
         amax: float32 [1] or [M] for codes.
         num_bits: Width of the codes.
         offset: int32 [M, 2].
@@ -120,10 +121,9 @@ def shape_classes() -> dict[str, Callable[[], object]]:
         feature = empty(2, 240, 240, 16, dtype=dtype).permute(0, 3, 1, 2)
         codes = dtype == torch.int8
         weight = empty(4, 32 if codes else 16, dtype=dtype if codes else torch.float32)
-        constants = empty(4, dtype=torch.float64 if codes else torch.float32)
-        scale, amax = (constants, empty(1)) if codes else (None, None)
+        scale, amax = (empty(2, 4), empty(1)) if codes else (None, None)
         for name, routing in (("", (None, None)), (", routed", (slots, count))):
             found[f"head, {str(dtype).removeprefix('torch.')}{name}"] = partial(
-                run, labels, feature, weight, scale, constants, amax, 8, offset, *routing
+                run, labels, feature, weight, scale, empty(4), amax, 8, offset, *routing
             )
     return found

@@ -317,6 +317,6 @@ def lower_last(
     variant = end.variant(num_bits)
     group.add(
         "labels", head_kernel.run, labels, level.codes[0], end.codes[variant, 0],
-        end.scale[variant], end.bias, last.end.amax, num_bits, corner, group.slices, group.count,
+        end.scale[variant], end.bias[0], last.end.amax, num_bits, corner, group.slices, group.count,
         margin,
     )  # fmt: skip

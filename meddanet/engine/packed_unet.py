@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import PackedConv, norm_affine, pack_conv
 from ..kernels import conv_int_triton as conv_kernel
+from ..kernels.pairs import split_floats
 from ..layers import QuantConvTranspose2d, quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..networks.unet import ResidualBlock, UNet
@@ -98,9 +99,9 @@ class PackedUNet:
         return Conv(packed.to(self._device), amax.to(self._device), layer.input_num_bits)
 
     def _block(self, block: ResidualBlock, num_bits: Any = None) -> Block:
-        gain, shift = norm_affine(block.norm1)
+        gain, shift = (split_floats(part).to(self._device) for part in norm_affine(block.norm1))
         return Block(
-            (gain.to(self._device), shift.to(self._device)),
+            (gain, shift),
             self._conv(block.conv1, num_bits, block.norm2), self._conv(block.conv2, num_bits),
         )  # fmt: skip
 
