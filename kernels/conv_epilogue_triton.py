@@ -1,7 +1,8 @@
 """What follows the integer sum, in Triton: constants applied, codes made; see `conv_int.py`.
 
-Constants come as pairs of float32 (`pairs.py`): there is no float64 instruction here. Where a slot's codes have 16 bits a value is two float32, head + tail, with about 46 bits: products
-are split by a fused multiply-add, sums by Knuth's two-sum. Elsewhere the tail is left out, and each
+Constants come as pairs of float32 (`pairs.py`): there is no float64 instruction here. Where a
+slot's codes have 16 bits a value is such a pair, too, head + tail, with about 46 bits: products are
+split by a fused multiply-add, sums by Knuth's two-sum. Elsewhere the tail is left out, and each
 product and sum is rounded on its own: launch with enable_fp_fusion=False.
 """
 
@@ -30,6 +31,19 @@ def float_of(total, precise, PRECISE: tl.constexpr):
     if PRECISE and precise:
         tail = (total - head.to(total.dtype)).to(tl.float32)
     return head, tail
+
+
+@triton.jit
+def float_of_bytes(low, mixed, high):
+    """Returns high * 65536 + mixed * 256 + low as head + tail, exactly, for sums below 2^47."""
+    # carried up to the top, so that 24 bits are left below; no 64-bit conversion, slow on most GPUs
+    mixed += low >> 8
+    high += mixed >> 8
+    below = ((high & 255) << 16) | ((mixed & 255) << 8) | (low & 255)
+    above = (high >> 8).to(tl.float32) * 16777216.0
+    rest = below.to(tl.float32)
+    head = above + rest
+    return head, rest - (head - above)
 
 
 @triton.jit
@@ -68,8 +82,10 @@ def times_plus(head, tail, scale, scale_tail, offset, offset_tail, PRECISE: tl.c
 
 
 @triton.jit
-def codes_of(value, step, largest):
+def codes_of(value, step, largest, RELU: tl.constexpr):
     """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0 or NaN.
+
+    With RELU values below zero have code 0, too.
 
     Products with the step's reciprocal, mended twice by what they leave of the value, are the
     correctly rounded quotient (Markstein 1990) at half the instructions of a division.
@@ -82,10 +98,14 @@ def codes_of(value, step, largest):
     inverse = tl.where(known, tl.div_rn(1.0, tl.where(known, step, 1.0)), 0.0)
     # the quotient of this bound rounds to the largest code
     bound = tl.where(known, largest, 0.0) * step
-    inside = tl.minimum(tl.maximum(value * factor, -bound), bound)
+    if factor != 1.0:
+        value *= factor
+    # the maximum of zero and a NaN is zero
+    inside = tl.minimum(tl.maximum(value, 0.0 if RELU else -bound), bound)
     quotient = inside * inverse
     quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
     quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
     # half to even: beyond 2^23 a sum has no bits left for a fraction; they hold the whole number
     bits = (quotient + 12582912.0).to(tl.int32, bitcast=True)
-    return tl.where(value == value, bits - 0x4B400000, 0)
+    codes = bits - 0x4B400000
+    return codes if RELU else tl.where(value == value, codes, 0)

@@ -31,23 +31,30 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes.
 
-    Shorter sums read through L1, which serves the nine taps' overlap; longer ones copy ahead to
-    shared memory. Four products keep three sums, so their tiles are smaller, but of 128 channels,
-    where addresses cost more than sums (18.3 us became 14.4 on an H200, `benchmarks/tune.py`). The
-    bounds on registers leave what the compiler would spill otherwise, and let three or four
-    programs run.
+    Sums up to 3x3 on 32 channels read through L1, which serves the nine taps' overlap; longer ones
+    copy ahead to shared memory. What a program does once is worth many pixels: of the sizes that an
+    H200 tried (`benchmarks/tune.py`) the larger tile per warp won, until registers ran out. Four
+    products keep three sums, so their tiles are smaller, but of 128 channels, where addresses cost
+    more than sums. The bounds on registers leave what the compiler would spill otherwise.
     """
     rows, depth = conv.codes.shape[2:]
     deep = wide and conv.in_channels % 128 == 0
     widest = 32 if wide and not deep else 64
     columns = min(widest, max(16, triton.next_power_of_2(rows)))
+    short = columns == 64 and 64 <= depth <= 128
+    if pixels >= 2048 and columns == 16:
+        lines = 256
+    elif (pixels >= 2048 and columns < widest) or (columns == 64 and depth > 320 and not deep):
+        lines = 128
+    else:
+        lines = 32 if short else 64
     return {
-        "BLOCK_M": 128 if pixels >= 2048 and columns < widest else 64,
+        "BLOCK_M": lines,
         "BLOCK_N": columns,
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "STAGES": 1 if depth <= 320 else 3,
-        "num_warps": 4,
-        "maxnreg": 128 if columns == 16 else None if deep else 168,
+        "num_warps": 2 if short else 4,
+        "maxnreg": 96 if columns == 16 and not wide else None,
     }
 
 

@@ -11,42 +11,65 @@ from __future__ import annotations
 
 from .backend import tl, triton
 from .conv_epilogue_triton import (
-    codes_of, float_of, pair_at, plus, step_of, times_plus, times_step,
+    codes_of,
+    float_of,
+    float_of_bytes,
+    pair_at,
+    plus,
+    step_of,
+    times_plus,
+    times_step,
 )  # fmt: skip
 
 
 @triton.jit
-def _add_products(
-    start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width,
+def _load(
+    start, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width,
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of BLOCK_K values of K, from `start` on, to the sums of bytes."""
+    """Loads BLOCK_K values of K from `start` on: codes and weights, their high bytes if WIDE.
+
+    INSIDE: K's padding and what is beyond it are known not to be among them.
+    """
     k = start + tl.arange(0, BLOCK_K)
-    channel = k % C_IN
-    if C_IN % BLOCK_K == 0:
-        # one tap for the whole block
-        tap = start // C_IN
-        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-        mask = (row >= 0) & (row < height)
-    else:
-        tap = (k // C_IN)[None, :]
-        row, column = y[:, None] + tap // KERNEL, x[:, None] + tap % KERNEL
-        mask = (row >= 0) & (row < height) & (tap < KERNEL * KERNEL)
-    mask &= (column >= 0) & (column < width)
-    offs = (row.to(INDEX) * width + column) * PITCH + channel[None, :]
+    # one tap for the whole block, or several
+    tap = start // C_IN if C_IN % BLOCK_K == 0 else (k // C_IN)[None, :]
+    # a third, of what is below 32
+    down = tap * 11 >> 5 if KERNEL == 3 else tap
+    row, column = y[:, None] + down, x[:, None] + (tap - down * KERNEL)
+    # unsigned, what is below zero is beyond any size
+    mask = row.to(tl.uint32, bitcast=True) < height.to(tl.uint32, bitcast=True)
+    mask &= column.to(tl.uint32, bitcast=True) < width.to(tl.uint32, bitcast=True)
+    if not INSIDE and C_IN % BLOCK_K != 0:
+        mask &= tap < KERNEL * KERNEL
+    offs = (row.to(INDEX) * width + column) * PITCH + (k % C_IN)[None, :]
     offs_w = rows[None, :] * K + k[:, None]
-    mask_w = rows[None, :] < ROWS
-    if K % BLOCK_K != 0:
+    mask_w = (rows < ROWS)[None, :]
+    if not INSIDE and K % BLOCK_K != 0:
         # the last block reaches beyond K, where no tap is
         mask_w &= (k < K)[:, None]
 
     low = tl.load(low_ptr + offs, mask=mask, other=0)
-    weight_low = tl.load(weight_ptr + offs_w, mask=mask_w, other=0)
-    low_low = tl.dot(low, weight_low, low_low, out_dtype=tl.int32)
+    if ROWS % BLOCK_N == 0 and (INSIDE or K % BLOCK_K == 0):
+        weight_low = tl.load(weight_ptr + offs_w)
+    else:
+        weight_low = tl.load(weight_ptr + offs_w, mask=mask_w, other=0)
     if WIDE:
         high = tl.load(high_ptr + offs, mask=mask, other=0)
         weight_high = tl.load(weight_ptr + ROWS * K + offs_w, mask=mask_w, other=0)
+    else:
+        high, weight_high = low, weight_low
+    return low, high, weight_low, weight_high
+
+
+@triton.jit
+def _add_products(tile, low_low, mixed, high_high, WIDE: tl.constexpr):
+    """Adds the products of what one `_load` returned to the sums of bytes."""
+    low, high, weight_low, weight_high = tile
+    low_low = tl.dot(low, weight_low, low_low, out_dtype=tl.int32)
+    if WIDE:
         mixed = tl.dot(high, weight_low, mixed, out_dtype=tl.int32)
         mixed = tl.dot(low, weight_high, mixed, out_dtype=tl.int32)
         high_high = tl.dot(high, weight_high, high_high, out_dtype=tl.int32)
@@ -64,25 +87,37 @@ def _integer_sum(
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    if K <= 160 and not WIDE:
-        # up to 3x3 on 16 channels: all addresses are known in advance
-        for start in tl.static_range(0, K, BLOCK_K):
-            low_low, mixed, high_high = _add_products(
-                start, low_low, mixed, high_high, low_ptr, high_ptr, weight_ptr, y, x, rows,
-                height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_K,
-            )  # fmt: skip
+    if K <= 288 and not WIDE:
+        # up to 3x3 on 16 channels: addresses are known in advance, and two loads run ahead
+        taken: tl.constexpr = KERNEL * KERNEL * C_IN
+        tile = _load(
+            0, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K,
+            ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, taken >= BLOCK_K,
+        )  # fmt: skip
+        following = tile
+        for start in tl.static_range(BLOCK_K, K + 2 * BLOCK_K, BLOCK_K):
+            ahead = following
+            if start < K:
+                ahead = _load(
+                    start, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, C_IN, PITCH,
+                    KERNEL, K, ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, taken >= start + BLOCK_K,
+                )  # fmt: skip
+            if start > BLOCK_K:
+                low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
+                tile = following
+            following = ahead
     else:
         # `depth` is K, but unknown to the compiler, which would unroll the loop and spill
         for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
-            low_low, mixed, high_high = _add_products(
-                tl.multiple_of(start, BLOCK_K), low_low, mixed, high_high, low_ptr, high_ptr,
-                weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX,
-                BLOCK_K,
+            tile = _load(
+                tl.multiple_of(start, BLOCK_K), low_ptr, high_ptr, weight_ptr, y, x, rows, height,
+                width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
+            low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
 
     if WIDE:
-        total = (high_high.to(tl.int64) << 16) + (mixed.to(tl.int64) << 8) + low_low
-        return float_of(total, precise, PRECISE)
+        # where the tail is not asked for the head has been rounded just as well
+        return float_of_bytes(low_low, mixed, high_high)
     else:
         return float_of(low_low, precise, PRECISE)
 
@@ -130,11 +165,8 @@ def _finish(
             shift, shift_tail = pair_at(shift_ptr, channel, C_OUT)
             head, tail = times_plus(head, tail, gain, gain_tail, shift, shift_tail, PRECISE)
         value = head + tail if PRECISE else head
-        if RELU:
-            # a comparison keeps a NaN
-            value = tl.where(value < 0, 0.0, value)
         out_step, largest = step_of(out_amax_ptr, out_bits)
-        codes = codes_of(value, out_step, largest)
+        codes = codes_of(value, out_step, largest, RELU)
         offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
         # the cast keeps the lowest byte
         tl.store(out_low_ptr + offs, codes.to(tl.int8), mask=mask)

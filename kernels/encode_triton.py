@@ -81,11 +81,8 @@ def encode_kernel(
         # channels beyond, which are not stored, take the last one's constants
         own = tl.minimum(tl.arange(0, BLOCK_C), CHANNELS - 1)
         value = _affine(value, gain_ptr, shift_ptr, own, bits > 8, CHANNELS, PRECISE)
-    if RELU:
-        # a comparison keeps a NaN
-        value = tl.where(value < 0, 0.0, value)
     step, largest = step_of(amax_ptr + slot * amax_stride, bits)
-    codes = codes_of(value, step, largest)
+    codes = codes_of(value, step, largest, RELU)
     offs = pixel.to(tl.int64)[:, None] * OUT_PITCH + channel
     # the cast keeps the lowest byte
     tl.store(low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)

@@ -40,7 +40,7 @@ def input_encode_kernel(
     bits = width if bits_ptr is None else tl.load(bits_ptr + row)
     step, largest = step_of(amax_ptr + row * amax_stride, bits)
 
-    codes = codes_of(x, step, largest)
+    codes = codes_of(x, step, largest, False)
 
     if low_ptr is not None:
         # the cast keeps the lowest byte

@@ -171,7 +171,7 @@ def test_integer_convolution(device, name, num_bits, tolerances):
             to(codes), conv.to(where), to(amax), num_bits=to(bits), stream=torch.float32,
             relu=True, output_amax=to(torch.tensor([3.0])), output_num_bits=out_bits,
             slots=to(slots), count=to(count),
-            affine=(to(torch.rand(len(conv.bias)) + 0.5), to(torch.zeros(len(conv.bias)))),
+            affine=(to(torch.rand(conv.out_channels) + 0.5), to(torch.zeros(conv.out_channels))),
         )  # fmt: skip
 
     torch.manual_seed(1)
