@@ -34,6 +34,9 @@ class ConvCall:
         output_num_bits: Int, or int32 [M].
         slots: int32 [M] with the sample that each slot reads, or None: slot m reads sample m.
         count: int32 [1], how many slots are in use, or None: all.
+        skip_amax: float32 [1], range of codes of the sum itself, without `affine` and `relu`: what
+            a skip connection takes; or None.
+        skip_num_bits: Their width, at most 8.
     """
 
     input: Tensor
@@ -47,6 +50,8 @@ class ConvCall:
     output_num_bits: int | Tensor = 8
     slots: Tensor | None = None
     count: Tensor | None = None
+    skip_amax: Tensor | None = None
+    skip_num_bits: int = 8
 
     @property
     def samples(self) -> int:

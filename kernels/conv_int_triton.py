@@ -73,7 +73,9 @@ def _stride(amax: Tensor | None) -> int:
     return 0 if amax is None or len(amax) == 1 else 1
 
 
-def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
+def run(
+    call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None
+) -> None:
     """Launches the convolution into given outputs, once, without a word from the device.
 
     Args:
@@ -82,6 +84,7 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
             the call's residual. None: not stored.
         codes: int8 byte planes [P, M, Cout, Hout, Wout], channels last, or some channels of wider
             ones, such as the half of a concatenation. None: not stored.
+        skip: int8 [M, Cout, Hout, Wout], likewise, for the call's skip codes. None: not stored.
     """
     conv = call.conv
     bits_tensor, bits = _widths(call.num_bits)
@@ -95,8 +98,11 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
     out_height, out_width = call.output_size
     pixels = height * width if conv.transposed else out_height * out_width
     sizes = blocks(conv, pixels, wide)
-    pitch, out_pitch = (_pitch(image, conv.out_channels) for image in (call.input[0], out_low))
-    reach = max(height * width * pitch, out_height * out_width * max(out_pitch, conv.out_channels))
+    pitch, *out_pitches = (
+        _pitch(image, conv.out_channels) for image in (call.input[0], out_low, skip)
+    )
+    widest = max(*out_pitches, conv.out_channels)
+    reach = max(height * width * pitch, out_height * out_width * widest)
     tiles = triton.cdiv(pixels, sizes["BLOCK_M"])
     columns = triton.cdiv(conv.codes.shape[2], sizes["BLOCK_N"])
     gain, shift = call.affine or (None, None)
@@ -104,14 +110,15 @@ def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
         conv_kernel[(call.samples * tiles * columns,)](
             call.input[0], call.input[1] if wide else None, bits_tensor, call.amax, conv.codes,
             conv.scale, conv.bias, call.residual, gain, shift, out_bits_tensor, call.output_amax,
-            call.slots, call.count, stream, out_low, out_high,
+            call.slots, call.count, stream, out_low, out_high, skip,
+            None if skip is None else call.skip_amax,
             bits, 0 if several or bits_tensor is not None else conv.variant(bits),
-            _stride(call.amax), out_bits, _stride(call.output_amax),
+            _stride(call.amax), out_bits, _stride(call.output_amax), call.skip_num_bits,
             height, width, out_height, out_width, tiles, conv.codes.shape[3],
             C_IN=conv.in_channels, C_OUT=conv.out_channels, KERNEL=conv.kernel_size[0],
             STRIDE=1 if conv.transposed else conv.stride[0], PADDING=conv.padding[0],
             TRANSPOSED=conv.transposed, K=conv.codes.shape[3], PLANES=conv.codes.shape[1],
-            PITCH=pitch, OUT_PITCH=out_pitch,
+            PITCH=pitch, OUT_PITCH=out_pitches[0], SKIP_PITCH=out_pitches[1],
             WIDTHS=sum(1 << width for width in conv.num_bits) if several else 0,
             NARROW=mixed or not wide, WIDE=wide, RELU=call.relu,
             INDEX=tl.int64 if reach >= 2**31 else tl.int32,
@@ -146,13 +153,14 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
         c, side = 16 << level, full >> level
         mixed = {"mixed": True, "mixed_out": True}
         add("encoder block, first", c, c, 3, side, relu=True, **mixed)
-        second = {"residual": True, "stream": True, **mixed}
         if blocks_of_stage > 1:
-            add("encoder block, second", c, c, 3, side, affine=True, relu=True, **second)
+            second = {"residual": True, "stream": True, "affine": True, "relu": True, **mixed}
+            add("encoder block, second", c, c, 3, side, **second)
         if level == 3:
             add("encoder block, last", c, c, 3, side, mixed=True, residual=True)
             break
-        add("encoder block, last of its stage", c, c, 3, side, **second)
+        last = {"residual": True, "skip": True, **mixed}
+        add("encoder block, last of its stage", c, c, 3, side, **last)
         add("down", c, 2 * c, 3, side, stride=2, mixed=True, **stream_alone)
         add("up, reduce", 2 * c, c, 1, side // 2)
         add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, wider=2)
@@ -165,7 +173,8 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
 def _launch_meta(
     c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, transposed: bool = False,
     mixed: bool = False, mixed_out: bool = False, residual: bool = False, stream: bool = False,
-    affine: bool = False, relu: bool = False, codes: bool = True, wider: int = 1,
+    affine: bool = False, relu: bool = False, codes: bool = True, skip: bool = False,
+    wider: int = 1,
 ) -> None:  # fmt: skip
     """Launches a convolution whose tensors have no memory."""
 
@@ -185,10 +194,12 @@ def _launch_meta(
     call = ConvCall(
         empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
         widths if mixed else 8, None, (constants, constants) if affine else None, relu,
-        one if codes else None, widths if mixed_out else 8, None, one.int(),
+        one if codes else None, widths if mixed_out else 8, None, one.int(), one,
     )  # fmt: skip
     # also the half of a concatenation
     shape = call.output_planes, 2, *call.output_size, wider * c_out
     out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)[:, :, -c_out:] if codes else None
+    half = empty(2, *call.output_size, 2 * c_out, dtype=torch.int8).permute(0, 3, 1, 2)[:, :c_out]
     total = empty(2, *call.output_size, c_out, dtype=torch.float16).permute(0, 3, 1, 2)
-    run(replace(call, residual=total if residual else None), total if stream else None, out)
+    call = replace(call, residual=total if residual else None)
+    run(call, total if stream else None, out, half if skip else None)

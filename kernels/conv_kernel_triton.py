@@ -143,9 +143,10 @@ def _variant(bits, index, WIDTHS: tl.constexpr):
 @triton.jit
 def _finish(
     head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-    out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, pixel, channel, mask,
-    C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr, PRECISE: tl.constexpr,
-    INDEX: tl.constexpr,
+    out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
+    channel, mask,
+    C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, RELU: tl.constexpr,
+    PRECISE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Does all that follows the sums of one tile; pointers are those of its slot."""
     scale, scale_tail = pair_at(scale_ptr, channel, C_OUT)
@@ -156,9 +157,14 @@ def _finish(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
         head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
+    total = head + tail if PRECISE else head
     if stream_ptr is not None:
-        total = head + tail if PRECISE else head
         tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
+    if skip_ptr is not None:
+        skip_step, skip_largest = step_of(skip_amax_ptr, skip_bits)
+        codes = codes_of(total, skip_step, skip_largest, False)
+        offs = pixel.to(INDEX) * SKIP_PITCH + channel[None, :]
+        tl.store(skip_ptr + offs, codes.to(tl.int8), mask=mask)
     if out_low_ptr is not None:
         if gain_ptr is not None:
             gain, gain_tail = pair_at(gain_ptr, channel, C_OUT)
@@ -177,20 +183,20 @@ def _finish(
 # sizes of images change nothing in the machine code
 @triton.jit(
     do_not_specialize=[
-        "bits", "variant", "amax_stride", "out_bits", "out_amax_stride", "height", "width",
-        "out_height", "out_width", "tiles", "depth",
+        "bits", "variant", "amax_stride", "out_bits", "out_amax_stride", "skip_bits", "height",
+        "width", "out_height", "out_width", "tiles", "depth",
     ]
 )  # fmt: skip
 def conv_kernel(
     low_ptr, high_ptr, bits_ptr, amax_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
     shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, out_low_ptr,
-    out_high_ptr,
-    bits, variant, amax_stride, out_bits, out_amax_stride, height, width, out_height, out_width,
-    tiles, depth,
+    out_high_ptr, skip_ptr, skip_amax_ptr,
+    bits, variant, amax_stride, out_bits, out_amax_stride, skip_bits, height, width, out_height,
+    out_width, tiles, depth,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PLANES: tl.constexpr,
-    PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDTHS: tl.constexpr, NARROW: tl.constexpr,
-    WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
+    PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, WIDTHS: tl.constexpr,
+    NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels."""
@@ -246,15 +252,18 @@ def conv_kernel(
     if out_low_ptr is not None:
         out_low_ptr += first * OUT_PITCH
         out_amax_ptr += slot * out_amax_stride
+    if skip_ptr is not None:
+        skip_ptr += first * SKIP_PITCH
     if PRECISE and precise:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, out_high_ptr + first * OUT_PITCH, out_amax_ptr, out_bits, pixel, channel,
-            mask, C_OUT, OUT_PITCH, RELU, True, INDEX,
+            out_low_ptr, out_high_ptr + first * OUT_PITCH, out_amax_ptr, out_bits, skip_ptr,
+            skip_amax_ptr, skip_bits, pixel, channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU,
+            True, INDEX,
         )  # fmt: skip
     else:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, None, out_amax_ptr, out_bits, pixel, channel, mask,
-            C_OUT, OUT_PITCH, RELU, False, INDEX,
+            out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
+            channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
         )  # fmt: skip

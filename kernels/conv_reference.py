@@ -6,7 +6,6 @@ integer sum call `run` with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .conv_call import ConvCall, largest_code, step_of
 from .conv_pack import split_codes, unpack_weight
-from .grid import quantize_codes
+from .grid import qmax, quantize_codes
 from .pairs import join_floats
 
 
@@ -77,19 +76,17 @@ def integer_sum(call: ConvCall, group: Group) -> Tensor:
 
 
 def run(
-    call: ConvCall,
-    stream: Tensor | None,
-    codes: Tensor | None,
-    sums: Callable[[ConvCall, Group], Tensor] = integer_sum,
+    call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None
 ) -> None:
-    """Computes the call and writes what is asked for."""
+    """Computes the call and writes what is asked for, as `conv_int_triton.run` does."""
     for group in groups(call):
-        finish(call, group, sums(call, group), stream, codes)
+        finish(call, group, integer_sum(call, group), stream, codes, skip)
 
 
 def finish(
-    call: ConvCall, group: Group, total: Tensor, stream: Tensor | None, codes: Tensor | None
-) -> None:
+    call: ConvCall, group: Group, total: Tensor, stream: Tensor | None, codes: Tensor | None,
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
     """Does all that follows the sums of one group and writes it."""
     conv = call.conv
     precise = codes is not None and group.output_num_bits > 8
@@ -105,6 +102,10 @@ def finish(
         value += call.residual[group.slots].to(dtype)
     if stream is not None:
         stream[group.slots] = value.float().to(stream.dtype)
+    if skip is not None and call.skip_amax is not None:
+        step, largest = step_of(call.skip_amax, 0, call.skip_num_bits), qmax(call.skip_num_bits)
+        quantised = quantize_codes(value.float(), step, int(largest)).nan_to_num_(0.0)
+        skip[group.slots] = quantised.to(torch.int8)
     if codes is None or group.output_step is None:
         return
     if call.affine is not None:

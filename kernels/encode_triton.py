@@ -124,7 +124,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
     U-Net-16: the image's crop, the inputs of the encoder's stages with their norms at 8 or 16 bits
-    per slot, the skips into halves of concatenations, the patch on its tile.
+    per slot, the patch on its tile.
     """
     found: dict[str, Callable[[], object]] = {
         "encode, view of an image": partial(_launch_meta, 4, torch.float32, image=True),
@@ -133,14 +133,12 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     for level in range(4):
         c = 16 << level
         found[f"encode, stage of {c} channels"] = partial(_launch_meta, c, mixed=True, affine=True)
-        if level < 3:
-            found[f"encode, skip of {c} channels"] = partial(_launch_meta, c, pitch=2 * c)
     return found
 
 
 def _launch_meta(
     channels: int, dtype: torch.dtype = torch.float16, *, image: bool = False,
-    mixed: bool = False, affine: bool = False, pitch: int = 0, paste: bool = False,
+    mixed: bool = False, affine: bool = False, paste: bool = False,
 ) -> None:  # fmt: skip
     """Launches an encoding whose tensors have no memory."""
 
@@ -157,6 +155,6 @@ def _launch_meta(
         (constants, constants) if affine else None, affine,
         empty(2, 2) if image or paste else None, empty(2) if image else None, empty(1),
     )  # fmt: skip
-    codes = torch.stack([last(max(pitch, channels), torch.int8)] * (1 + mixed))
+    codes = torch.stack([last(channels, torch.int8)] * (1 + mixed))
     codes = codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    run(call, codes[:, :, :channels], last(channels, dtype) if paste else None)
+    run(call, codes, last(channels, dtype) if paste else None)

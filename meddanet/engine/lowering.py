@@ -108,15 +108,20 @@ class Group:
         residual: Tensor | None = None, stream: Tensor | None = None,
         affine: Affine | None = None, relu: bool = False, target: Conv | None = None,
         target_bits: Tensor | None = None, codes: Tensor | None = None,
+        skip: tuple[Conv, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Appends a convolution of codes; `target` is the one that reads what it stores."""
+        """Appends a convolution of codes.
+
+        `target` is the one that reads what it stores as codes; `skip` the one that reads the sum
+        itself, and where its codes go.
+        """
         call = ConvCall(
             input, conv.packed, conv.amax, conv.num_bits if num_bits is None else num_bits,
             residual, affine, relu, None if target is None else target.amax,
             8 if target is None else target.num_bits if target_bits is None else target_bits,
-            None, self.count,
+            None, self.count, *((None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)),
         )  # fmt: skip
-        self.add(name, conv_kernel.run, call, stream, codes)
+        self.add(name, conv_kernel.run, call, stream, codes, None if skip is None else skip[1])
 
 
 class Level(NamedTuple):
@@ -209,15 +214,15 @@ def _lower_stage(
                 target_bits=bits, affine=after.affine,
             )  # fmt: skip
         elif stage.down is not None:
+            assert level.joined is not None, "only the coarsest stage has no skip"
+            fuse = net.ups[len(net.ups) - 1 - index].fuse
             _lower_block(
-                group, name, block, level, num_bits=bits, stream=True, target=stage.down,
-                target_bits=bits,
+                group, name, block, level, num_bits=bits, target=stage.down, target_bits=bits,
+                skip=(fuse, level.joined[0, :, :channels]),
             )  # fmt: skip
         else:
             _lower_block(group, name, block, level, num_bits=bits, target=net.ups[0].reduce)
-    if stage.down is not None and level.joined is not None:
-        up = net.ups[len(net.ups) - 1 - index]
-        group.encode(f"skip {index}", level.stream, up.fuse, level.joined[:, :, :channels])
+    if stage.down is not None:
         group.conv(
             f"down {index}", stage.down, level.codes, num_bits=bits,
             stream=levels[index + 1].stream,
@@ -228,6 +233,7 @@ def _lower_block(
     group: Group, name: str, block: Block, level: Level, *, narrow: bool = False,
     num_bits: Tensor | None = None, stream: bool = False, target: Conv,
     target_bits: Tensor | None = None, affine: Affine | None = None,
+    skip: tuple[Conv, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Appends a residual block from a level's codes and stream to its codes, and stream if asked.
 
@@ -242,6 +248,7 @@ def _lower_block(
         target: The convolution that reads the codes.
         target_bits: int32 [M], width of these codes, or None: the layer's own.
         affine: The norm before that convolution, followed by a ReLU, or None.
+        skip: As in `Group.conv`.
     """
     codes, inner = (
         planes[:1] if narrow else planes for planes in (level.codes, level.inner)
@@ -254,7 +261,7 @@ def _lower_block(
         f"{name}, second", block.second, inner, num_bits=num_bits, residual=level.stream,
         stream=level.stream if stream else None, affine=affine, relu=affine is not None,
         target=target, target_bits=target_bits,
-        codes=level.codes if target_bits is not None else level.codes[:1],
+        codes=level.codes if target_bits is not None else level.codes[:1], skip=skip,
     )  # fmt: skip
 
 

@@ -428,6 +428,32 @@ def test_outputs_go_into_given_buffers(backend):
     assert not both[:, :, :16].any()
 
 
+@pytest.mark.parametrize("name", ["one width per sample", "second, 16 bits", "transposed 2x2"])
+def test_skip_codes_are_those_of_the_sum_itself(name, backend):
+    """As a call of its own would store them, without affine map and ReLU, at a range of theirs."""
+    from meddanet.kernels import conv_reference
+
+    run = conv_reference.run
+    if backend == "triton":
+        from meddanet.kernels.conv_int_triton import run
+    problem = Problem(replace(CASES[name], relu=True, stream=torch.float32))
+    expected = problem.run()
+    args, options = problem.run(lambda *a, **k: (a, k))
+    alone = options | {"affine": None, "relu": False, "output_num_bits": 7}
+    wanted = quant_conv2d(*args, **alone | {"output_amax": torch.tensor(0.9)}).codes
+    call = checked_call(*args, **{"slots": None, "count": None, **options})
+    call = replace(call, skip_amax=torch.tensor([0.9]), skip_num_bits=7)
+    planes = call.new_codes()
+    skip = torch.zeros(*wanted.shape[:1], *wanted.shape[2:], 2 * wanted.shape[1], dtype=torch.int8)
+    skip = skip.permute(0, 3, 1, 2)
+    stream = torch.zeros_like(expected.stream)
+    run(call, stream, planes, skip[:, : wanted.shape[1]])
+    assert torch.equal(skip[:, : wanted.shape[1]], wanted) and wanted.unique().numel() > 50
+    assert not skip[:, wanted.shape[1] :].any()
+    assert torch.equal(stream, expected.stream)
+    assert torch.equal(planes if len(planes) == 2 else planes[0], expected.codes)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_step_of_zero_gives_zeros(bits):
     x = torch.randn(1, 4, 3, 3)

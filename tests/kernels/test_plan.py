@@ -135,7 +135,7 @@ def features(model, image):
         for layers in stage.blocks:
             exact = block(layers, exact, stream, widths[-1])
             stream = half(exact)
-        skips.append(stream)
+        skips.append(exact)
         if stage.down is not None:
             stream = half(stage.down(exact, widths[-1], widths[-1]))
     for up, layers, skip in (
