@@ -3,8 +3,8 @@
 A launch reads its codes, residual and weights from memory once and writes stream and codes once:
 taps that overlap are served by the caches, and nothing stays in L2 from one launch to the next.
 Codes out are as wide as codes in: an 8-bit code is one byte, a 16-bit one two, and two of these
-cost four 8-bit products. The tiles, and with them the traffic of shared memory, are those of the
-compiled kernels (`results/kernels_compiled.json`).
+cost four 8-bit products. The tiles, and with them the traffic of shared memory and the instructions
+that warps issue, are those of the compiled kernels (`results/kernels_compiled.json`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import nn
 
 from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
-WARPS = 4
 SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
 
 
@@ -32,6 +31,8 @@ class Work:
         bytes: Read from and written to memory.
         operations: Integer (or half-precision) operations, two per multiply-add.
         shared_bytes: Through an SM's L1 and shared memory.
+        instructions: Issued by all warps, at the least: as if every slot had 8 bits, loops other than
+            a convolution's as if they ran once; 0 where that is not known.
         half: Whether operations are half-precision ones, at half of the integer rate.
         launches: How many kernels these are.
         programs: How many programs they are in all, those that find nothing to do included; 0 where
@@ -42,6 +43,7 @@ class Work:
     bytes: float
     operations: float = 0.0
     shared_bytes: float = 0.0
+    instructions: float = 0.0
     half: bool = False
     launches: int = 1
     programs: int = 0
@@ -56,8 +58,8 @@ class Convolution:
         c_in, c_out, kernel, side: Channels, taps per side, side of the input in pixels.
         stride, transposed: As usual; a transposed one doubles the side.
         stage: The encoder stage whose width it has; None: 8 bit.
-        residual, stream, codes: Whether it reads a residual, stores the stream (half precision
-            both), stores codes.
+        residual, stream, codes, skip: Whether it reads a residual, stores the stream (half
+            precision both), stores codes, stores codes of 8 bits for a skip connection.
         times: How often it runs.
     """
 
@@ -72,6 +74,7 @@ class Convolution:
     residual: bool = False
     stream: bool = False
     codes: bool = True
+    skip: bool = False
     times: int = 1
 
     @property
@@ -88,26 +91,30 @@ class Convolution:
         macs = (1 if self.transposed else taps) * self.c_in * self.c_out * out_side**2
         outputs = self.c_out * out_side**2
         moved = width * self.c_in * self.side**2 + outputs * (
-            2 * (self.residual + self.stream) + width * self.codes
+            2 * (self.residual + self.stream) + width * self.codes + self.skip
         )
         weights = width * taps * self.c_in * self.c_out
-        shared = 0.0 if tile is None else samples * self._shared(tile, out_side, width)
+        shared, issued = (0.0, 0.0) if tile is None else self._on_chip(tile, out_side, width)
         return Work(
             f"{self.label}, {num_bits} bit", samples * moved + weights,
-            samples * 2 * macs * width**2, shared,
+            samples * 2 * macs * width**2, samples * shared, samples * issued,
         )
 
-    def _shared(self, tile: dict[str, Any], out_side: int, width: int) -> float:
-        """Bytes through L1 and shared memory per slice: tiles in, tiles stored, fragments read."""
+    def _on_chip(self, tile: dict[str, Any], out_side: int, width: int) -> tuple[float, float]:
+        """Bytes through L1 and shared memory per slice, and instructions issued.
+
+        Tiles are read in, stored, and read as fragments.
+        """
         constants = {key: tile["constants"][key] for key in ("BLOCK_M", "BLOCK_N", "K")}
         block_m, block_n, depth = (int(value) for value in constants.values())
         pixels = (self.side if self.transposed else out_side) ** 2
         rows = self.c_out * (4 if self.transposed else 1)
         programs = -(-pixels // block_m) * -(-rows // block_n)
-        # asynchronous copies go to shared memory without passing the registers
-        in_and_stored = 1 if "LDGSTS" in tile["of_these"] else 2
-        pixels_read, weights_read = in_and_stored + 1, in_and_stored + WARPS
-        return programs * width * depth * (block_m * pixels_read + block_n * weights_read)
+        # asynchronous copies, of codes of two bytes, go there without passing the registers
+        in_and_stored = 1 if width == 2 and "LDGSTS" in tile["of_these"] else 2
+        pixels_read, weights_read = in_and_stored + 1, in_and_stored + tile["num_warps"]
+        moved = width * depth * (block_m * pixels_read + block_n * weights_read)
+        return programs * moved, programs * tile["num_warps"] * tile["issued"]
 
 
 def unet(full: int) -> Iterator[Convolution]:
@@ -117,14 +124,15 @@ def unet(full: int) -> Iterator[Convolution]:
         c, side = 16 << level, full >> level
         block = Convolution("encoder block, first", c, c, 3, side, stage=level)
         yield replace(block, times=blocks)
-        second = replace(block, residual=True, stream=True)
+        second = replace(block, residual=True)
         if blocks > 1:
-            yield replace(second, name="encoder block, second", times=blocks - 1)
+            between = replace(second, name="encoder block, second", stream=True)
+            yield replace(between, times=blocks - 1)
         if level == 3:
             # nothing is concatenated with it
-            yield replace(second, name="encoder block, last", stream=False)
+            yield replace(second, name="encoder block, last")
         else:
-            yield replace(second, name="encoder block, last of its stage")
+            yield replace(second, name="encoder block, last of its stage", skip=True)
             down = Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
             # what reads it is quantised later, when its width is known
             yield replace(down, codes=False)
@@ -153,10 +161,11 @@ class Tiles:
     """
 
     def __init__(self, variants: list[dict[str, Any]], arch: str) -> None:
+        own = [row for row in variants if row["arch"] == arch]
+        self.others = {row["shape_class"]: row for row in own}
         self.rows: dict[tuple, dict[int, dict[str, Any]]] = {}
-        for row in variants:
-            match = SHAPE_CLASS.fullmatch(row["shape_class"])
-            if row["arch"] == arch and match:
+        for row in own:
+            if match := SHAPE_CLASS.fullmatch(row["shape_class"]):
                 name, c_in, c_out, side = match.groups()
                 self.rows.setdefault((name, int(c_in), int(c_out)), {})[int(side)] = row
 
@@ -165,13 +174,19 @@ class Tiles:
         known = self.rows.get((convolution.name, convolution.c_in, convolution.c_out))
         return known and known[min(known, key=lambda side: abs(side - convolution.side))]
 
+    def instructions(self, shape_class: str, pixels: int) -> float:
+        """Returns what warps issue over so many pixels of a slot, of a kernel in tiles of pixels."""
+        row = self.others[shape_class]
+        programs = -(-pixels // int(row["constants"]["BLOCK_M"]))
+        return programs * row["num_warps"] * row["issued"]
+
 
 def one_launch(name: str, parts: Iterable[Work]) -> Work:
     """Slots of several widths in one launch."""
     parts = list(parts)
     return Work(
         name, sum(part.bytes for part in parts), sum(part.operations for part in parts),
-        sum(part.shared_bytes for part in parts),
+        sum(part.shared_bytes for part in parts), sum(part.instructions for part in parts),
     )  # fmt: skip
 
 

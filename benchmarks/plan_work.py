@@ -163,13 +163,15 @@ def _stage(kernel: str) -> int:
 
 
 def _convolution(
-    kernel: str, slots: Slots, call: ConvCall, stream: Tensor | None, codes: Tensor | None
-) -> Work:
+    kernel: str, slots: Slots, call: ConvCall, stream: Tensor | None, codes: Tensor | None,
+    skip: Tensor | None,
+) -> Work:  # fmt: skip
     conv, residual = call.conv, call.residual is not None
     found = Convolution(
-        _shape_class(kernel, call, stream), conv.in_channels, conv.out_channels,
+        _shape_class(kernel, call, stream, skip), conv.in_channels, conv.out_channels,
         conv.kernel_size[0], call.input.shape[3], conv.stride[0], conv.transposed,
         residual=residual, stream=stream is not None, codes=codes is not None,
+        skip=skip is not None,
     )  # fmt: skip
     chosen = isinstance(call.num_bits, Tensor)
     widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
@@ -177,12 +179,14 @@ def _convolution(
     return one_launch(kernel, parts)
 
 
-def _shape_class(kernel: str, call: ConvCall, stream: Tensor | None) -> str:
+def _shape_class(
+    kernel: str, call: ConvCall, stream: Tensor | None, skip: Tensor | None
+) -> str:
     """Returns what `kernels_compiled.json` calls a convolution."""
     if kernel.endswith("block, second"):
-        if stream is None:
-            return "encoder block, last"
-        return "encoder block, second" if call.relu else "encoder block, last of its stage"
+        if skip is not None:
+            return "encoder block, last of its stage"
+        return "encoder block, last" if stream is None else "encoder block, second"
     name = re.sub(r"^(decoder|last stage), ", "decoder block, ", kernel)
     name = re.sub(r"^stage \d block", "encoder block", name)
     return re.sub(r"^down \d", "down", name.replace("begin", "first convolution"))
@@ -198,7 +202,10 @@ def _codes(
     stored = sum(n * (2 if bits > 8 else 1) for bits, n in widths.items())
     read = slots.used * min(pixels, inside) * call.input.element_size()
     copied = 0 if copy is None else slots.used * pixels * copy.element_size()
-    return Work(kernel, channels * (read + copied + stored * pixels))
+    kinds = {"image": "view of an image", "tile": "patch on its tile"}
+    kind = kinds.get(kernel, f"stage of {channels} channels")
+    issued = slots.used * slots.tiles.instructions(f"encode, {kind}", pixels)
+    return Work(kernel, channels * (read + copied + stored * pixels), instructions=issued)
 
 
 def _gradients(
@@ -220,7 +227,8 @@ def _select(
 
 def _labels(kernel: str, slots: Slots, labels: Tensor, input: Tensor, *others: Any) -> Work:
     pixels = input.shape[2:].numel()
-    return Work(kernel, slots.used * pixels * (input.shape[1] + 1))
+    issued = slots.used * slots.tiles.instructions("head, int8, routed", pixels)
+    return Work(kernel, slots.used * pixels * (input.shape[1] + 1), instructions=issued)
 
 
 MODELS: dict[Callable, Callable[..., Work]] = {

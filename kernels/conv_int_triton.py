@@ -31,11 +31,12 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes.
 
-    Sums up to 3x3 on 32 channels read through L1, which serves the nine taps' overlap; longer ones
-    copy ahead to shared memory. What a program does once is worth many pixels: of the sizes that an
-    H200 tried (`benchmarks/tune.py`) the larger tile per warp won, until registers ran out. Four
-    products keep three sums, so their tiles are smaller, but of 128 channels, where addresses cost
-    more than sums. The bounds on registers leave what the compiler would spill otherwise.
+    Sums of 8-bit codes read through L1, which serves the nine taps' overlap; of 16-bit codes the
+    longer ones copy ahead to shared memory, in stages. What a program does once is worth many
+    pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the larger tile per warp won,
+    until registers ran out. Four products keep three sums, so their tiles are smaller, but of 128
+    channels, where addresses cost more than sums. The bound on registers keeps the compiler from
+    spilling for the sake of more warps.
     """
     rows, depth = conv.codes.shape[2:]
     deep = wide and conv.in_channels % 128 == 0
@@ -54,7 +55,7 @@ def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "STAGES": 1 if depth <= 320 else 3,
         "num_warps": 2 if short else 4,
-        "maxnreg": 96 if columns == 16 and not wide else None,
+        "maxnreg": 112 if columns == 16 and not wide else None,
     }
 
 

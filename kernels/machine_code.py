@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .aot import compile_all
+from .sass import issued
 from .variants import Variant, variants
 
 ARCHS = (80, 86, 89, 90, 120)
@@ -32,6 +33,10 @@ COUNTED = (
 _OPCODE = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE
 )
+# two per clock and multiprocessor on a GPU made for graphics, where float32 has 128
+_SLOW = re.compile(
+    r"\*/\s+(?:@!?\w+\s+)?(?:D(?:ADD|MUL|FMA|SETP)|(?:F2F|I2F|F2I)\.(?:\w+\.)*[FSU]64)\b"
+)
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 
 
@@ -42,23 +47,24 @@ def _cuobjdump(option: str, cubin: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def opcodes(cubin: str) -> Counter[str]:
-    """Counts the machine instructions in a file, by name without modifiers."""
-    return Counter(_OPCODE.findall(_cuobjdump("-sass", cubin)))
-
-
 def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     """Returns one row of the table.
 
     "registers" are per thread; "stack_bytes" and "local_bytes" per thread are 0 where nothing is
-    spilled, and so are the counts of LDL and STL; "shared_bytes" per program. "key" is the JIT's:
-    it changes with the kernel, the options and triton.
+    spilled, and so are the counts of LDL and STL; "shared_bytes" per program. "in_64_bits" counts
+    float64 arithmetic and conversions from or to 64 bits. "issued" is what a warp issues on the
+    shortest way through (`sass.issued`), a convolution's loop run over all of K. "key" is the
+    JIT's: it changes with the kernel, the options and triton.
     """
     cubin = compiled.metadata_group[f"{variant.name}.cubin"]
     resources = {
         name: int(value) for name, value in _RESOURCE.findall(_cuobjdump("-res-usage", cubin))
     }
-    counts = opcodes(cubin)
+    code = _cuobjdump("-sass", cubin)
+    sizes = variant.constants
+    steps = -(-sizes["K"] // sizes["BLOCK_K"]) if "K" in sizes else 1
+    # by name without modifiers
+    counts = Counter(_OPCODE.findall(code))
     return {
         "kernel": variant.name,
         "shape_class": variant.shape_class,
@@ -71,6 +77,8 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
         "local_bytes": resources["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "instructions": counts.total(),
+        "issued": issued(code, steps),
+        "in_64_bits": len(_SLOW.findall(code)),
         "of_these": {name: counts[name] for name in COUNTED if counts[name]},
         "key": variant.key,
     }

@@ -141,14 +141,16 @@ def test_the_prediction_goes_through_all_launches_of_the_plan():
     names = [part.name for part in work]
     assert names == [launch.name for launch in plan_work.shipped_plan(roomy=False).launches]
     measured = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
-    assert names == [name for name, _ in measured["launches_us"]] and len(names) == 171
+    # which stored the codes of a skip by a launch of their own
+    ran = [name for name, _ in measured["launches_us"] if ": skip" not in name]
+    assert names == ran and len(names) == 162
     # an empty group has its launches, and programs that find nothing to do
     for part in work:
         assert (part.bytes > 0) == (not part.name.startswith(("crop-128", "whole"))), part.name
         assert part.launches and (part.programs or part.name in ("decide", "locate")), part.name
     programs = {part.name: part.programs for part in work}
-    # 64 slots of 128 x 128 pixels, 128 at a time
-    assert programs["crop-128: begin"] == 64 * 128 * 128 / 128
+    # 64 slots of 128 x 128 pixels, 256 at a time
+    assert programs["crop-128: begin"] == 64 * 128 * 128 / 256
 
 
 def test_a_launch_without_a_model_is_an_error(monkeypatch):
@@ -182,7 +184,9 @@ def test_launches_of_a_group_by_hand():
     assert moved["crop-96: image"] == pixels * 4 * (4 + 1)
     # one of the five has codes of two bytes
     assert moved["crop-96: stage 0"] == 16 * (pixels * 2 + pixels / 5 * (4 + 2))
-    assert moved["crop-96: skip 0"] == 16 * pixels * (2 + 1)
+    # 8 bit: codes, residual, codes, the skip's codes; 16 bit: codes of two bytes; weights of both
+    last = pixels * 4 / 5 * (1 + 2 + 1 + 1) + pixels / 5 * (2 + 2 + 2 + 1)
+    assert moved["crop-96: stage 0 block, second"] == 16 * last + (1 + 2) * 9 * 16 * 16
     assert moved["crop-96: tile"] == 16 * (pixels * 2 + tile * (2 + 1))
     assert moved["crop-96: labels"] == tile * (16 + 1)
     # sums of nine chunks, along two axes

@@ -288,6 +288,19 @@ def test_a_spill_is_seen(registers, spills):
     assert row["registers"] == 24 if spills else row["registers"] > 40
 
 
+@triton.jit
+def tenths(x_ptr, count_ptr, out_ptr):
+    """Converts to float64 twice, multiplies there, and converts back."""
+    tenth = tl.load(x_ptr).to(tl.float64) * 0.1 * tl.load(count_ptr).to(tl.float64)
+    tl.store(out_ptr, tenth.to(tl.float32))
+
+
+def test_what_graphics_cards_do_slowly_is_seen():
+    x, count = torch.empty(8, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    row = machine_code_of(89, "", lambda: tenths[(1,)](x, count, x, enable_fp_fusion=False))
+    assert row["in_64_bits"] == 5
+
+
 def one_per_class(arch):
     """The first variant of each kind of launch: what stands before the comma in its name."""
     kinds = {}
@@ -297,8 +310,9 @@ def one_per_class(arch):
 
 
 def assert_lean(row):
-    """Nothing is spilled, every GPU has the room, and products run on the right tensor cores."""
-    assert not machine_code.spills(row), row
+    """Nothing is spilled or computed in float64, every GPU has the room, and products run on the
+    right tensor cores."""
+    assert not machine_code.spills(row) and not row["in_64_bits"], row
     assert row["shared_bytes"] <= 99 * 1024, row
     assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
     for kernels, products in (

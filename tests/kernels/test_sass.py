@@ -1,0 +1,59 @@
+"""Instructions of hand-written disassemblies, counted by hand."""
+
+import pytest
+
+from meddanet.kernels.sass import issued
+
+
+def listing(*lines: str) -> str:
+    """Puts instructions at addresses 0x0010 apart, as cuobjdump prints them."""
+    return "\n".join(
+        f"        /*{16 * place:04x}*/                   {line} ;      /* 0x000fe40000000f00 */"
+        for place, line in enumerate(lines)
+    )
+
+
+def test_straight_on() -> None:
+    assert issued(listing("MOV R1, c[0x0][0x28]", "@P0 EXIT", "FADD R2, R2, R3", "EXIT")) == 4
+    # what follows the exit is padding
+    assert issued(listing("MOV R1, R2", "EXIT", "BRA 0x20", "NOP", "NOP")) == 2
+
+
+def test_the_slow_path_of_a_division_is_passed_by() -> None:
+    code = listing(
+        "MUFU.RCP R0, R1", "@!P0 BRA 0x40", "MOV R2, 0x30", "CALL.REL.NOINC 0x60",
+        "FADD R0, R0, R1", "EXIT", "FMUL R0, R0, R0", "RET.REL.NODEC R2 0x0",
+    )  # fmt: skip
+    assert issued(code) == 4
+
+
+def test_a_loop_with_products_runs_as_often_as_is_said() -> None:
+    code = listing(
+        "MOV R1, R2", "@P1 BRA 0x50", "LDSM.16.M88.4 R4, [R3]", "IMMA.16832.S8.S8 R8, R4, R6, R8",
+        "@!P0 BRA 0x20", "STG.E [R2], R8", "EXIT",
+    )  # fmt: skip
+    # the guard of a loop that never runs is no way: it multiplies nothing
+    assert issued(code, steps=1) == 7
+    assert issued(code, steps=9) == 4 + 9 * 3
+
+
+def test_the_shorter_of_two_ways_with_products() -> None:
+    code = listing(
+        "@P0 BRA 0x40", "IMMA R8, R4, R6, R8", "@!P1 BRA 0x10", "BRA 0x70",
+        "IMMA R8, R4, R6, R8", "IMMA R8, R4, R6, R8", "NOP", "EXIT",
+    )  # fmt: skip
+    assert issued(code, steps=1) == 5
+    assert issued(code, steps=2) == 5
+    assert issued(code, steps=3) == 5
+    assert issued(code.replace("NOP", "FADD R0, R0, R0"), steps=9) == 5
+
+
+def test_far_and_doubly_conditional_branches() -> None:
+    tail = "BRA 0x0", "EXIT"
+    assert issued(listing("FADD R0, R0, R1", "@!P5 CALL.REL.NOINC 0x30", *tail)) == 3
+    assert issued(listing("FADD R0, R0, R1", "@!P1 BRA !P4, 0x30", *tail)) == 3
+
+
+def test_no_exit() -> None:
+    with pytest.raises(ValueError, match="no exit"):
+        issued(listing("FADD R0, R0, R1", "BRA 0x0"))
