@@ -168,7 +168,7 @@ def _convolution(
 ) -> Work:  # fmt: skip
     conv, residual = call.conv, call.residual is not None
     found = Convolution(
-        _shape_class(kernel, call, stream, skip), conv.in_channels, conv.out_channels,
+        _shape_class(kernel, stream, codes, skip), conv.in_channels, conv.out_channels,
         conv.kernel_size[0], call.input.shape[3], conv.stride[0], conv.transposed,
         residual=residual, stream=stream is not None, codes=codes is not None,
         skip=skip is not None,
@@ -180,13 +180,15 @@ def _convolution(
 
 
 def _shape_class(
-    kernel: str, call: ConvCall, stream: Tensor | None, skip: Tensor | None
+    kernel: str, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None
 ) -> str:
     """Returns what `kernels_compiled.json` calls a convolution."""
     if kernel.endswith("block, second"):
         if skip is not None:
             return "encoder block, last of its stage"
         return "encoder block, last" if stream is None else "encoder block, second"
+    if kernel == "up, fuse" and codes is None:
+        return "up, fuse, crop"
     name = re.sub(r"^(decoder|last stage), ", "decoder block, ", kernel)
     name = re.sub(r"^stage \d block", "encoder block", name)
     return re.sub(r"^down \d", "down", name.replace("begin", "first convolution"))

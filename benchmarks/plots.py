@@ -234,7 +234,8 @@ def roofline(results: Results) -> Figure | None:
         axis.plot(x, np.minimum(memory, peaks["tera_ops"]), color="black", linewidth=1.2)
         axis.text(6, 1.1 * peaks["tera_ops"], f"{peaks['tera_ops']:g} int8 TOPS", fontsize=8)
         axis.axhline(peaks["tera_ops"], color="black", linewidth=0.6, linestyle=":")
-        bounds = {"memory": BLUE, "operations": RED, "shared memory": ORANGE, "launch": GREY}
+        bounds = {"memory": BLUE, "operations": RED, "shared memory": ORANGE,
+                  "instructions": GREEN, "launch": GREY}  # fmt: skip
         for row in cards[name]["kernels"]:
             wide = row["kernel"].endswith("16 bit")
             tera = row["operations"] / row["microseconds"] / 1e6
