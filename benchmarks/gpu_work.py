@@ -31,8 +31,8 @@ class Work:
         bytes: Read from and written to memory.
         operations: Integer (or half-precision) operations, two per multiply-add.
         shared_bytes: Through an SM's L1 and shared memory.
-        instructions: Issued by all warps, at the least: as if every slot had 8 bits, loops other than
-            a convolution's as if they ran once; 0 where that is not known.
+        instructions: Issued by all warps, at the least: as if all slots had 8 bits, and loops other
+            than a convolution's ran once; 0 where that is not known.
         half: Whether operations are half-precision ones, at half of the integer rate.
         launches: How many kernels these are.
         programs: How many programs they are in all, those that find nothing to do included; 0 where
@@ -175,7 +175,7 @@ class Tiles:
         return known and known[min(known, key=lambda side: abs(side - convolution.side))]
 
     def instructions(self, shape_class: str, pixels: int) -> float:
-        """Returns what warps issue over so many pixels of a slot, of a kernel in tiles of pixels."""
+        """Returns what warps issue for so many pixels of a slot, by a kernel in tiles of pixels."""
         row = self.others[shape_class]
         programs = -(-pixels // int(row["constants"]["BLOCK_M"]))
         return programs * row["num_warps"] * row["issued"]

@@ -20,6 +20,7 @@ from .conv_epilogue_triton import (
     times_plus,
     times_step,
 )  # fmt: skip
+from .within_triton import within
 
 
 @triton.jit
@@ -39,9 +40,7 @@ def _load(
     # a third, of what is below 32
     down = tap * 11 >> 5 if KERNEL == 3 else tap
     row, column = y[:, None] + down, x[:, None] + (tap - down * KERNEL)
-    # unsigned, what is below zero is beyond any size
-    mask = row.to(tl.uint32, bitcast=True) < height.to(tl.uint32, bitcast=True)
-    mask &= column.to(tl.uint32, bitcast=True) < width.to(tl.uint32, bitcast=True)
+    mask = within(row, height) & within(column, width)
     if not INSIDE and C_IN % BLOCK_K != 0:
         mask &= tap < KERNEL * KERNEL
     offs = (row.to(INDEX) * width + column) * PITCH + (k % C_IN)[None, :]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .shuffle_pack import padded
+from .within_triton import within
 
 # pooled pixels per program; others were not tried
 BLOCK_M = 64
@@ -30,12 +31,13 @@ def shuffle_stem_kernel(
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     used = pixel < pixels
     row, column = pixel // width % height, pixel % width
-    first = (pixel // (height * width)).to(tl.int64) * (height_in * width_in)
+    in_ptr += (pixel // (height * width)).to(tl.int64)[:, None] * (height_in * width_in * CHANNELS)
     rows_between, columns_between = (height_in + 1) // 2, (width_in + 1) // 2
 
     k = tl.arange(0, BLOCK_K)
     tap, channel = k // CHANNELS, k % CHANNELS
-    dy, dx = tap // 3 - 1, tap % 3 - 1
+    # far above the image where there is no tap
+    dy, dx = tl.where(tap < 9, tap // 3 - 1, -(1 << 30)), tap % 3 - 1
     out_channel = tl.arange(0, BLOCK_O)
     weight = tl.load(weight_ptr + k[:, None] * BLOCK_O + out_channel[None, :])
     bias = tl.load(bias_ptr + out_channel)[None, :]
@@ -44,12 +46,11 @@ def shuffle_stem_kernel(
     best = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for place in tl.range(0, 9):
         between_y, between_x = 2 * row + place // 3 - 1, 2 * column + place % 3 - 1
-        inside = (between_y >= 0) & (between_y < rows_between)
-        inside = used & inside & (between_x >= 0) & (between_x < columns_between)
-        y, x = 2 * between_y[:, None] + dy[None, :], 2 * between_x[:, None] + dx[None, :]
-        mask = inside[:, None] & (tap < 9)[None, :]
-        mask = mask & (y >= 0) & (y < height_in) & (x >= 0) & (x < width_in)
-        offs = (first[:, None] + y * width_in + x) * CHANNELS + channel[None, :]
+        inside = used & within(between_y, rows_between) & within(between_x, columns_between)
+        y, x = tl.where(inside, 2 * between_y, -(1 << 29))[:, None] + dy[None, :], 2 * between_x
+        x = x[:, None] + dx[None, :]
+        offs = (y * width_in + x) * CHANNELS + channel[None, :]
+        mask = within(y, height_in) & within(x, width_in)
         value = tl.load(in_ptr + offs, mask=mask, other=0.0)
         sums = tl.dot(value, weight, input_precision="ieee") + bias
         # comparisons and maximum keep a NaN; a place outside has no bias either
@@ -71,12 +72,12 @@ def run(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> None:
         bias: Likewise.
 
     Raises:
-        ValueError: If the batch has 2^31 output pixels or an image 2^31 input pixels.
+        ValueError: If the batch has 2^31 output pixels or an image 2^31 elements.
     """
     samples, channels, *size = input.shape
     pixels = samples * output.shape[2:].numel()
-    # pixels are counted in 32 bits, elements in 64
-    if max(pixels, size[0] * size[1]) > 2**31 - BLOCK_M:
+    # an image's elements are counted in 32 bits
+    if max(pixels, channels * size[0] * size[1]) > 2**31 - BLOCK_M:
         raise ValueError(f"a batch of {list(input.shape)} has too many pixels for one launch")
     with torch.cuda.device_of(input):
         shuffle_stem_kernel[(triton.cdiv(pixels, BLOCK_M),)](

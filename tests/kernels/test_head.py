@@ -83,7 +83,7 @@ def test_slots_and_count(count):
 def test_a_margin_stays_unwritten_but_at_the_border(offset):
     x, weights, _ = problem(samples=1, classes=2)
     # every pixel that is written is 1
-    weights["weight"] = weights["weight"]._replace(bias=torch.tensor([-1e9, 0.0]).double())
+    weights["weight"] = weights["weight"]._replace(bias=torch.tensor([[-1e9, 0.0], [0, 0]]))
     (y, x0), (rows, columns), (height, width) = offset, (7, 9), (5, 6)
     labels = label_head(x, **weights, offset=torch.tensor([offset]), size=(7, 9), margin=2)
     expected = np.zeros((1, rows, columns), np.uint8)

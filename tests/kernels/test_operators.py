@@ -88,7 +88,7 @@ SAMPLES = {
     ),
     "encode, everything": lambda: (
         OPS.encode,
-        (image(LAST).detach(), ONE, 4, 5, WIDTHS.int(), 0, torch.ones(3), torch.zeros(3), True,
+        (image(LAST).detach(), ONE, 4, 5, WIDTHS.int(), 0, torch.ones(2, 3), torch.zeros(2, 3), True,
          OFFSET, SLOTS, SLOTS[:1]),
     ),
     "selector": lambda: (
@@ -118,8 +118,8 @@ SAMPLES = {
     ),
     "head, codes": lambda: (
         OPS.label_head,
-        (codes_of(8), torch.ones(4, 32, dtype=torch.int8), torch.ones(4, dtype=torch.float64),
-         torch.zeros(4, dtype=torch.float64), ONE, 8, OFFSET, None, None, 2, 9, 9),
+        (codes_of(8), torch.ones(4, 32, dtype=torch.int8), torch.ones(2, 4), torch.zeros(4), ONE, 8,
+         OFFSET, None, None, 2, 9, 9),
     ),
     "head, floats": lambda: (
         OPS.label_head,
