@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import runtimes
 import torch
-from volumes import cases, lesion_dice, write_results
+from volumes import cases, label_dice, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
 from meddanet.cohort import segment_cases
@@ -72,7 +72,7 @@ def static_peers(
 
 
 def check_agreement(agreement: dict[str, float]) -> None:
-    """Fails where a lesion is not that of its reference; codes of 8 bit may differ more."""
+    """Fails where labels are not those of their reference; codes of 8 bit may differ more."""
     for name, value in agreement.items():
         ours = name.startswith(("engine", "meddanet"))
         least = 0.95 if "int8" in name else 0.98 if ours else 0.99
@@ -111,7 +111,7 @@ def test_network(benchmark, held_out, index, tmp_path):
     runs, not_run = static_peers(fitting.numpy(), tmp_path, everything=index == 0)
     answers = {name: np.array(run()) for name, run in runs.items()}
     agreement = {
-        name: lesion_dice(answer, answers["eager slice by slice"])
+        name: label_dice(answer, answers["eager slice by slice"])
         for name, answer in answers.items()
     }
     check_agreement(agreement)
@@ -149,7 +149,7 @@ def written_agreement(case: Case, folders: dict[str, Path]) -> dict[str, float]:
     decided = own.predict(volume).labels
     return {
         name: min(
-            lesion_dice(nib.load(path).get_fdata(), decided if "meddanet" in name else static)
+            label_dice(nib.load(path).get_fdata(), decided if "meddanet" in name else static)
             for path in folder.glob("*.nii.gz")
         )
         for name, folder in folders.items()

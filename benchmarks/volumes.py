@@ -30,6 +30,13 @@ def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
     return round(float(dice_score(np.asarray(first) > 0, np.asarray(second) > 0)), 4)
 
 
+def label_dice(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns a Dice score of two label maps in which only voxels of the same class overlap."""
+    first, second = np.asarray(first), np.asarray(second)
+    same = ((first == second) & (first > 0)).sum()
+    return round(float(2 * same / max(1, (first > 0).sum() + (second > 0).sum())), 4)
+
+
 def write_results(level: str, content: dict) -> Path:
     """Puts one level's numbers, and when and of what they are, into the JSON of this machine.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,8 @@ from meddanet.build import build_decision_network, build_med_danet, build_med_da
 from meddanet.engine import SliceEngine, compile_engine
 from meddanet.engine.decisions import frozen
 from meddanet.engine.packed_unet import PackedUNet
-from meddanet.engine.routing import Tile, holds_signal, shrink
+from meddanet.engine.routing import Tile, _single_threaded_workers, holds_signal, shrink
+from meddanet.engine.unreported import unreported
 from meddanet.kernels import affine_paste, forward_way, use_backend
 from meddanet.kernels.onednn import is_exact
 from meddanet.layers import (
@@ -230,15 +232,16 @@ def test_a_single_voxel_is_signal():
 @pytest.mark.parametrize("classes", [2, 4, 7])
 def test_the_first_of_equal_logits_is_the_label(classes):
     """Also where the classes are many, and where all are equal: as `torch.argmax`."""
-    ov = pytest.importorskip("openvino", reason="the executor is an extra")
+    with unreported():
+        ov = pytest.importorskip("openvino", reason="the executor is an extra")
     from openvino import opset13 as ops
 
-    from meddanet.engine.openvino_networks import _labels
+    from meddanet.engine.openvino_networks import to_labels
 
     logits = torch.randint(-1, 2, (1, classes, 16, 24), generator=torch.manual_seed(0)).float()
     logits[..., 0] = 3.0
     input = ops.parameter([1, classes, 16, 24], np.float32)
-    graph = ov.Model([_labels(input)], [input])
+    graph = ov.Model([to_labels(input)], [input])
     (found,) = ov.Core().compile_model(graph, "CPU")([logits.numpy()]).values()
     assert found.dtype == np.uint8
     # torch's argmax of ties is not promised; numpy's is the first
@@ -364,6 +367,17 @@ def test_changes_of_the_model_do_not_reach_the_engine(executor):
     for slices in (before, slices_for([1, 2, 3], (48, 40))):
         pairs = zip(engine.segment(slices), untouched.segment(slices), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_workers_use_one_core_each_from_their_first_operation_on():
+    """More would start teams in every worker, which slow all of PyTorch in the process."""
+    try:
+        torch.set_num_threads(3)
+        pool = _single_threaded_workers(2)
+        assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -532,12 +546,12 @@ def test_weights_packed_for_few_image_sizes_are_kept(model, monkeypatch):
 
 @needs_openvino
 def test_no_socket_is_opened(tmp_path):
-    """From the import of OpenVINO to labels: Python's audit hook sees every socket call."""
+    """From the import of OpenVINO to labels: Python's audit hook sees every socket and process."""
     program = """
 import sys
 calls = []
 def hook(name, _):
-    if name.startswith(("socket.", "subprocess.")):
+    if name.startswith(("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.exec", "pty.")):
         calls.append(name)
 sys.addaudithook(hook)
 import torch
@@ -551,8 +565,13 @@ import socket
 socket.socket().close()
 assert calls, "the hook does not work"
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = os.environ | {"HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0 and run.stdout == "calls []\n", run.stdout + run.stderr
+    # where OpenVINO keeps the number of a user
+    assert not (tmp_path / "intel").exists()
 
 
 # choosing --------------------------------------------------------------------------------------

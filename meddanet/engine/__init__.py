@@ -14,6 +14,7 @@ from ..layers import quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
 from .routing import SliceEngine
+from .unreported import unreported
 
 EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 CHUNK = 16
@@ -165,7 +166,9 @@ def check_triton(place: torch.device) -> None:
 
 
 def _openvino_engine(model: MedDANetV2) -> SliceEngine:
-    if fault := import_fault("openvino", '"meddanet[cpu]"'):
+    with unreported():
+        fault = import_fault("openvino", '"meddanet[cpu]"')
+    if fault:
         raise ValueError(f"executor openvino, the fastest on a CPU: {fault}")
     from .openvino_networks import OpenVINONetworks
 

@@ -12,13 +12,16 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
-from openvino import opset13 as ops
 from torch import nn
 
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
 from .opset import Node, channels_last, constant, integers, translate
+from .unreported import unreported
+
+with unreported():
+    import openvino as ov  # type: ignore[import-untyped]
+    from openvino import opset13 as ops
 
 Array = np.ndarray
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
@@ -194,10 +197,10 @@ class OpenVINONetworks:
             return [channels_last(skip), channels_last(feature), _spread(feature)]
         if name == "last":
             (logits,) = translate(model.crop_last_stages[rest[0]], inputs, channels_last=True)
-            return [_labels(logits)]
+            return [to_labels(logits)]
         follower = nn.Identity() if name == "decode" else segmenter.last_stage
         (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
-        return [channels_last(result) if name == "decode" else _labels(result)]
+        return [channels_last(result) if name == "decode" else to_labels(result)]
 
     def _begin(self, inputs: list[Node]) -> tuple[Node, Node]:
         """The input of the first stage and the image's gradients."""
@@ -218,7 +221,7 @@ class OpenVINONetworks:
             skips.append(skip)
         follower = segmenter.last_stage if finish else nn.Identity()
         (result,) = translate(_Decoder(segmenter, follower), [feature, *skips[:-1]])
-        return [_labels(result) if finish else channels_last(result), gradients, *spreads]
+        return [to_labels(result) if finish else channels_last(result), gradients, *spreads]
 
 
 def is_exact(core: ov.Core) -> bool:
@@ -274,8 +277,8 @@ def _gradients(input: Node, channels: int) -> Node:
     return ops.slice(means, integers(0), integers(2 * channels), integers(1), integers(1))
 
 
-def _labels(logits: Node) -> Node:
-    """The first of the largest logits, uint8 [1, H, W]."""
+def to_labels(logits: Node) -> Node:
+    """Returns the first of the largest logits, uint8 [1, H, W], of logits [1, K, H, W]."""
     classes, height, width = list(logits.get_output_shape(0))[1:]
     # class after class whole vectors are compared, pixel by pixel it takes twenty times as long
     planes = ops.reshape(logits, integers(1, classes, height * width), False)

@@ -19,14 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from openvino import opset1  # type: ignore[import-untyped]
-from openvino import opset13 as ops
 from torch import fx, nn
 
 from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 from ..networks.heatmap import EDGE, HeatCentre, play_shares
+from .unreported import unreported
+
+with unreported():
+    from openvino import opset1  # type: ignore[import-untyped]
+    from openvino import opset13 as ops
 
 Node = Any
 

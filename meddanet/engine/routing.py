@@ -279,6 +279,8 @@ def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def start() -> None:
+        # a thread that has not asked before takes the process's number at its first operation
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 
