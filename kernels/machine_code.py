@@ -106,6 +106,8 @@ def _head() -> dict[str, Any]:
 
     return {
         "command": "python -m meddanet.kernels.machine_code",
+        # goes up with what `describe` tells, so that no row of before is kept
+        "format": 2,
         "triton": __version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?\w+\s+)?([A-Z][A-Z0-9]*)([^;/]*)", re.MULTILINE
 )
-_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
 PRODUCTS = ("IMMA", "IGMMA")
 
 
@@ -31,7 +31,7 @@ def _instructions(code: str) -> list[_Instruction]:
     for _, condition, name, operands in found:
         # a conditional call is how a far branch is written
         jumps = name == "BRA" or (name == "CALL" and condition)
-        target = _TARGET.search(operands.strip()) if jumps else None
+        target = _TARGET.search(operands) if jumps else None
         # a second predicate stands before the target
         always = not condition and not (name == "BRA" and "," in operands)
         place = None if target is None else index.get(int(target[1], 16))

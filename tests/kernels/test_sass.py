@@ -52,6 +52,8 @@ def test_far_and_doubly_conditional_branches() -> None:
     tail = "BRA 0x0", "EXIT"
     assert issued(listing("FADD R0, R0, R1", "@!P5 CALL.REL.NOINC 0x30", *tail)) == 3
     assert issued(listing("FADD R0, R0, R1", "@!P1 BRA !P4, 0x30", *tail)) == 3
+    # as other versions print it
+    assert issued(listing("FADD R0, R0, R1", "BRA.U !UP0, 0x30   &req={1} ?trans1", *tail)) == 3
 
 
 def test_no_exit() -> None:
