@@ -119,7 +119,10 @@ def _segment_parser() -> ArgumentParser:
         "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
     )
     parser.add_argument("--preview", action="store_true", help="write a picture of each case")
-    parser.add_argument("--overwrite", action="store_true", help="redo finished cases")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="redo finished cases, and replace files in OUT that meddanet did not write",
+    )
     return parser
 
 

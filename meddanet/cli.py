@@ -112,6 +112,7 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     outcomes = segment_cases(
         cases, predictor, out,
         weights=options.weights, preview=options.preview, modalities=modalities,
+        overwrite=options.overwrite,
     )
     failed = 0
     for case, outcome in tqdm(

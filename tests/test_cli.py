@@ -314,7 +314,11 @@ def test_the_labels_of_the_input_are_never_overwritten(tmp_path, segment):
     before = reference.read_bytes()
     code, _, messages = segment(tmp_path / "imagesTr", "-o", tmp_path / "labelsTr")
     assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
-    assert reference.read_bytes() == before
+    # nor those of another folder
+    scan = shutil.copy(tmp_path / "imagesTr" / "BRATS_001.nii.gz", tmp_path)
+    code, _, messages = segment(scan, "-o", tmp_path / "labelsTr")
+    assert code == 1 and f"{reference}: was not written by meddanet; name another" in messages[0]
+    assert reference.read_bytes() == before and names(reference.parent) == [reference.name]
 
 
 def test_an_output_folder_that_cannot_be_made(cohort, tmp_path, segment):
