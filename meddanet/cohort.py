@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .data import Case, Volume, VolumeError, case_from_files, find_cases, load_volume, save_volume
+from .data import Case, Volume, VolumeError, case_from_files, load_volume, save_volume
+from .data.conventions import Survey, survey
 from .data.storage import has_report, is_result, unfinished_mark, write_errors
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_json, write_preview
@@ -34,8 +35,8 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
             together make one case.
 
     Returns:
-        The cases, each once, and one error per input that holds none or whose case has the name of
-        another one.
+        The cases, each once, and one error per input that holds none, or files that belong to
+        none, or whose case has the name of another one.
     """
     cases: dict[str, Case] = {}
     errors: list[ValueError] = []
@@ -45,11 +46,13 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
         sources.append(named)
     for source in sources:
         try:
-            found = find_cases(source) if isinstance(source, str) else [_named_case(source)]
+            found = survey(source) if isinstance(source, str) else Survey([_named_case(source)])
         except ValueError as error:
             errors.append(error)
             continue
-        for case in found:
+        if isinstance(source, str) and (line := found.left_out(source)):
+            errors.append(VolumeError(line))
+        for case in found.cases:
             if cases.setdefault(case.name, case).files != case.files:
                 errors.append(VolumeError(
                     f"{case.folder}: case {case.name} has the name of the one in "
@@ -237,8 +240,7 @@ def _read(
 ) -> Volume:
     results = _results(case, out)
     labels = results[0]
-    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
-    kept = files if case.label is None else [*files, case.label]
+    kept = case.paths if case.label is None else [*case.paths, case.label]
     if labels.resolve() in [file.resolve() for file in kept]:
         raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
     foreign = [] if overwrite or is_result(labels) else [path for path in results if path.exists()]

@@ -140,6 +140,14 @@ def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatc
     assert not any(isinstance(outcome, Exception) for _, outcome in outcomes)
 
 
+def test_gathering_tells_what_it_leaves_out(tmp_path):
+    for name in ("a_t1.nii", "scan.nii"):
+        (tmp_path / name).touch()
+    cases, (error,) = cohort.gather_cases([str(tmp_path)])
+    assert [case.name for case in cases] == ["a"]
+    assert str(error).startswith(f"{tmp_path}: 1 left out, NIfTI files that belong to no case (sca")
+
+
 def test_no_cases_are_no_work(tmp_path):
     assert run([], Predictor(), tmp_path) == []
 

@@ -36,10 +36,15 @@ def channel_sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tupl
         given: Modalities asked for; they name the channels where the naming does not.
 
     Raises:
-        VolumeError: If a file is a label file or what the channels are is unknown.
+        VolumeError: If a file is a label file or there twice, or what the channels are is unknown.
         ValueError: If `given` is empty or repeats a name.
     """
-    paths = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    paths = case.paths
+    if case.doubled:
+        first, second = case.doubled
+        raise VolumeError(
+            f"{second}: is the same part of case {case.name} as {first.name}; expected one of them"
+        )
     for path in paths:
         if is_label_name(path):
             raise VolumeError(f"{path}: is a label file; expected an image")
