@@ -112,18 +112,23 @@ def _segment_parser() -> ArgumentParser:
     parser.add_argument(
         "--labels", choices=LABEL_CONVENTIONS, help="label convention, default the input's"
     )
-    parser.add_argument(
-        "--modalities", help="channels in file order where names do not tell: flair,t1ce,t1,t2"
-    )
-    parser.add_argument(
-        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
-    )
+    _add_model(parser)
     parser.add_argument("--preview", action="store_true", help="write a picture of each case")
     parser.add_argument(
         "--overwrite", action="store_true",
         help="redo finished cases, and replace files in OUT that meddanet did not write",
     )
     return parser
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    """Adds the weights, and what tells their channels in the input."""
+    parser.add_argument(
+        "--modalities", help="channels in file order where names do not tell: flair,t1ce,t1,t2"
+    )
+    parser.add_argument(
+        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
+    )
 
 
 def _train_parser(recipe: str) -> ArgumentParser:
@@ -251,9 +256,7 @@ def _bench_parser() -> ArgumentParser:
     parser.add_argument("case", nargs="?", help="case folder or image file, default a phantom")
     parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--executor", choices=EXECUTORS, default="auto", help="as for segment")
-    parser.add_argument(
-        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
-    )
+    _add_model(parser)
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
     parser.add_argument("--json", help="also write everything here, machine and versions included")
     return parser

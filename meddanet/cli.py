@@ -108,10 +108,9 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
         model, options.device, options.window, options.labels, options.executor
     )
     _say(_running_on(predictor), sys.stderr)
-    modalities = tuple(options.modalities.split(",")) if options.modalities else None
     outcomes = segment_cases(
         cases, predictor, out,
-        weights=options.weights, preview=options.preview, modalities=modalities,
+        weights=options.weights, preview=options.preview, modalities=_modalities(options),
         overwrite=options.overwrite,
     )
     failed = 0
@@ -126,6 +125,10 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     if len(cases) > 1:
         _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
     return failed
+
+
+def _modalities(options: Namespace) -> tuple[str, ...] | None:
+    return tuple(options.modalities.split(",")) if options.modalities else None
 
 
 def _running_on(predictor: Any) -> str:
@@ -248,6 +251,7 @@ def _bench(options: Namespace) -> int:
     from .bench import bench_volume, check_rounds, render
     from .data import load_volume
     from .data.phantom import write_phantom
+    from .data.sources import as_case, unnamed_channels
     from .report import write_json
     from .weights import load_model
 
@@ -257,8 +261,8 @@ def _bench(options: Namespace) -> int:
         _check_target(Path(options.json))
     model = load_model(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        case = options.case or write_phantom(Path(folder), seed=0)
-        volume = load_volume(case)
+        case = as_case(options.case or write_phantom(Path(folder), seed=0))
+        volume = load_volume(case, unnamed_channels(case, _modalities(options)))
     _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
     result = bench_volume(model, volume, options.device, options.executor, options.rounds)
     _say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "

@@ -15,6 +15,7 @@ import torch
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume, save_volume
 from .data.conventions import Survey, survey
+from .data.sources import unnamed_channels
 from .data.storage import has_report, is_result, unfinished_mark, write_errors
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_json, write_preview
@@ -123,7 +124,7 @@ def segment_case(
         out: An existing folder.
         weights: What the report calls the weights.
         preview: Whether to draw the picture.
-        modalities: What the channels are, in file order, where the naming does not tell.
+        modalities: What the channels are, in file order; needed where the naming does not tell.
         overwrite: Whether results may take the place of files that are not meddanet's.
 
     Returns:
@@ -249,7 +250,7 @@ def _read(
             f"{foreign[0]}: was not written by meddanet; name another folder with -o, "
             "or replace it with --overwrite"
         )
-    return load_volume(case, None if case.modalities else modalities)
+    return load_volume(case, unnamed_channels(case, modalities))
 
 
 def _write(

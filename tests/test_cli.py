@@ -297,6 +297,8 @@ def test_the_input_is_never_overwritten(tmp_path, segment):
     data = np.random.default_rng(0).integers(0, 900, (16, 16, 4, 4)).astype(np.int16)
     path = tmp_path / "BRATS_001.nii.gz"
     nib.save(nib.Nifti1Image(data, np.eye(4)), path)
+    code, _, messages = segment(path, "-o", tmp_path / "out", "--modalities", ",".join(MRI))
+    assert code == 1 and "by its dataset.json or name, by --modalities flair, t1ce" in messages[0]
     before = path.read_bytes()
     code, _, messages = segment(path, "-o", tmp_path)
     assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
@@ -694,6 +696,24 @@ def test_bench_says_what_is_wrong_before_it_works(
     assert main(["bench", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("meddanet: error: ") and message in line
+
+
+def test_bench_takes_the_advice_on_channels(weights, tmp_path, monkeypatch, capsys):
+    data = np.random.default_rng(0).integers(0, 900, (16, 16, 4, 4)).astype(np.int16)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "scan.nii")
+    given = ["bench", str(tmp_path / "scan.nii"), "--weights", str(weights)]
+    assert main(given) == 1
+    assert "such as --modalities flair,t1ce,t1,t2" in capsys.readouterr().err
+    seen = []
+
+    def stop(model, volume, *others):
+        seen.append(volume)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("meddanet.bench.bench_volume", stop)
+    assert main([*given, "--modalities", "t2,t1,t1ce,flair"]) == 1
+    assert seen[0].modalities == ("t2", "t1", "t1ce", "flair")
+    np.testing.assert_array_equal(seen[0].data[0], data[..., 0])
 
 
 def test_bench_refuses_weights_of_v1(cohort, tmp_path, capsys):

@@ -20,6 +20,7 @@ from meddanet.data import (
     to_classes,
 )
 from meddanet.data.conventions import survey
+from meddanet.data.sources import unnamed_channels
 
 MRI = ("flair", "t1ce", "t1", "t2")
 
@@ -139,6 +140,28 @@ def test_a_dataset_json_without_channels_is_named(tmp_path: Path, content: str) 
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(VolumeError, match=r"dataset\.json: holds no channel order"):
         find_cases(tmp_path)
+
+
+ORDERED = ("flair", "t1", "t1ce", "t2")
+
+
+@pytest.mark.parametrize(("convention", "told", "given", "expected"), [
+    ("msd", (), ORDERED, ORDERED),
+    ("msd", ORDERED, None, None),
+    ("msd", ORDERED, ("FLAIR", "T1w", "T1gd", "T2w"), None),
+    ("msd", ORDERED, MRI, "flair, t1, t1ce, t2 by its dataset.json or name, by --modalities flair"),
+    ("nnunet", ORDERED, MRI, "leave that out"),
+    ("brats2021", MRI, ORDERED, None),  # names of files have no order
+    ("brats2021", MRI, ("flair", "t1"), "flair, t1ce, t1, t2 by its name, by --modalities flair"),
+    ("lits", ("ct",), MRI, "ct by its name"),
+])  # fmt: skip
+def test_channels_of_which_names_and_user_tell(convention, told, given, expected) -> None:
+    case = Case("p", Path("p.nii"), convention, told)
+    if isinstance(expected, str):
+        with pytest.raises(VolumeError, match=f"^p: .*{expected}"):
+            unnamed_channels(case, given)
+    else:
+        assert unnamed_channels(case, given) == expected
 
 
 def test_lits(tmp_path: Path) -> None:
