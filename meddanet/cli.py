@@ -166,10 +166,9 @@ def _evaluate(options: Namespace) -> int:
 
     # what is wrong with the arguments is said before all cases are read
     check_tolerance(options.tolerance)
-    for target in filter(None, (options.json, options.csv)):
-        _check_target(Path(target))
     groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
+    _check_targets(options, [path for pair in pairs for path in (pair.prediction, pair.reference)])
     if groups:
         check_groups(groups, pairs)
     alone = unpaired(pairs, options.predictions, options.references)
@@ -257,11 +256,11 @@ def _bench(options: Namespace) -> int:
 
     # what is wrong with the arguments is said before a minute of work
     check_rounds(options.rounds)
-    if options.json:
-        _check_target(Path(options.json))
+    case = as_case(options.case) if options.case else None
+    _check_targets(options, case.paths if case else [])
     model = load_model(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        case = as_case(options.case or write_phantom(Path(folder), seed=0))
+        case = case or as_case(write_phantom(Path(folder), seed=0))
         volume = load_volume(case, unnamed_channels(case, _modalities(options)))
     _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
     result = bench_volume(model, volume, options.device, options.executor, options.rounds)
@@ -273,10 +272,24 @@ def _bench(options: Namespace) -> int:
     return 0
 
 
-def _check_target(path: Path) -> None:
-    """Raises ValueError unless a file can be written there."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path}: cannot be written, expected a file in a folder that is writable")
+def _check_targets(options: Namespace, inputs: Sequence[Path]) -> None:
+    """Raises ValueError unless --json and --csv, if given, can be written and are no input."""
+    from .data.conventions import stem
+
+    # a report beside a label file tells what its labels mean, a dataset.json what channels are
+    read = {path.with_name(f"{stem(path)}.json").resolve() for path in inputs}
+    for kind in ("json", "csv"):
+        path = Path(options.get(kind) or "")
+        if options.get(kind) is None:
+            continue
+        if path.suffix.lower() != f".{kind}":
+            raise ValueError(f"--{kind} {path}: expected a name that ends in .{kind}")
+        if path.resolve() in read or path.name == "dataset.json":
+            raise ValueError(f"--{kind} {path}: is the name of an input; name another file")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"{path}: cannot be written, expected a file in a folder that is writable"
+            )
 
 
 def _info(options: Namespace) -> int:

@@ -534,7 +534,13 @@ def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--json", "absent/t.json"], "absent/t.json: cannot be written, expected a file"),
     (["--json", "t.json", "--csv", "absent/t.csv"], "absent/t.csv: cannot be written"),
-    (["--csv", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--csv", "d.csv"], "d.csv: cannot be written, expected a file in a folder that is writable"),
+    (["--csv", "t.json"], "--csv t.json: expected a name that ends in .csv"),
+    (["--json", "p/a.nii.gz"], "--json p/a.nii.gz: expected a name that ends in .json"),
+    (["--json", ""], "--json .: expected a name that ends in .json"),
+    (["--json", "p/a.json"], "--json p/a.json: is the name of an input; name another file"),
+    (["--json", "p/../r/b.json"], "--json p/../r/b.json: is the name of an input"),
+    (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--tolerance", "-1"], "tolerance is a length in mm, 0 or more, got -1.0"),
     (["--tolerance", ".inf"], "tolerance is a length in mm, 0 or more, got inf"),
 ])  # fmt: skip
@@ -542,12 +548,14 @@ def test_evaluate_says_what_is_wrong_before_it_scores(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     folders = [str(label_files(tmp_path / side, {"a": [4], "b": [4]})) for side in "pr"]
+    (tmp_path / "d.csv").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *folders, *arguments]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert captured.out == "" and line.startswith("meddanet: error: ") and message in line
-    assert names(tmp_path) == ["p", "r"]
+    assert names(tmp_path) == ["d.csv", "p", "r"]
+    assert all(names(Path(folder)) == ["a.nii.gz", "b.nii.gz"] for folder in folders)
 
 
 @pytest.mark.parametrize("lost", ["json", "csv"])
@@ -680,7 +688,8 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--rounds", "0"], "rounds is 0, expected at least 1"),
     (["--json", "absent/bench.json"], "absent/bench.json: cannot be written, expected a file"),
-    (["--json", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--json", "bench"], "--json bench: expected a name that ends in .json"),
+    (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--weights", "absent.safetensors"], "absent.safetensors"),
 ])  # fmt: skip
 def test_bench_says_what_is_wrong_before_it_works(
