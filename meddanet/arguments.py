@@ -46,9 +46,22 @@ class _Parser(ArgumentParser):
         super().__init__(*args, prog=prog, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = self.prog.replace(" [options]", "")
+        parser, needs = self, "the following arguments are required: "
+        if message.startswith(needs) and "." in message:
+            # jsonargparse names what a command lacks as it is stored: segment.out
+            lacking = [name.split(".") for name in message.removeprefix(needs).split(", ")]
+            commands = next(a.choices for a in self._actions if a.dest == "command")
+            parser = commands[lacking[0][0]]
+            message = needs + ", ".join(_as_typed(parser, dest) for _, dest in lacking)
+        command = parser.prog.replace(" [options]", "")
         print(error_line(f"{message} (see {command} --help)"), file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+def _as_typed(parser: ArgumentParser, dest: str) -> str:
+    """Returns what a user types for an argument: -o/--out, INPUT."""
+    action = next(action for action in parser._actions if action.dest == dest)
+    return "/".join(action.option_strings) or str(action.metavar)
 
 
 def parse_command(arguments: Sequence[str] | None = None) -> Namespace:

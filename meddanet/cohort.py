@@ -63,7 +63,8 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
 
 
 def _is_named_file(text: str) -> bool:
-    return text.partition("=")[0].replace("-", "").isalnum() and "=" in text
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key.replace("-", "").isalnum() and not Path(text).exists()
 
 
 def _named_case(pairs: list[list[str]]) -> Case:
@@ -77,8 +78,10 @@ def output_folder(path: str | Path) -> Path:
     """Creates a folder and tries to write in it, before any work is done.
 
     Raises:
-        VolumeError: If it cannot be written.
+        VolumeError: If it cannot be written, or has no name.
     """
+    if not str(path):
+        raise VolumeError("--out is empty; name a folder, . for the current one")
     folder = Path(path)
     probe = folder / ".meddanet-write-test"
     try:
@@ -88,7 +91,7 @@ def output_folder(path: str | Path) -> Path:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise VolumeError(
-            f"{folder}: cannot write there ({error.strerror}); name another folder with -o"
+            f"{folder}: cannot write there ({error.strerror}); name another folder with --out"
         ) from error
     return folder
 
@@ -244,7 +247,9 @@ def _read(
     kept = case.paths if case.label is None else [*case.paths, case.label]
     if labels.resolve() in [file.resolve() for file in kept]:
         raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
-    foreign = [] if overwrite or is_result(labels) else [path for path in results if path.exists()]
+    with write_errors(labels):
+        there = [path for path in results if path.exists()]
+        foreign = [] if overwrite or is_result(labels) else there
     if foreign:
         raise VolumeError(
             f"{foreign[0]}: was not written by meddanet; name another folder with -o, "

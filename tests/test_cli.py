@@ -346,7 +346,7 @@ def test_a_read_only_output_folder(cohort, segment):
         assert code == 1 and results == []
         assert messages == [
             f"meddanet: error: {out}: cannot write there (Permission denied); "
-            "name another folder with -o"
+            "name another folder with --out"
         ]
 
 
@@ -357,7 +357,7 @@ def test_a_failed_write_leaves_nothing_half_done(cohort, tmp_path, segment, monk
     monkeypatch.setattr(os, "fsync", full)
     code, _, messages = segment(cohort, "-o", tmp_path / "out")
     assert code == 1 and names(tmp_path / "out") == []
-    assert len(messages) == 3 and all("No space left on device" in m for m in messages[:2])
+    assert len(messages) == 3 and all("No space left on device); make room" in m for m in messages[:2])
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("no memory")])
@@ -415,13 +415,33 @@ def test_options_that_cannot_be(cohort, tmp_path, segment, extra, code, message)
     assert re.match(f"meddanet: error: .*{message}", messages[0])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["segment"], ["segment", "x"], ["train"]])
-def test_a_usage_error_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(("arguments", "lacking", "command"), [
+    ([], '"command"', ""),
+    (["fly"], "'fly'", ""),
+    (["segment"], "required: INPUT, -o/--out", " segment"),
+    (["segment", "x.nii"], "required: -o/--out", " segment"),
+    (["train", "--data", "x"], "required: --out", " train"),
+    (["evaluate", "x"], "required: REF", " evaluate"),
+])  # fmt: skip
+def test_a_usage_error_exits_with_2(arguments, lacking, command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert re.fullmatch(r"meddanet: error: .* \(see meddanet[a-z ]* --help\)\n", message)
+    assert re.fullmatch(
+        rf"meddanet: error: .*{lacking}.* \(see meddanet{command} --help\)\n", message
+    )
+
+
+@pytest.mark.parametrize("command", [["segment", "x"], ["train", "--data", "x"], ["demo"]])
+def test_an_output_folder_without_a_name(command, tmp_path, monkeypatch, capsys):
+    """A script's empty variable is no wish to write here."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", ""]) == 1
+    assert capsys.readouterr().err == (
+        "meddanet: error: --out is empty; name a folder, . for the current one\n"
+    )
+    assert names(tmp_path) == []
 
 
 def test_every_parser_has_the_name_of_the_command(monkeypatch):

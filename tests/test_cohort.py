@@ -93,6 +93,12 @@ def test_a_label_file_that_cannot_be_written_is_that_cases_error(volumes, tmp_pa
     assert not (tmp_path / "b.json").exists() and (tmp_path / "c.json").exists()
 
 
+def test_a_name_that_is_too_long_is_that_cases_error(volumes, tmp_path):
+    (_, error), (_, done) = run(["b" * 250, "c"], Predictor(), tmp_path)
+    assert str(error).endswith("cannot be written (File name too long); give it a shorter name")
+    assert isinstance(done, dict)
+
+
 def test_an_error_of_the_program_itself_ends_the_run(volumes, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(["a", "b"], Predictor(("a",), ZeroDivisionError()), tmp_path)
@@ -146,6 +152,14 @@ def test_gathering_tells_what_it_leaves_out(tmp_path):
     cases, (error,) = cohort.gather_cases([str(tmp_path)])
     assert [case.name for case in cases] == ["a"]
     assert str(error).startswith(f"{tmp_path}: 1 left out, NIfTI files that belong to no case (sca")
+
+
+def test_an_existing_path_is_no_named_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("site=A").mkdir()
+    Path("site=A/a_t1.nii").touch()
+    (found,), errors = cohort.gather_cases(["site=A"])
+    assert found.files == {"t1": Path("site=A/a_t1.nii")} and not errors
 
 
 def test_no_cases_are_no_work(tmp_path):
