@@ -6,11 +6,14 @@ Results go to stdout, messages and progress to stderr. Exit code 0 only if every
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,11 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
+    stdout = sys.stdout
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
             options = parse_command(argv)
-            return COMMANDS[options.command](options[options.command])
+            code = COMMANDS[options.command](options[options.command])
+            return code if sys.stdout is stdout else 1
         except UsageError as error:
             _complain(error)
             return 2
@@ -37,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) as error:
             _complain(error)
         except KeyboardInterrupt:
+            if argv is None:
+                # the process ends as soon as the case at hand is written; again is no sooner
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             _complain("interrupted")
+        finally:
+            sys.stdout = stdout
     return 1
 
 
@@ -46,11 +56,33 @@ def _complain(error: object) -> None:
 
 
 def _say(line: str, stream: TextIO | None = None) -> None:
-    """Prints one line, above the progress bar if there is one."""
+    """Prints one line, above the progress bar if there is one.
+
+    Where nobody reads on, the command ends; where stdout has no room, it goes on without.
+    """
     from tqdm import tqdm
 
-    tqdm.write(line, file=stream or sys.stdout)
-    (stream or sys.stdout).flush()
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(line, file=stream)
+        stream.flush()
+    except BrokenPipeError as error:
+        _discard(stream)
+        raise SystemExit(1) from error
+    except OSError as error:
+        shown = stream is sys.stdout
+        _discard(stream)
+        if shown:
+            _complain(f"standard output: cannot be written ({error.strerror}); redirect it "
+                      "elsewhere, or make room on the disk")
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends what a stream still holds nowhere; another stdout then tells `main` of the loss."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())  # a ValueError if it is no file
+    if stream is sys.stdout:
+        sys.stdout = io.StringIO()
 
 
 def _demo(options: Namespace) -> int:

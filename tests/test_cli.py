@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import io
 import json
 import os
 import re
@@ -638,6 +639,34 @@ def test_train_on_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     assert main(["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
     assert "the folder is empty" in capsys.readouterr().err
+
+
+class Lost(io.StringIO):
+    """A stream whose file is full, or whose reader is gone."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def test_a_full_disk_under_stdout_is_said_once(cohort, tmp_path, segment, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", lost := Lost(OSError(28, "No space left on device")))
+    code, _, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and len(names(tmp_path / "out")) == 4 and sys.stdout is lost
+    assert messages == [
+        "meddanet: error: standard output: cannot be written (No space left on device); redirect "
+        "it elsewhere, or make room on the disk", "2 of 2 cases done",
+    ]
+
+
+def test_a_closed_stdout_ends_the_command_quietly(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Lost(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(SystemExit) as stop:
+        main(["info"])
+    assert stop.value.code == 1 and capsys.readouterr().err == ""
 
 
 def test_info(capsys):
