@@ -50,7 +50,7 @@ class _Parser(ArgumentParser):
         if message.startswith(needs) and "." in message:
             # jsonargparse names what a command lacks as it is stored: segment.out
             lacking = [name.split(".") for name in message.removeprefix(needs).split(", ")]
-            commands = next(a.choices for a in self._actions if a.dest == "command")
+            commands: Any = next(a.choices for a in self._actions if a.dest == "command")
             parser = commands[lacking[0][0]]
             message = needs + ", ".join(_as_typed(parser, dest) for _, dest in lacking)
         command = parser.prog.replace(" [options]", "")

@@ -311,9 +311,10 @@ def _check_targets(options: Namespace, inputs: Sequence[Path]) -> None:
     # a report beside a label file tells what its labels mean, a dataset.json what channels are
     read = {path.with_name(f"{stem(path)}.json").resolve() for path in inputs}
     for kind in ("json", "csv"):
-        path = Path(options.get(kind) or "")
-        if options.get(kind) is None:
+        target = options.get(kind)
+        if target is None:
             continue
+        path = Path(target)
         if path.suffix.lower() != f".{kind}":
             raise ValueError(f"--{kind} {path}: expected a name that ends in .{kind}")
         if path.resolve() in read or path.name == "dataset.json":
