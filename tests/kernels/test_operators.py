@@ -88,8 +88,8 @@ SAMPLES = {
     ),
     "encode, everything": lambda: (
         OPS.encode,
-        (image(LAST).detach(), ONE, 4, 5, WIDTHS.int(), 0, torch.ones(2, 3), torch.zeros(2, 3), True,
-         OFFSET, SLOTS, SLOTS[:1]),
+        (image(LAST).detach(), ONE, 4, 5, WIDTHS.int(), 0, torch.ones(2, 3), torch.zeros(2, 3),
+         True, OFFSET, SLOTS, SLOTS[:1]),
     ),
     "selector": lambda: (
         OPS.select_bits,
