@@ -46,9 +46,22 @@ class _Parser(ArgumentParser):
         super().__init__(*args, prog=prog, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = self.prog.replace(" [options]", "")
+        parser, needs = self, "the following arguments are required: "
+        if message.startswith(needs) and "." in message:
+            # jsonargparse names what a command lacks as it is stored: segment.out
+            lacking = [name.split(".") for name in message.removeprefix(needs).split(", ")]
+            commands: Any = next(a.choices for a in self._actions if a.dest == "command")
+            parser = commands[lacking[0][0]]
+            message = needs + ", ".join(_as_typed(parser, dest) for _, dest in lacking)
+        command = parser.prog.replace(" [options]", "")
         print(error_line(f"{message} (see {command} --help)"), file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+def _as_typed(parser: ArgumentParser, dest: str) -> str:
+    """Returns what a user types for an argument: -o/--out, INPUT."""
+    action = next(action for action in parser._actions if action.dest == dest)
+    return "/".join(action.option_strings) or str(action.metavar)
 
 
 def parse_command(arguments: Sequence[str] | None = None) -> Namespace:
@@ -112,15 +125,23 @@ def _segment_parser() -> ArgumentParser:
     parser.add_argument(
         "--labels", choices=LABEL_CONVENTIONS, help="label convention, default the input's"
     )
+    _add_model(parser)
+    parser.add_argument("--preview", action="store_true", help="write a picture of each case")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="redo finished cases, and replace files in OUT that meddanet did not write",
+    )
+    return parser
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    """Adds the weights, and what tells their channels in the input."""
     parser.add_argument(
         "--modalities", help="channels in file order where names do not tell: flair,t1ce,t1,t2"
     )
     parser.add_argument(
         "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
     )
-    parser.add_argument("--preview", action="store_true", help="write a picture of each case")
-    parser.add_argument("--overwrite", action="store_true", help="redo finished cases")
-    return parser
 
 
 def _train_parser(recipe: str) -> ArgumentParser:
@@ -248,9 +269,7 @@ def _bench_parser() -> ArgumentParser:
     parser.add_argument("case", nargs="?", help="case folder or image file, default a phantom")
     parser.add_argument("--device", type=Device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--executor", choices=EXECUTORS, default="auto", help="as for segment")
-    parser.add_argument(
-        "--weights", default="brats2021", help="name of shipped weights, or .safetensors file"
-    )
+    _add_model(parser)
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
     parser.add_argument("--json", help="also write everything here, machine and versions included")
     return parser

@@ -96,7 +96,7 @@ def fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None
 
 def _fingerprint(case: Case) -> list[list[Any]]:
     """Returns name, size and time of change of a case's files."""
-    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    files = case.paths
     return [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns]
         for path in (*files, case.label) if path is not None

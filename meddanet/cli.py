@@ -6,11 +6,14 @@ Results go to stdout, messages and progress to stderr. Exit code 0 only if every
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,11 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
+    stdout = sys.stdout
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"meddanet: warning: {message}", sys.stderr)
         try:
             options = parse_command(argv)
-            return COMMANDS[options.command](options[options.command])
+            code = COMMANDS[options.command](options[options.command])
+            return code if sys.stdout is stdout else 1
         except UsageError as error:
             _complain(error)
             return 2
@@ -37,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) as error:
             _complain(error)
         except KeyboardInterrupt:
+            if argv is None:
+                # the process ends as soon as the case at hand is written; again is no sooner
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             _complain("interrupted")
+        finally:
+            sys.stdout = stdout
     return 1
 
 
@@ -46,11 +56,33 @@ def _complain(error: object) -> None:
 
 
 def _say(line: str, stream: TextIO | None = None) -> None:
-    """Prints one line, above the progress bar if there is one."""
+    """Prints one line, above the progress bar if there is one.
+
+    Where nobody reads on, the command ends; where stdout has no room, it goes on without.
+    """
     from tqdm import tqdm
 
-    tqdm.write(line, file=stream or sys.stdout)
-    (stream or sys.stdout).flush()
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(line, file=stream)
+        stream.flush()
+    except BrokenPipeError as error:
+        _discard(stream)
+        raise SystemExit(1) from error
+    except OSError as error:
+        shown = stream is sys.stdout
+        _discard(stream)
+        if shown:
+            _complain(f"standard output: cannot be written ({error.strerror}); redirect it "
+                      "elsewhere, or make room on the disk")
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends what a stream still holds nowhere; another stdout then tells `main` of the loss."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())  # a ValueError if it is no file
+    if stream is sys.stdout:
+        sys.stdout = io.StringIO()
 
 
 def _demo(options: Namespace) -> int:
@@ -108,10 +140,10 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
         model, options.device, options.window, options.labels, options.executor
     )
     _say(_running_on(predictor), sys.stderr)
-    modalities = tuple(options.modalities.split(",")) if options.modalities else None
     outcomes = segment_cases(
         cases, predictor, out,
-        weights=options.weights, preview=options.preview, modalities=modalities,
+        weights=options.weights, preview=options.preview, modalities=_modalities(options),
+        overwrite=options.overwrite,
     )
     failed = 0
     for case, outcome in tqdm(
@@ -125,6 +157,10 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     if len(cases) > 1:
         _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
     return failed
+
+
+def _modalities(options: Namespace) -> tuple[str, ...] | None:
+    return tuple(options.modalities.split(",")) if options.modalities else None
 
 
 def _running_on(predictor: Any) -> str:
@@ -162,10 +198,9 @@ def _evaluate(options: Namespace) -> int:
 
     # what is wrong with the arguments is said before all cases are read
     check_tolerance(options.tolerance)
-    for target in filter(None, (options.json, options.csv)):
-        _check_target(Path(target))
     groups = parse_groups(options.groups) if options.groups else None
     pairs = find_pairs(options.predictions, options.references)
+    _check_targets(options, [path for pair in pairs for path in (pair.prediction, pair.reference)])
     if groups:
         check_groups(groups, pairs)
     alone = unpaired(pairs, options.predictions, options.references)
@@ -247,17 +282,18 @@ def _bench(options: Namespace) -> int:
     from .bench import bench_volume, check_rounds, render
     from .data import load_volume
     from .data.phantom import write_phantom
+    from .data.sources import as_case, unnamed_channels
     from .report import write_json
     from .weights import load_model
 
     # what is wrong with the arguments is said before a minute of work
     check_rounds(options.rounds)
-    if options.json:
-        _check_target(Path(options.json))
+    case = as_case(options.case) if options.case else None
+    _check_targets(options, case.paths if case else [])
     model = load_model(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        case = options.case or write_phantom(Path(folder), seed=0)
-        volume = load_volume(case)
+        case = case or as_case(write_phantom(Path(folder), seed=0))
+        volume = load_volume(case, unnamed_channels(case, _modalities(options)))
     _say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
     result = bench_volume(model, volume, options.device, options.executor, options.rounds)
     _say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
@@ -268,10 +304,25 @@ def _bench(options: Namespace) -> int:
     return 0
 
 
-def _check_target(path: Path) -> None:
-    """Raises ValueError unless a file can be written there."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path}: cannot be written, expected a file in a folder that is writable")
+def _check_targets(options: Namespace, inputs: Sequence[Path]) -> None:
+    """Raises ValueError unless --json and --csv, if given, can be written and are no input."""
+    from .data.conventions import stem
+
+    # a report beside a label file tells what its labels mean, a dataset.json what channels are
+    read = {path.with_name(f"{stem(path)}.json").resolve() for path in inputs}
+    for kind in ("json", "csv"):
+        target = options.get(kind)
+        if target is None:
+            continue
+        path = Path(target)
+        if path.suffix.lower() != f".{kind}":
+            raise ValueError(f"--{kind} {path}: expected a name that ends in .{kind}")
+        if path.resolve() in read or path.name == "dataset.json":
+            raise ValueError(f"--{kind} {path}: is the name of an input; name another file")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"{path}: cannot be written, expected a file in a folder that is writable"
+            )
 
 
 def _info(options: Namespace) -> int:

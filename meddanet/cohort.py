@@ -7,13 +7,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .data import Case, Volume, VolumeError, case_from_files, find_cases, load_volume, save_volume
+from .data import Case, Volume, VolumeError, case_from_files, load_volume, save_volume
+from .data.conventions import Survey, survey
+from .data.sources import unnamed_channels
+from .data.storage import has_report, is_result, unfinished_mark, write_errors
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_json, write_preview
 
@@ -33,8 +36,8 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
             together make one case.
 
     Returns:
-        The cases, each once, and one error per input that holds none or whose case has the name of
-        another one.
+        The cases, each once, and one error per input that holds none, or files that belong to
+        none, or whose case has the name of another one.
     """
     cases: dict[str, Case] = {}
     errors: list[ValueError] = []
@@ -44,11 +47,13 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
         sources.append(named)
     for source in sources:
         try:
-            found = find_cases(source) if isinstance(source, str) else [_named_case(source)]
+            found = survey(source) if isinstance(source, str) else Survey([_named_case(source)])
         except ValueError as error:
             errors.append(error)
             continue
-        for case in found:
+        if isinstance(source, str) and (line := found.left_out(source)):
+            errors.append(VolumeError(line))
+        for case in found.cases:
             if cases.setdefault(case.name, case).files != case.files:
                 errors.append(VolumeError(
                     f"{case.folder}: case {case.name} has the name of the one in "
@@ -58,7 +63,8 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
 
 
 def _is_named_file(text: str) -> bool:
-    return text.partition("=")[0].replace("-", "").isalnum() and "=" in text
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key.replace("-", "").isalnum() and not Path(text).exists()
 
 
 def _named_case(pairs: list[list[str]]) -> Case:
@@ -72,8 +78,10 @@ def output_folder(path: str | Path) -> Path:
     """Creates a folder and tries to write in it, before any work is done.
 
     Raises:
-        VolumeError: If it cannot be written.
+        VolumeError: If it cannot be written, or has no name.
     """
+    if not str(path):
+        raise VolumeError("--out is empty; name a folder, . for the current one")
     folder = Path(path)
     probe = folder / ".meddanet-write-test"
     try:
@@ -83,15 +91,22 @@ def output_folder(path: str | Path) -> Path:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise VolumeError(
-            f"{folder}: cannot write there ({error.strerror}); name another folder with -o"
+            f"{folder}: cannot write there ({error.strerror}); name another folder with --out"
         ) from error
     return folder
 
 
 def is_finished(case: Case, out: Path, preview: bool) -> bool:
     """Tells whether an earlier run left everything that is asked for."""
-    wanted = [".nii.gz", ".json", *([".png"] if preview else [])]
-    return all((out / f"{case.name}{ending}").is_file() for ending in wanted)
+    labels, _, picture = _results(case, out)
+    wanted = [labels, *([picture] if preview else [])]
+    return has_report(labels) and all(path.is_file() for path in wanted)
+
+
+def _results(case: Case, out: Path) -> tuple[Path, Path, Path]:
+    """Returns the labels, the report and the picture of a case."""
+    labels, report, picture = (out / f"{case.name}{end}" for end in (".nii.gz", ".json", ".png"))
+    return labels, report, picture
 
 
 def segment_case(
@@ -102,6 +117,7 @@ def segment_case(
     weights: str,
     preview: bool = False,
     modalities: tuple[str, ...] | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Segments one case into `<out>/<case>.nii.gz`, `.json` and, with a preview, `.png`.
 
@@ -111,15 +127,17 @@ def segment_case(
         out: An existing folder.
         weights: What the report calls the weights.
         preview: Whether to draw the picture.
-        modalities: What the channels are, in file order, where the naming does not tell.
+        modalities: What the channels are, in file order; needed where the naming does not tell.
+        overwrite: Whether results may take the place of files that are not meddanet's.
 
     Returns:
         The report; its "file_to_file" is reading, predicting and writing the labels.
 
     Raises:
-        VolumeError: If the case is bad, or its labels would take the place of its image.
+        VolumeError: If the case is bad, or its results would take the place of its own files, or
+            of others that meddanet did not write.
     """
-    volume, reading = _timed(_read, case, out, modalities)
+    volume, reading = _timed(_read, case, out, modalities, overwrite)
     prediction, predicting = _timed(predictor.predict, volume)
     return _write(case, predictor, out, weights, preview, volume, prediction, reading + predicting)
 
@@ -132,6 +150,7 @@ def segment_cases(
     weights: str,
     preview: bool = False,
     modalities: tuple[str, ...] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[tuple[Case, dict | Exception]]:
     """Segments many cases: the next one is read and the former one written meanwhile.
 
@@ -140,7 +159,7 @@ def segment_cases(
     arrays one by one becomes 16 MiB, so that their memory goes back.
 
     Args:
-        cases, predictor, out, weights, preview, modalities: As for `segment_case`.
+        cases, predictor, out, weights, preview, modalities, overwrite: As for `segment_case`.
 
     Yields:
         Each case, in order, with its report once it is written, or the error that ended it.
@@ -149,7 +168,7 @@ def segment_cases(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
         def read(case: Case) -> Future:
-            return reader.submit(_timed, _read, case, out, modalities)
+            return reader.submit(_timed, _read, case, out, modalities, overwrite)
 
         ahead = read(cases[0]) if cases else None
         written: tuple[Case, Future] | None = None
@@ -220,13 +239,23 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return function(*arguments), time.perf_counter() - began
 
 
-def _read(case: Case, out: Path, modalities: tuple[str, ...] | None) -> Volume:
-    labels = out / f"{case.name}.nii.gz"
-    files = [case.files] if isinstance(case.files, Path) else list(case.files.values())
-    kept = files if case.label is None else [*files, case.label]
+def _read(
+    case: Case, out: Path, modalities: tuple[str, ...] | None, overwrite: bool
+) -> Volume:
+    results = _results(case, out)
+    labels = results[0]
+    kept = case.paths if case.label is None else [*case.paths, case.label]
     if labels.resolve() in [file.resolve() for file in kept]:
         raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
-    return load_volume(case, None if case.modalities else modalities)
+    with write_errors(labels):
+        there = [path for path in results if path.exists()]
+        foreign = [] if overwrite or is_result(labels) else there
+    if foreign:
+        raise VolumeError(
+            f"{foreign[0]}: was not written by meddanet; name another folder with -o, "
+            "or replace it with --overwrite"
+        )
+    return load_volume(case, unnamed_channels(case, modalities))
 
 
 def _write(
@@ -240,17 +269,32 @@ def _write(
     seconds: float,
 ) -> dict:
     """Writes labels, picture and report; returns the report."""
-    labels, picture, report = (out / f"{case.name}{end}" for end in (".nii.gz", ".png", ".json"))
-    # the report marks a case as finished, so an old one goes first and the new one comes last
-    for path in (report, picture):
-        path.unlink(missing_ok=True)
-    _, writing = _timed(save_volume, prediction.labels, labels, volume)
-    if preview:
-        write_preview(volume, prediction, picture)
-    content = case_report(
-        volume, prediction, seconds + writing,
-        weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
-        threads=torch.get_num_threads(),
-    )
-    write_json(content, report)
+    labels, report, picture = _results(case, out)
+    with _marked(labels):
+        # the report marks a case as finished, so an old one goes first and the new one comes last
+        if has_report(labels):
+            picture.unlink(missing_ok=True)
+            report.unlink()
+        _, writing = _timed(save_volume, prediction.labels, labels, volume)
+        if preview:
+            write_preview(volume, prediction, picture)
+        content = case_report(
+            volume, prediction, seconds + writing,
+            weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
+            threads=torch.get_num_threads(),
+        )
+        write_json(content, report)
     return content
+
+
+@contextmanager
+def _marked(labels: Path) -> Iterator[None]:
+    """Marks results as meddanet's while they have no report; a killed process leaves the mark."""
+    mark = unfinished_mark(labels)
+    with write_errors(labels):
+        mark.touch()
+        try:
+            yield
+        finally:
+            if has_report(labels) or not labels.exists():
+                mark.unlink(missing_ok=True)

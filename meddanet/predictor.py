@@ -132,6 +132,9 @@ class VolumePredictor:
         began = time.perf_counter()
         self._warn_of_spacing(volume)
         self._warn_of_missing_window(volume)
+        # few voxels tell that a scan is not empty
+        if not volume.data[..., ::8, ::8, ::8].any() and not volume.data.any():
+            warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=2)
         threads = torch.get_num_threads()
         slices = torch.from_numpy(to_slices(self.ordered(volume), threads, self.window_hu))
         height, width = slices.shape[2:]

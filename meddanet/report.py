@@ -209,7 +209,9 @@ def _strip(
     decisions = prediction.decisions.reshape(len(prediction.decisions), -1).max(1)
     step = (right - left) / len(decisions)
     for index, decision in enumerate(decisions):
-        box = (left + index * step, top, left + (index + 1) * step - 1, top + 20)
+        # at least one pixel, where there are more slices than pixels
+        first = left + index * step
+        box = (first, top, max(first, first + step - 1), top + 20)
         draw.rectangle(box, fill=ROUTE_COLOURS[decision % len(ROUTE_COLOURS)])
     for number, route in enumerate(prediction.routes):
         text = f"{route}: {int((prediction.decisions == number).sum())}"

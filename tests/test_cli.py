@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import io
 import json
 import os
 import re
@@ -297,6 +298,8 @@ def test_the_input_is_never_overwritten(tmp_path, segment):
     data = np.random.default_rng(0).integers(0, 900, (16, 16, 4, 4)).astype(np.int16)
     path = tmp_path / "BRATS_001.nii.gz"
     nib.save(nib.Nifti1Image(data, np.eye(4)), path)
+    code, _, messages = segment(path, "-o", tmp_path / "out", "--modalities", ",".join(MRI))
+    assert code == 1 and "by its dataset.json or name, by --modalities flair, t1ce" in messages[0]
     before = path.read_bytes()
     code, _, messages = segment(path, "-o", tmp_path)
     assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
@@ -314,7 +317,11 @@ def test_the_labels_of_the_input_are_never_overwritten(tmp_path, segment):
     before = reference.read_bytes()
     code, _, messages = segment(tmp_path / "imagesTr", "-o", tmp_path / "labelsTr")
     assert code == 1 and "belongs to the input itself; name another folder" in messages[0]
-    assert reference.read_bytes() == before
+    # nor those of another folder
+    scan = shutil.copy(tmp_path / "imagesTr" / "BRATS_001.nii.gz", tmp_path)
+    code, _, messages = segment(scan, "-o", tmp_path / "labelsTr")
+    assert code == 1 and f"{reference}: was not written by meddanet; name another" in messages[0]
+    assert reference.read_bytes() == before and names(reference.parent) == [reference.name]
 
 
 def test_an_output_folder_that_cannot_be_made(cohort, tmp_path, segment):
@@ -340,7 +347,7 @@ def test_a_read_only_output_folder(cohort, segment):
         assert code == 1 and results == []
         assert messages == [
             f"meddanet: error: {out}: cannot write there (Permission denied); "
-            "name another folder with -o"
+            "name another folder with --out"
         ]
 
 
@@ -351,7 +358,8 @@ def test_a_failed_write_leaves_nothing_half_done(cohort, tmp_path, segment, monk
     monkeypatch.setattr(os, "fsync", full)
     code, _, messages = segment(cohort, "-o", tmp_path / "out")
     assert code == 1 and names(tmp_path / "out") == []
-    assert len(messages) == 3 and all("No space left on device" in m for m in messages[:2])
+    assert len(messages) == 3
+    assert all("(No space left on device); make room on the disk" in m for m in messages[:2])
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("no memory")])
@@ -409,13 +417,33 @@ def test_options_that_cannot_be(cohort, tmp_path, segment, extra, code, message)
     assert re.match(f"meddanet: error: .*{message}", messages[0])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["segment"], ["segment", "x"], ["train"]])
-def test_a_usage_error_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(("arguments", "lacking", "command"), [
+    ([], '"command"', ""),
+    (["fly"], "'fly'", ""),
+    (["segment"], "required: INPUT, -o/--out", " segment"),
+    (["segment", "x.nii"], "required: -o/--out", " segment"),
+    (["train", "--data", "x"], "required: --out", " train"),
+    (["evaluate", "x"], "required: REF", " evaluate"),
+])  # fmt: skip
+def test_a_usage_error_exits_with_2(arguments, lacking, command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert re.fullmatch(r"meddanet: error: .* \(see meddanet[a-z ]* --help\)\n", message)
+    assert re.fullmatch(
+        rf"meddanet: error: .*{lacking}.* \(see meddanet{command} --help\)\n", message
+    )
+
+
+@pytest.mark.parametrize("command", [["segment", "x"], ["train", "--data", "x"], ["demo"]])
+def test_an_output_folder_without_a_name(command, tmp_path, monkeypatch, capsys):
+    """A script's empty variable is no wish to write here."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", ""]) == 1
+    assert capsys.readouterr().err == (
+        "meddanet: error: --out is empty; name a folder, . for the current one\n"
+    )
+    assert names(tmp_path) == []
 
 
 def test_every_parser_has_the_name_of_the_command(monkeypatch):
@@ -528,7 +556,13 @@ def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--json", "absent/t.json"], "absent/t.json: cannot be written, expected a file"),
     (["--json", "t.json", "--csv", "absent/t.csv"], "absent/t.csv: cannot be written"),
-    (["--csv", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--csv", "d.csv"], "d.csv: cannot be written, expected a file in a folder that is writable"),
+    (["--csv", "t.json"], "--csv t.json: expected a name that ends in .csv"),
+    (["--json", "p/a.nii.gz"], "--json p/a.nii.gz: expected a name that ends in .json"),
+    (["--json", ""], "--json .: expected a name that ends in .json"),
+    (["--json", "p/a.json"], "--json p/a.json: is the name of an input; name another file"),
+    (["--json", "p/../r/b.json"], "--json p/../r/b.json: is the name of an input"),
+    (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--tolerance", "-1"], "tolerance is a length in mm, 0 or more, got -1.0"),
     (["--tolerance", ".inf"], "tolerance is a length in mm, 0 or more, got inf"),
 ])  # fmt: skip
@@ -536,12 +570,14 @@ def test_evaluate_says_what_is_wrong_before_it_scores(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     folders = [str(label_files(tmp_path / side, {"a": [4], "b": [4]})) for side in "pr"]
+    (tmp_path / "d.csv").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *folders, *arguments]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert captured.out == "" and line.startswith("meddanet: error: ") and message in line
-    assert names(tmp_path) == ["p", "r"]
+    assert names(tmp_path) == ["d.csv", "p", "r"]
+    assert all(names(Path(folder)) == ["a.nii.gz", "b.nii.gz"] for folder in folders)
 
 
 @pytest.mark.parametrize("lost", ["json", "csv"])
@@ -603,6 +639,34 @@ def test_train_on_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     assert main(["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
     assert "the folder is empty" in capsys.readouterr().err
+
+
+class Lost(io.StringIO):
+    """A stream whose file is full, or whose reader is gone."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def test_a_full_disk_under_stdout_is_said_once(cohort, tmp_path, segment, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", lost := Lost(OSError(28, "No space left on device")))
+    code, _, messages = segment(cohort, "-o", tmp_path / "out")
+    assert code == 1 and len(names(tmp_path / "out")) == 4 and sys.stdout is lost
+    assert messages == [
+        "meddanet: error: standard output: cannot be written (No space left on device); redirect "
+        "it elsewhere, or make room on the disk", "2 of 2 cases done",
+    ]
+
+
+def test_a_closed_stdout_ends_the_command_quietly(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Lost(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(SystemExit) as stop:
+        main(["info"])
+    assert stop.value.code == 1 and capsys.readouterr().err == ""
 
 
 def test_info(capsys):
@@ -674,7 +738,8 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--rounds", "0"], "rounds is 0, expected at least 1"),
     (["--json", "absent/bench.json"], "absent/bench.json: cannot be written, expected a file"),
-    (["--json", "."], ".: cannot be written, expected a file in a folder that is writable"),
+    (["--json", "bench"], "--json bench: expected a name that ends in .json"),
+    (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--weights", "absent.safetensors"], "absent.safetensors"),
 ])  # fmt: skip
 def test_bench_says_what_is_wrong_before_it_works(
@@ -690,6 +755,24 @@ def test_bench_says_what_is_wrong_before_it_works(
     assert main(["bench", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("meddanet: error: ") and message in line
+
+
+def test_bench_takes_the_advice_on_channels(weights, tmp_path, monkeypatch, capsys):
+    data = np.random.default_rng(0).integers(0, 900, (16, 16, 4, 4)).astype(np.int16)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "scan.nii")
+    given = ["bench", str(tmp_path / "scan.nii"), "--weights", str(weights)]
+    assert main(given) == 1
+    assert "such as --modalities flair,t1ce,t1,t2" in capsys.readouterr().err
+    seen = []
+
+    def stop(model, volume, *others):
+        seen.append(volume)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("meddanet.bench.bench_volume", stop)
+    assert main([*given, "--modalities", "t2,t1,t1ce,flair"]) == 1
+    assert seen[0].modalities == ("t2", "t1", "t1ce", "flair")
+    np.testing.assert_array_equal(seen[0].data[0], data[..., 0])
 
 
 def test_bench_refuses_weights_of_v1(cohort, tmp_path, capsys):

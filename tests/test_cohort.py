@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from meddanet import cohort
-from meddanet.cohort import segment_cases
+from meddanet.cohort import segment_case, segment_cases
 from meddanet.data import Case, Volume, VolumeError
 from meddanet.predictor import Prediction
 
 MRI = ("flair", "t1ce", "t1", "t2")
+
+
+VOLUME = Volume(np.ones((4, 8, 8, 3), np.float32), np.eye(4), None, MRI, "brats2021", "a")
 
 
 class Engine:
@@ -56,8 +62,7 @@ def volumes(monkeypatch) -> list[weakref.ref]:
     def load(source: Case, modalities) -> Volume:
         if "unreadable" in source.name:
             raise VolumeError(f"{source.name}: cannot be read")
-        volume = Volume(np.ones((4, 8, 8, 3), np.float32), np.eye(4), None, MRI, "brats2021",
-                        source.name)
+        volume = replace(VOLUME, data=VOLUME.data.copy(), name=source.name)
         alive.append(weakref.ref(volume.data))
         return volume
 
@@ -86,6 +91,12 @@ def test_a_label_file_that_cannot_be_written_is_that_cases_error(volumes, tmp_pa
     outcomes = dict(run(["a", "b", "c"], Predictor(), tmp_path))
     assert isinstance(outcomes["b"], (VolumeError, OSError))
     assert not (tmp_path / "b.json").exists() and (tmp_path / "c.json").exists()
+
+
+def test_a_name_that_is_too_long_is_that_cases_error(volumes, tmp_path):
+    (_, error), (_, done) = run(["b" * 250, "c"], Predictor(), tmp_path)
+    assert str(error).endswith("cannot be written (File name too long); give it a shorter name")
+    assert isinstance(done, dict)
 
 
 def test_an_error_of_the_program_itself_ends_the_run(volumes, tmp_path):
@@ -135,6 +146,22 @@ def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatc
     assert not any(isinstance(outcome, Exception) for _, outcome in outcomes)
 
 
+def test_gathering_tells_what_it_leaves_out(tmp_path):
+    for name in ("a_t1.nii", "scan.nii"):
+        (tmp_path / name).touch()
+    cases, (error,) = cohort.gather_cases([str(tmp_path)])
+    assert [case.name for case in cases] == ["a"]
+    assert str(error).startswith(f"{tmp_path}: 1 left out, NIfTI files that belong to no case (sca")
+
+
+def test_an_existing_path_is_no_named_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("site=A").mkdir()
+    Path("site=A/a_t1.nii").touch()
+    (found,), errors = cohort.gather_cases(["site=A"])
+    assert found.files == {"t1": Path("site=A/a_t1.nii")} and not errors
+
+
 def test_no_cases_are_no_work(tmp_path):
     assert run([], Predictor(), tmp_path) == []
 
@@ -149,3 +176,53 @@ def test_two_processes_try_the_same_output_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "touch", touch_and_lose)
     assert cohort.output_folder(tmp_path / "out").is_dir()
+
+
+def sources(folder: Path, *names: str) -> list[Path]:
+    """Files of somebody else."""
+    for name in names:
+        (folder / name).write_text(name)
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("name", ["b.nii.gz", "b.json", "b.png"])
+def test_files_of_others_are_kept(volumes, tmp_path, name):
+    (path,) = sources(tmp_path, name)
+    outcomes = dict(run(["a", "b", "c"], Predictor(), tmp_path))
+    assert isinstance(outcomes["b"], VolumeError) and str(outcomes["b"]) == (
+        f"{path}: was not written by meddanet; name another folder with -o, or replace it with "
+        "--overwrite"
+    )
+    assert path.read_text() == name
+    written = {f"{other}.{ending}" for other in "ac" for ending in ("json", "nii.gz")}
+    assert {path.name for path in tmp_path.iterdir()} == {name} | written
+
+
+def test_overwriting_replaces_what_it_writes_and_nothing_else(volumes, tmp_path):
+    labels, report, picture = sources(tmp_path, "b.nii.gz", "b.json", "b.png")
+    ((_, outcome),) = segment_cases([case("b")], Predictor(), tmp_path, weights="", overwrite=True)
+    assert json.loads(report.read_text()) == outcome and labels.read_bytes()[:2] == b"\x1f\x8b"
+    assert picture.read_text() == "b.png"
+
+
+@pytest.mark.parametrize("end", ["save_volume", "write_preview", "write_json"])
+def test_a_run_that_is_killed_while_it_writes_goes_on(volumes, tmp_path, monkeypatch, end):
+    """The folder as it is when a step begins, or has just ended, over old results and none."""
+    out, step, copies = tmp_path / "out", getattr(cohort, end), []
+
+    def watched(*arguments):
+        for act in (lambda: None, lambda: step(*arguments)):
+            act()
+            copies.append(shutil.copytree(out, tmp_path / f"copy{len(copies)}"))
+
+    out.mkdir()
+    monkeypatch.setattr(cohort, end, watched)
+    for _ in range(2):
+        segment_case(case("a"), Predictor(), out, weights="", preview=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(cohort, "load_volume", lambda *_: VOLUME)
+    for index, copy in enumerate(copies):
+        whole = end == "write_json" and index % 2
+        assert cohort.is_finished(case("a"), copy, preview=True) == whole
+        segment_case(case("a"), Predictor(), copy, weights="", preview=True)
+        assert {path.name for path in copy.iterdir()} == {"a.nii.gz", "a.json", "a.png"}

@@ -16,8 +16,11 @@ from meddanet.data import (
     detect_label_convention,
     find_cases,
     from_classes,
+    load_volume,
     to_classes,
 )
+from meddanet.data.conventions import survey
+from meddanet.data.sources import unnamed_channels
 
 MRI = ("flair", "t1ce", "t1", "t2")
 
@@ -139,6 +142,28 @@ def test_a_dataset_json_without_channels_is_named(tmp_path: Path, content: str) 
         find_cases(tmp_path)
 
 
+ORDERED = ("flair", "t1", "t1ce", "t2")
+
+
+@pytest.mark.parametrize(("convention", "told", "given", "expected"), [
+    ("msd", (), ORDERED, ORDERED),
+    ("msd", ORDERED, None, None),
+    ("msd", ORDERED, ("FLAIR", "T1w", "T1gd", "T2w"), None),
+    ("msd", ORDERED, MRI, "flair, t1, t1ce, t2 by its dataset.json or name, by --modalities flair"),
+    ("nnunet", ORDERED, MRI, "leave that out"),
+    ("brats2021", MRI, ORDERED, None),  # names of files have no order
+    ("brats2021", MRI, ("flair", "t1"), "flair, t1ce, t1, t2 by its name, by --modalities flair"),
+    ("lits", ("ct",), MRI, "ct by its name"),
+])  # fmt: skip
+def test_channels_of_which_names_and_user_tell(convention, told, given, expected) -> None:
+    case = Case("p", Path("p.nii"), convention, told)
+    if isinstance(expected, str):
+        with pytest.raises(VolumeError, match=f"^p: .*{expected}"):
+            unnamed_channels(case, given)
+    else:
+        assert unnamed_channels(case, given) == expected
+
+
 def test_lits(tmp_path: Path) -> None:
     touch(tmp_path, "volume-2.nii", "segmentation-2.nii", "volume-10.nii", "test-volume-2.nii")
     cases = {case.name: case for case in find_cases(tmp_path)}
@@ -163,9 +188,62 @@ def test_cases_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     for patient in ("anna", "bert"):
         touch(tmp_path, *(f"{patient}/brain_{kind}.nii.gz" for kind in MRI))
     assert [case.name for case in find_cases(tmp_path)] == ["anna_brain", "bert_brain"]
+    # by as many as it takes
     touch(tmp_path, *(f"again/anna/brain_{kind}.nii.gz" for kind in MRI))
-    with pytest.raises(VolumeError, match="2 cases are named anna_brain"):
-        find_cases(tmp_path)
+    assert [(case.name, case.folder) for case in find_cases(tmp_path)] == [
+        ("again_anna_brain", tmp_path / "again/anna"),
+        ("bert_brain", tmp_path / "bert"),
+        (f"{tmp_path.name}_anna_brain", tmp_path / "anna"),
+    ]
+    for names in ({"dup/a/X/X_t1.nii", "dup/b/X/X_t1.nii"}, {"a_X/X_t1.nii", "a/X_t1.nii"}):
+        folder = tmp_path / str(len(names)) / min(names)[:3]
+        touch(folder, *names)
+        assert len({case.name for case in find_cases(folder)}) == 2
+
+
+@pytest.mark.parametrize("names", [
+    ("two_t1.nii", "two_t1.nii.gz"), ("two_t1.nii", "two-t1n.nii"), ("two_seg.nii", "two_SEG.nii"),
+    ("volume-2.nii", "volume-2.nii.gz"), ("BRATS_001.nii", "BRATS_001.nii.gz"),
+    ("p_0000.nii", "p_0000.nii.gz"), ("imagesTr/s_0012.nii", "imagesTr/s_0012.nii.gz"),
+])  # fmt: skip
+def test_files_of_which_a_case_has_two_are_named(tmp_path: Path, names: tuple[str, str]) -> None:
+    """And the other cases go on."""
+    touch(tmp_path, *names, "two_t2.nii", *(f"good_{kind}.nii" for kind in MRI))
+    cases = find_cases(tmp_path)
+    (good,) = (case for case in cases if case.name == "good")
+    assert not good.doubled
+    (doubled,) = (case for case in cases if case.doubled)
+    assert {path.relative_to(tmp_path).as_posix() for path in doubled.doubled} == set(names)
+    with pytest.raises(VolumeError) as caught:
+        load_volume(doubled, MRI)
+    assert all(Path(name).name in str(caught.value) for name in names)
+
+
+def test_what_belongs_to_no_case_is_told(tmp_path: Path) -> None:
+    brats2021(tmp_path, "p")
+    touch(tmp_path, "imagesTr/BRATS_1.nii", "labelsTr/BRATS_1.nii", "labelsTr/other.nii")
+    touch(tmp_path, "p/._x.nii", "p/W39_1998.09.19_Segm.nii", "segmentation-3.nii", "notes.txt")
+    touch(tmp_path, "1/2/3/4/5/q_t1.nii")
+    assert survey(tmp_path).left_out(tmp_path) == ""
+    touch(tmp_path, "a.nii", "b.nii", "c.nii", "scan.nii.gz", "p/q_0007.nii", "1/2/3/4/5/6/r.nii")
+    assert survey(tmp_path).left_out(tmp_path) == (
+        f"{tmp_path}: 6 left out, NIfTI files that belong to no case (a.nii, b.nii, c.nii, "
+        "scan.nii.gz and 1 more) and folders too deep to look into (1/2/3/4/5/6); name them as "
+        "inputs of their own, or rename them"
+    )
+
+
+def test_results_are_no_inputs(tmp_path: Path) -> None:
+    """Wherever they are; not even those of a run that was ended between labels and report."""
+    touch(tmp_path, "imagesTr/BRATS_1.nii.gz", "volume-2.nii")
+    before = survey(tmp_path)
+    touch(tmp_path, "out/BRATS_1.nii.gz", "volume-2.nii.gz", "out/.BRATS_2.nii.gz.unfinished")
+    touch(tmp_path, "out/BRATS_2.nii.gz")
+    assert len(survey(tmp_path).cases) == 3
+    for report in ("out/BRATS_1.json", "volume-2.json"):
+        name = Path(report).stem
+        (tmp_path / report).write_text(json.dumps({"case": name, "versions": {"meddanet": "1"}}))
+    assert survey(tmp_path) == before
 
 
 def test_what_holds_no_case_says_what_was_found(tmp_path: Path) -> None:

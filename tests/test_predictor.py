@@ -287,6 +287,16 @@ def test_a_spacing_the_model_was_not_trained_on_is_a_warning(model):
         predictor.predict(volume(data, LPS * [1, 1, 5, 1]))
 
 
+def test_a_scan_of_zeros_is_a_warning(model):
+    predictor, data = Predictor(model, "cpu"), np.zeros_like(noise(16, 16, 3))
+    with pytest.warns(UserWarning, match="^case: its voxels are all 0; look at the scan$"):
+        predictor.predict(volume(data))
+    data[2, 5, 5, 1] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(volume(data))
+
+
 def test_a_ct_without_a_window_is_a_warning():
     """As of weights from before training refused it; values from 0 up lie in the mask."""
     one = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))

@@ -137,6 +137,15 @@ def test_the_strip_has_one_bar_per_slice(lesion, tmp_path):
     assert bars == [list(ROUTE_COLOURS[d]) for d in lesion.decisions]
 
 
+def test_the_strip_of_more_slices_than_pixels(tmp_path):
+    scan, labels = volume(shape=(30, 20, 900)), np.zeros((30, 20, 900), np.uint8)
+    sheet = picture(scan, prediction(labels, [0] * 450 + [2] * 450), tmp_path)
+    bars = sheet[sheet.shape[0] - 54 + 10, 8:-8]
+    half = len(bars) // 2
+    assert (bars[: half - 1] == ROUTE_COLOURS[0]).all()
+    assert (bars[half + 1 :] == ROUTE_COLOURS[2]).all()
+
+
 @pytest.mark.parametrize("place", [None, (0, 1), (19, 20), (0, 20)])
 def test_any_lesion_gets_eight_tiles(tmp_path, place):
     labels = np.zeros(SHAPE, np.uint8)

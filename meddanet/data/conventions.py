@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .storage import is_result
 from .volume import VolumeError
 
 MODALITIES = ("flair", "t1ce", "t1", "t2")
@@ -43,6 +44,7 @@ class Case:
         convention: "brats2021", "brats2023", "msd", "nnunet", "lits" or "files".
         modalities: What the naming promises, in channel order; empty where it is unknown.
         label: Reference segmentation, if there is one.
+        doubled: Two files that would be the same part of the case, which cannot be loaded then.
     """
 
     name: str
@@ -50,12 +52,46 @@ class Case:
     convention: str
     modalities: tuple[str, ...] = ()
     label: Path | None = None
+    doubled: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The image files."""
+        return [self.files] if isinstance(self.files, Path) else list(self.files.values())
 
     @property
     def folder(self) -> Path:
         """Where the images lie."""
-        files = self.files
-        return (files if isinstance(files, Path) else next(iter(files.values()))).parent
+        return self.paths[0].parent
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `find_cases` finds, and what it leaves out.
+
+    Attributes:
+        cases: Sorted by name.
+        strays: NIfTI files that belong to no case, label files and results of meddanet aside.
+        deep: Folders that are too deep to be looked into.
+    """
+
+    cases: list[Case] = field(default_factory=list)
+    strays: list[Path] = field(default_factory=list)
+    deep: list[Path] = field(default_factory=list)
+
+    def left_out(self, root: str | Path) -> str:
+        """Says in one line what was left out below a folder; empty if nothing was."""
+        parts = [
+            f"{what} ({_some([str(path.relative_to(root)) for path in paths])})"
+            for what, paths in (
+                ("NIfTI files that belong to no case", self.strays),
+                ("folders too deep to look into", self.deep),
+            )
+            if paths
+        ]
+        counted = f"{root}: {len(self.strays) + len(self.deep)} left out, "
+        cure = "; name them as inputs of their own, or rename them"
+        return counted + " and ".join(parts) + cure if parts else ""
 
 
 def canonical_modality(name: str) -> str:
@@ -90,18 +126,25 @@ def find_cases(path: str | Path) -> list[Case]:
     Raises:
         VolumeError: If the path does not exist or holds nothing recognised.
     """
+    return survey(path).cases
+
+
+def survey(path: str | Path) -> Survey:
+    """Does what `find_cases` does, and keeps what was left out."""
     path = Path(path)
     if path.is_file():
-        return _cases_among([path], path.parent) or [Case(stem(path), path, "files")]
+        return Survey(_cases_among([path], path.parent) or [Case(stem(path), path, "files")])
     if not path.is_dir():
         raise VolumeError(f"{path}: no such file or folder")
+    found = Survey()
     try:
-        cases = sorted(_walk(path, _MAX_DEPTH), key=lambda case: case.name)
+        _walk(path, _MAX_DEPTH, found)
     except OSError as error:
         raise VolumeError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-    if not cases:
+    if not found.cases:
         raise VolumeError(_nothing_found(path))
-    return _with_unique_names(cases)
+    cases = sorted(_with_unique_names(found.cases, path), key=lambda case: case.name)
+    return replace(found, cases=cases)
 
 
 def case_from_files(files: Mapping[str, str | Path], name: str | None = None) -> Case:
@@ -121,14 +164,25 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
     return Case(name or (shared[1] if shared else stem(first)), paths, convention, tuple(paths))
 
 
-def _walk(folder: Path, depth: int) -> Iterator[Case]:
+def _walk(folder: Path, depth: int, found: Survey) -> None:
     # hidden files include the "._" companions that macOS leaves in archives
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    yield from _cases_among([entry for entry in entries if _is_nifti(entry)], folder)
-    if depth:
-        for entry in entries:
-            if entry.is_dir() and not _is_label_folder(entry):
-                yield from _walk(entry, depth - 1)
+    images = [entry for entry in entries if _is_nifti(entry) and not is_result(entry)]
+    cases = _cases_among(images, folder)
+    used = {path for case in cases for path in (*case.paths, *case.doubled)}
+    found.cases.extend(cases)
+    found.strays.extend(path for path in images if path not in used and not _is_label(path))
+    for entry in entries:
+        if entry.is_dir() and not _is_label_folder(entry):
+            if depth:
+                _walk(entry, depth - 1, found)
+            else:
+                found.deep.append(entry)
+
+
+def _is_label(path: Path) -> bool:
+    """Tells whether a name means labels; BraTS 2020 has one that ends in _Segm."""
+    return is_label_name(path) or stem(path).lower().endswith("_segm")
 
 
 def _is_nifti(path: Path) -> bool:
@@ -158,11 +212,14 @@ def _parse(path: Path) -> tuple[str, str, str] | None:
 def _cases_among(paths: list[Path], folder: Path) -> list[Case]:
     """Groups the NIfTI files of one folder into cases; unknown names are left out."""
     groups: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
+    doubles: dict[Path, Path] = {}
     cases = []
     order = _channel_names(folder)
     for path in paths:
         if parsed := _parse(path):
-            groups[parsed[:2]][parsed[2]] = path
+            kept = groups[parsed[:2]].setdefault(parsed[2], path)
+            if kept != path:
+                doubles[kept] = path
         elif _is_msd_name(path):
             cases.append(_msd_case(path, order))
     for (convention, name), files in groups.items():
@@ -172,7 +229,20 @@ def _cases_among(paths: list[Path], folder: Path) -> list[Case]:
         elif files:
             modalities = ("ct",) if convention == "lits" else MODALITIES
             cases.append(Case(name, files, convention, modalities, label))
-    return cases
+    return _with_doubles(cases, doubles)
+
+
+def _with_doubles(cases: list[Case], doubles: dict[Path, Path]) -> list[Case]:
+    """Marks the cases of one folder of which a file is there twice, or the whole case is."""
+    kept: dict[str, Case] = {}
+    for case in cases:
+        for path in (*case.paths, case.label):
+            if path in doubles:
+                case = replace(case, doubled=(path, doubles[path]))
+        first = kept.setdefault(case.name, case)
+        if first is not case:
+            kept[case.name] = replace(first, doubled=(first.paths[0], case.paths[0]))
+    return list(kept.values())
 
 
 def _is_msd_name(path: Path) -> bool:
@@ -231,19 +301,27 @@ def _nothing_found(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if not names:
         return f"{folder}: the folder is empty; recognised namings are {RECOGNISED}"
-    found = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return f"{folder}: no case found among {found}; recognised namings are {RECOGNISED}"
+    return f"{folder}: no case found among {_some(names)}; recognised namings are {RECOGNISED}"
 
 
-def _with_unique_names(cases: list[Case]) -> list[Case]:
-    """Puts the folder's name before case names that occur more than once."""
-    counts = Counter(case.name for case in cases)
-    renamed = [
-        replace(case, name=f"{case.folder.name}_{case.name}") if counts[case.name] > 1 else case
-        for case in cases
-    ]
-    name, count = Counter(case.name for case in renamed).most_common(1)[0]
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
+    """Puts as many folders before names that occur more than once as it takes to differ."""
+    names = [case.name for case in cases]
+    top = root.resolve().name
+    for depth in range(1, _MAX_DEPTH + 2):
+        counts = Counter(names)
+        for index, case in enumerate(cases):
+            if counts[names[index]] > 1:
+                folders = (top, *case.folder.relative_to(root).parts)[-depth:]
+                names[index] = "_".join((*folders, case.name))
+    name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        folders = ", ".join(str(case.folder) for case in renamed if case.name == name)
-        raise VolumeError(f"{folders}: {count} cases are named {name}; expected different names")
-    return renamed
+        same = [str(case.folder) for case, other in zip(cases, names, strict=True) if other == name]
+        raise VolumeError(
+            f"{', '.join(same)}: {count} cases are named {name}; expected different names"
+        )
+    return [replace(case, name=name) for case, name in zip(cases, names, strict=True)]

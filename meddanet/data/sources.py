@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .conventions import MODALITIES, Case, case_from_files, find_cases, is_label_name
+from .conventions import (
+    MODALITIES,
+    Case,
+    canonical_modality,
+    case_from_files,
+    find_cases,
+    is_label_name,
+)
 from .volume import VolumeError
 
 
@@ -36,10 +43,15 @@ def channel_sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tupl
         given: Modalities asked for; they name the channels where the naming does not.
 
     Raises:
-        VolumeError: If a file is a label file or what the channels are is unknown.
+        VolumeError: If a file is a label file or there twice, or what the channels are is unknown.
         ValueError: If `given` is empty or repeats a name.
     """
-    paths = [case.files] if isinstance(case.files, Path) else list(case.files.values())
+    paths = case.paths
+    if case.doubled:
+        first, second = case.doubled
+        raise VolumeError(
+            f"{second}: is the same part of case {case.name} as {first.name}; expected one of them"
+        )
     for path in paths:
         if is_label_name(path):
             raise VolumeError(f"{path}: is a label file; expected an image")
@@ -62,6 +74,26 @@ def channel_sources(case: Case, given: tuple[str, ...] | None) -> dict[str, tupl
         )
     ordered = sorted(case.files)
     return {name: (case.files[key], 0) for name, key in zip(names, ordered, strict=True)}
+
+
+def unnamed_channels(case: Case, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Returns the modalities given, in file order, where the naming does not tell; else None.
+
+    Raises:
+        VolumeError: If the naming tells something else.
+    """
+    told = case.modalities
+    if given is None or not told:
+        return given
+    names = tuple(map(canonical_modality, given))
+    ordered = case.convention in ("msd", "nnunet")
+    if names != told if ordered else set(names) != set(told):
+        raise VolumeError(
+            f"{case.name}: its channels are {', '.join(told)} by its "
+            f"{'dataset.json or name' if ordered else 'name'}, by --modalities "
+            f"{', '.join(names)}; leave that out, or correct the former"
+        )
+    return None
 
 
 def usual_order(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # deflate cannot shrink further than 258 bytes to two bits
 _MAX_RATIO = 1032
 _CHUNK = 1 << 20
+_CURES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk",
+    errno.ENAMETOOLONG: "give it a shorter name",
+}
 
 
 def read_head(path: Path, size: int) -> bytes:
@@ -62,18 +68,50 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise VolumeError(
-            f"{path}: cannot be written ({error.strerror}); expected a writable folder"
-        ) from error
+        with write_errors(path):
+            with open(partial, "wb") as stream:
+                stream.writelines(parts)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is written into a VolumeError that names it and a cure."""
+    try:
+        yield
+    except OSError as error:
+        cure = _CURES.get(error.errno or 0, "expected a writable folder")
+        raise VolumeError(
+            f"{path}: cannot be written ({error.strerror or error}); {cure}"
+        ) from error
+
+
+def is_result(labels: Path) -> bool:
+    """Tells whether a label file, there or not, is `meddanet segment`'s: its report says so.
+
+    So does the mark of a run that was ended between the two.
+    """
+    return unfinished_mark(labels).exists() or has_report(labels)
+
+
+def has_report(labels: Path) -> bool:
+    """Tells whether `<case>.json` beside `<case>.nii.gz` is the report of that case."""
+    name = labels.name.removesuffix(".nii.gz")
+    try:
+        content = json.loads(labels.with_name(f"{name}.json").read_bytes())
+        return bool(content["case"] == name and content["versions"]["meddanet"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def unfinished_mark(labels: Path) -> Path:
+    """Returns the file that is there while a case's results are being written."""
+    return labels.with_name(f".{labels.name}.unfinished")
 
 
 def read_record(path: Path, cure: str) -> dict[str, Any]:
