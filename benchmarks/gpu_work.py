@@ -112,9 +112,19 @@ class Convolution:
         programs = -(-pixels // block_m) * -(-rows // block_n)
         # asynchronous copies, of codes of two bytes, go there without passing the registers
         in_and_stored = 1 if width == 2 and "LDGSTS" in tile["of_these"] else 2
-        pixels_read, weights_read = in_and_stored + 1, in_and_stored + tile["num_warps"]
-        moved = width * depth * (block_m * pixels_read + block_n * weights_read)
-        return programs * moved, programs * tile["num_warps"] * tile["issued"]
+        moved = in_and_stored * (block_m + block_n) + _fragments(tile, block_m, block_n)
+        issued = programs * tile["num_warps"] * tile["issued"]
+        return programs * width * depth * moved, issued
+
+
+def _fragments(tile: dict[str, Any], block_m: int, block_n: int) -> int:
+    """Returns how many rows of K tensor cores read from shared memory, at the least."""
+    if "IGMMA" in tile["of_these"]:
+        # four warps together, 64 pixels at a time
+        return block_m + block_n * (block_m // 64)
+    # warps side by side along pixels read the same weights, along channels the same pixels
+    along = [n for n in (1, 2, 4, 8) if tile["num_warps"] % n == 0]
+    return min(block_m * (tile["num_warps"] // n) + block_n * n for n in along)
 
 
 def unet(full: int) -> Iterator[Convolution]:

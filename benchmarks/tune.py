@@ -41,7 +41,6 @@ def candidates(call: ConvCall) -> Iterator[Sizes]:
     rows, depth = call.conv.codes.shape[2:]
     wide, channels = len(call.input) == 2, call.conv.in_channels
     columns = [n for n in (16, 32, 64, 128) if min(rows, 32) <= n <= max(16, rows)]
-    looped = wide or depth > 160
     chunks = [k for k in (64, 128) if depth % k == 0 and channels % k == 0] or [32]
     if channels <= 16 and depth <= 160:
         # fewer waits for loads, some of them for nothing: the last block reaches beyond K
@@ -50,7 +49,7 @@ def candidates(call: ConvCall) -> Iterator[Sizes]:
         sums = m * n * (3 if wide else 1) / (32 * warps)
         if not 16 <= sums <= 128 or m * k / (32 * warps) > 128 or m * n < 512 * warps // 2:
             continue
-        for stages in (1, 3) if looped else (1,):
+        for stages in (1, 3) if wide or depth > 18 * k else (1,):
             yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "num_warps": warps,
                    "maxnreg": None}  # fmt: skip
 
@@ -61,7 +60,7 @@ def class_of(call: ConvCall) -> tuple:
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
     rows, depth = conv.codes.shape[2:]
     return (conv.in_channels, rows, depth, conv.stride[0], conv.transposed, len(call.input) == 2,
-            height * width)  # fmt: skip
+            height * width, call.skip_amax is not None)  # fmt: skip
 
 
 class Tuned:

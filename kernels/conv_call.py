@@ -176,8 +176,6 @@ def _check_output(call: ConvCall, stream: torch.dtype | None) -> None:
             f"residual must be {list(shape)} in float32, float16 or bfloat16, "
             f"got {residual.dtype} {list(residual.shape)}"
         )
-    if call.affine is not None and any(t.shape != (2, shape[1]) for t in call.affine):
-        raise ValueError(f"affine must be (scale, shift) of shape [{shape[1]}] each")
 
 
 def _integers(values: Tensor | None) -> Tensor | None:
@@ -204,9 +202,11 @@ def checked_call(
     Raises:
         ValueError: If a shape, dtype or width does not fit, or no output is asked for.
     """
-    planes = _planes(input, conv, num_bits)
+    planes, channels = _planes(input, conv, num_bits), conv.out_channels
     samples = planes.shape[1] if slots is None else slots.shape[0]
     check_num_bits("output_num_bits", output_num_bits, samples)
+    if affine is not None and any(t.shape != (channels,) for t in affine):
+        raise ValueError(f"affine must be (scale, shift) of shape [{channels}] each")
     if residual is not None:
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
     call = ConvCall(

@@ -57,6 +57,13 @@ def plus(head, tail, addend, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def joined(head, tail):
+    """Returns head + tail; of an infinity, whose tail is NaN, the head."""
+    total = head + tail
+    return tl.where(total == total, total, head)
+
+
+@triton.jit
 def pair_at(ptr, index, PITCH: tl.constexpr):
     """Loads pairs of float32: heads, and their tails PITCH further on."""
     return tl.load(ptr + index), tl.load(ptr + PITCH + index)

@@ -11,11 +11,12 @@ Since fq(x) * fq(w) = step_x * step_w * codes_x * codes_w, this is the fake-quan
 training (Med-DANet V2, Eq. 6) in eval().
 
 Numerics. S is exact on every executor: at most 2^42 for 16-bit codes. Per-channel constants are
-float64 until they meet S. Where a slot's codes have at most 8 bits, what follows is float32, each
-product and sum rounded on its own, in the order above: executors agree bit for bit, and a code
-differs from that of exact arithmetic only at a rounding tie, to within a few float32 roundings.
-Steps of 16 bits are 256 times finer: where a slot has them, everything up to `value` is carried in
-float64 (on a GPU in two float32, as float64 may be slow there) and rounded to float32 once.
+pairs of float32 until they meet S (`pairs.py`). Where a slot's codes have at most 8 bits, what
+follows is float32, each product and sum rounded on its own, in the order above: executors agree bit
+for bit, and a code differs from that of exact arithmetic only at a rounding tie, to within a few
+float32 roundings. Steps of 16 bits are 256 times finer: where a slot has them, everything up to
+`value` is carried in float64 (on a GPU in two float32, as float64 may be slow there) and rounded to
+float32 once.
 (oneDNN, where it makes codes itself, orders roundings in its own way: they agree but at ties.)
 A NaN has no code: the stream carries it, the codes are 0 there.
 """

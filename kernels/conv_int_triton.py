@@ -31,12 +31,12 @@ def supports(conv: PackedConv) -> bool:
 def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes.
 
-    Sums of 8-bit codes read through L1, which serves the nine taps' overlap; of 16-bit codes the
-    longer ones copy ahead to shared memory, in stages. What a program does once is worth many
-    pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the larger tile per warp won,
-    until registers ran out. Four products keep three sums, so their tiles are smaller, but of 128
-    channels, where addresses cost more than sums. The bound on registers keeps the compiler from
-    spilling for the sake of more warps.
+    Sums of up to 18 steps of 8-bit codes, and short ones of 16-bit codes, read through L1, which
+    serves the nine taps' overlap; others copy ahead to shared memory, in stages. What a program
+    does once is worth many pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the
+    larger tile per warp won, until registers ran out. Four products keep three sums, so their tiles
+    are smaller, but of 128 channels, where addresses cost more than sums. The bound on registers
+    keeps the compiler from spilling for the sake of more warps.
     """
     rows, depth = conv.codes.shape[2:]
     deep = wide and conv.in_channels % 128 == 0
@@ -87,6 +87,7 @@ def run(
             ones, such as the half of a concatenation. None: not stored.
         skip: int8 [M, Cout, Hout, Wout], likewise, for the call's skip codes. None: not stored.
     """
+    assert skip is None or call.skip_amax is not None, "skip codes need a range"
     conv = call.conv
     bits_tensor, bits = _widths(call.num_bits)
     mixed = bits_tensor is not None and len(call.input) == 2

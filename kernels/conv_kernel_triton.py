@@ -14,6 +14,7 @@ from .conv_epilogue_triton import (
     codes_of,
     float_of,
     float_of_bytes,
+    joined,
     pair_at,
     plus,
     step_of,
@@ -87,8 +88,8 @@ def _integer_sum(
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     if K <= 18 * BLOCK_K and not WIDE:
-        # up to 3x3 on 128 channels: addresses are known in advance, two loads run ahead, and no
-        # compiler pass carries bytes around a loop (sm_80 to sm_89: more than half of all issued)
+        # as for 3x3 on 32 or 128 channels: addresses are known in advance, two loads run ahead, and
+        # no compiler pass carries bytes around a loop (up to sm_89 more than half of all issued)
         taken: tl.constexpr = KERNEL * KERNEL * C_IN
         tile = _load(
             0, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K,
@@ -157,7 +158,7 @@ def _finish(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
         head, tail = plus(head, tail, residual.to(tl.float32), PRECISE)
-    total = head + tail if PRECISE else head
+    total = joined(head, tail) if PRECISE else head
     if stream_ptr is not None:
         tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
     if skip_ptr is not None:
@@ -170,7 +171,7 @@ def _finish(
             gain, gain_tail = pair_at(gain_ptr, channel, C_OUT)
             shift, shift_tail = pair_at(shift_ptr, channel, C_OUT)
             head, tail = times_plus(head, tail, gain, gain_tail, shift, shift_tail, PRECISE)
-        value = head + tail if PRECISE else head
+        value = joined(head, tail) if PRECISE else head
         out_step, largest = step_of(out_amax_ptr, out_bits)
         codes = codes_of(value, out_step, largest, RELU)
         offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]

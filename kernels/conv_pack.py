@@ -195,8 +195,8 @@ def pack_conv(
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:
         scale, offset = scale * norm[0].double(), offset * norm[0].double() + norm[1].double()
-    if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset])).all()):
-        raise ValueError("bias and norm must be finite")
+    if not bool(torch.isfinite(torch.cat([scale.reshape(-1), offset]).float()).all()):
+        raise ValueError("bias and norm must be finite, also in float32")
     return PackedConv(
         codes, split_floats(scale), split_floats(offset), widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,

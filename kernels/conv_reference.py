@@ -1,7 +1,7 @@
 """The integer convolution in plain PyTorch: group by group of slots that share widths and ranges.
 
 The order of roundings is the one that `conv_int.py` states; executors that only bring their own
-integer sum call `run` with it.
+integer sum call `finish` with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .conv_call import ConvCall, largest_code, step_of
 from .conv_pack import split_codes, unpack_weight
 from .grid import qmax, quantize_codes
-from .pairs import join_floats
+from .pairs import join_floats, times_step
 
 
 class Group(NamedTuple):
@@ -95,14 +95,15 @@ def finish(
     def row(values: Tensor) -> Tensor:
         return values.reshape(1, -1, 1, 1)
 
-    scale = group.step.double() * join_floats(conv.scale[conv.variant(group.num_bits)])
-    value = total.to(dtype) * row(scale.to(dtype))
+    scale = times_step(conv.scale[conv.variant(group.num_bits)], group.step, dtype)
+    value = total.to(dtype) * row(scale)
     value += row(join_floats(conv.bias, dtype))
     if call.residual is not None:
         value += call.residual[group.slots].to(dtype)
     if stream is not None:
         stream[group.slots] = value.float().to(stream.dtype)
-    if skip is not None and call.skip_amax is not None:
+    if skip is not None:
+        assert call.skip_amax is not None, "skip codes need a range"
         step, largest = step_of(call.skip_amax, 0, call.skip_num_bits), qmax(call.skip_num_bits)
         quantised = quantize_codes(value.float(), step, int(largest)).nan_to_num_(0.0)
         skip[group.slots] = quantised.to(torch.int8)

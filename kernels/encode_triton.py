@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .conv_call import pixel_pitch
-from .conv_epilogue_triton import codes_of, pair_at, step_of, times_plus
+from .conv_epilogue_triton import codes_of, joined, pair_at, step_of, times_plus
 from .encode_call import EncodeCall
 
 # elements per program; other sizes were not tried on a GPU
@@ -27,7 +27,7 @@ def _affine(
     shift, shift_tail = pair_at(shift_ptr, channel, CHANNELS)
     if PRECISE and precise:
         head, tail = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, True)
-        value = head + tail
+        value = joined(head, tail)
     else:
         value, _ = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, False)
     return value

@@ -20,7 +20,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import PackedConv
-from .pairs import join_floats
+from .pairs import times_step
 from .slots import check_offset, integers
 
 MAX_CLASSES = 256
@@ -36,8 +36,8 @@ def _scores(
         return F.conv2d(feature.float(), weight.float()[:, :, None, None], bias.float())[0]
     channels = feature.shape[1]
     total = F.conv2d(feature.double(), weight[:, :channels, None, None].double())[0]
-    factor = step_of(amax, slot, num_bits).double() * join_floats(scale)
-    return total.float() * factor.float()[:, None, None] + bias[:, None, None]
+    factor = times_step(scale, step_of(amax, slot, num_bits), torch.float32)
+    return total.float() * factor[:, None, None] + bias[:, None, None]
 
 
 def _run_reference(

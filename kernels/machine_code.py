@@ -35,7 +35,8 @@ _OPCODE = re.compile(
 )
 # two per clock and multiprocessor on a GPU made for graphics, where float32 has 128
 _SLOW = re.compile(
-    r"\*/\s+(?:@!?\w+\s+)?(?:D(?:ADD|MUL|FMA|SETP)|(?:F2F|I2F|F2I)\.(?:\w+\.)*[FSU]64)\b"
+    r"\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?(?:D(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b"
+    r"|(?:F2F|I2F|F2I|FRND)\.(?:\w+\.)*[FSU]64\b|MUFU\.\w*64H\b)"
 )
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 

@@ -24,6 +24,14 @@ def split_floats(values: Tensor) -> Tensor:
     return torch.stack((head, torch.where(head.isfinite(), tail, 0.0)), -2)
 
 
+def times_step(pairs: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns pairs [..., 2, C] times a float32, [..., C]: in float32 as the kernels round it."""
+    head, tail = pairs.unbind(-2)
+    if dtype == torch.float32:
+        return (head.double() * step.double() + (tail * step).double()).float()
+    return join_floats(pairs) * step.double()
+
+
 def join_floats(pairs: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns what pairs [..., 2, C] hold, [..., C]: in float32 their heads, else the sums."""
     head, tail = pairs.unbind(-2)

@@ -44,7 +44,8 @@ def issued(code: str, steps: int = 1) -> int:
 
     Args:
         code: The disassembly.
-        steps: How often a loop that multiplies integers runs. Other loops count once.
+        steps: How often a loop that multiplies integers runs, a step per turn. Other loops count
+            once.
 
     Raises:
         ValueError: If the code has no way to an unconditional exit.
@@ -52,8 +53,10 @@ def issued(code: str, steps: int = 1) -> int:
     listed = _instructions(code)
     products = {place for place, (name, *_) in enumerate(listed) if name in PRODUCTS}
     times = [1] * len(listed)
-    for place, (_, _, target) in enumerate(listed):
-        if target is not None and target < place and products & {*range(target, place + 1)}:
+    for place, (_, always, target) in enumerate(listed):
+        # a slow path that lies behind jumps back without a condition
+        loop = target is not None and target < place and not always
+        if loop and products & {*range(target, place + 1)}:
             times[target : place + 1] = [steps] * (place + 1 - target)
     return _shortest(listed, times, products)
 

@@ -371,13 +371,14 @@ def test_changes_of_the_model_do_not_reach_the_engine(executor):
 
 def test_workers_use_one_core_each_from_their_first_operation_on():
     """More would start teams in every worker, which slow all of PyTorch in the process."""
+    usual = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         pool = _single_threaded_workers(2)
         assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
         assert torch.get_num_threads() == 3
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(usual)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

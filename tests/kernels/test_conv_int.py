@@ -23,8 +23,10 @@ from meddanet.kernels import (
     quant_conv2d,
     quant_conv2d_reference,
     split_codes,
+    use_backend,
 )
 from meddanet.kernels.conv_call import checked_call
+from meddanet.kernels.pairs import split_floats
 from meddanet.networks.unet import ResidualBlock
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
@@ -452,6 +454,34 @@ def test_skip_codes_are_those_of_the_sum_itself(name, backend):
     assert not skip[:, wanted.shape[1] :].any()
     assert torch.equal(stream, expected.stream)
     assert torch.equal(planes if len(planes) == 2 else planes[0], expected.codes)
+
+
+def test_scale_times_step_is_rounded_alike_everywhere():
+    """Where the tail's own rounding crosses a tie: the float32 next to that of exact arithmetic."""
+    conv = pack_conv(torch.ones(1, 1, 1, 1))
+    conv = conv._replace(
+        scale=split_floats(torch.tensor([[0.009130979517503263]], dtype=torch.float64)),
+        bias=torch.zeros(2, 1),
+    )
+    codes = torch.arange(1, 128, dtype=torch.int8).reshape(1, 1, 1, -1)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    amax = torch.tensor(0.03324348106980324) * 127
+    actual = quant_conv2d(codes, conv, amax, stream=torch.float32).stream
+    with use_backend("reference"):
+        assert torch.equal(actual, quant_conv2d(codes, conv, amax, stream=torch.float32).stream)
+
+
+@pytest.mark.parametrize("out_bits", [8, 16])
+def test_infinities_have_the_largest_codes(out_bits):
+    conv, one = pack_conv(torch.ones(3, 1, 1, 1)), torch.ones(())
+    residual = torch.tensor([math.inf, -math.inf, 0.25]).reshape(1, 3, 1, 1)
+    codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8)
+    result = quant_conv2d(codes, conv, one, residual=residual, stream=torch.float32,
+                          output_amax=one, output_num_bits=out_bits)  # fmt: skip
+    largest = QMAX[out_bits]
+    found = join_codes(result.codes) if out_bits > 8 else result.codes
+    assert found.flatten().tolist() == [largest, -largest, 32 if out_bits == 8 else 8160]
+    assert torch.equal(result.stream, residual)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

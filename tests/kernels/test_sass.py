@@ -37,6 +37,14 @@ def test_a_loop_with_products_runs_as_often_as_is_said() -> None:
     assert issued(code, steps=9) == 4 + 9 * 3
 
 
+def test_a_slow_path_that_lies_behind_is_no_loop() -> None:
+    code = listing(
+        "@P0 BRA 0x50", "MOV R1, R2", "IMMA R8, R4, R6, R8", "STG.E [R2], R8", "EXIT",
+        "CALL.REL.NOINC 0x70", "BRA 0x10", "RET.REL.NODEC R2 0x0",
+    )  # fmt: skip
+    assert issued(code, steps=1) == issued(code, steps=18) == 5
+
+
 def test_the_shorter_of_two_ways_with_products() -> None:
     code = listing(
         "@P0 BRA 0x40", "IMMA R8, R4, R6, R8", "@!P1 BRA 0x10", "BRA 0x70",
