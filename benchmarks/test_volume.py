@@ -23,7 +23,7 @@ from volumes import cases, label_dice, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
 from meddanet.cohort import segment_cases
-from meddanet.data import Case, load_labels, load_volume, to_slices
+from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
 from meddanet.layers import set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -145,7 +145,8 @@ def written_agreement(case: Case, folders: dict[str, Path]) -> dict[str, float]:
     volume, own = load_volume(case), VolumePredictor(load_model(), "cpu", executor="eager")
     slices = own.pad(torch.from_numpy(to_slices(own.ordered(volume))))
     plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
-    static = np.moveaxis(np.asarray(slice_by_slice(plain, slices)), 0, -1)
+    classes = np.asarray(slice_by_slice(plain, slices))
+    static = from_classes(np.moveaxis(classes, 0, -1), "brats2021")
     decided = own.predict(volume).labels
     return {
         name: min(
