@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .aot import compile_all
-from .sass import issued
+from .sass import instructions, issued
 from .variants import Variant, variants
 
 ARCHS = (80, 86, 89, 90, 120)
@@ -30,9 +30,6 @@ COUNTED = (
     "IMMA", "IGMMA", "HMMA", "HGMMA", "LDG", "STG", "LDS", "STS", "LDSM", "LDL", "STL", "LDGSTS",
 )  # fmt: skip
 
-_OPCODE = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE
-)
 # two per clock and multiprocessor on a GPU made for graphics, where float32 has 128
 _SLOW = re.compile(
     r"\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?(?:D(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b"
@@ -64,8 +61,7 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     code = _cuobjdump("-sass", cubin)
     sizes = variant.constants
     steps = -(-sizes["K"] // sizes["BLOCK_K"]) if "K" in sizes else 1
-    # by name without modifiers
-    counts = Counter(_OPCODE.findall(code))
+    counts = Counter(instruction.name for instruction in instructions(code))
     return {
         "kernel": variant.name,
         "shape_class": variant.shape_class,

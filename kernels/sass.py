@@ -18,13 +18,22 @@ _TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
 PRODUCTS = ("IMMA", "IGMMA")
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """One instruction.
+
+    Attributes:
+        name: Without modifiers.
+        always: Whether it has no condition.
+        target: Index of the instruction that a branch leads to, or None.
+    """
+
     name: str
     always: bool
-    target: int | None  # index of the instruction that a branch leads to
+    target: int | None
 
 
-def _instructions(code: str) -> list[_Instruction]:
+def instructions(code: str) -> list[Instruction]:
+    """Returns the instructions in the output of `cuobjdump -sass` for one kernel."""
     found = _LINE.findall(code)
     index = {int(address, 16): place for place, (address, *_) in enumerate(found)}
     listed = []
@@ -35,7 +44,7 @@ def _instructions(code: str) -> list[_Instruction]:
         # a second predicate stands before the target
         always = not condition and not (name == "BRA" and "," in operands)
         place = None if target is None else index.get(int(target[1], 16))
-        listed.append(_Instruction(name, always, place))
+        listed.append(Instruction(name, always, place))
     return listed
 
 
@@ -50,18 +59,19 @@ def issued(code: str, steps: int = 1) -> int:
     Raises:
         ValueError: If the code has no way to an unconditional exit.
     """
-    listed = _instructions(code)
+    listed = instructions(code)
     products = {place for place, (name, *_) in enumerate(listed) if name in PRODUCTS}
     times = [1] * len(listed)
     for place, (_, always, target) in enumerate(listed):
         # a slow path that lies behind jumps back without a condition
-        loop = target is not None and target < place and not always
-        if loop and products & {*range(target, place + 1)}:
+        if target is None or target >= place or always:
+            continue
+        if products & {*range(target, place + 1)}:
             times[target : place + 1] = [steps] * (place + 1 - target)
     return _shortest(listed, times, products)
 
 
-def _shortest(listed: list[_Instruction], times: list[int], products: set[int]) -> int:
+def _shortest(listed: list[Instruction], times: list[int], products: set[int]) -> int:
     """Returns the instructions of the shortest way to an exit, past a product if there are any."""
     queue, seen = [(times[0], 0, not products)], set()
     while queue:
