@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .conv_pack import PackedConv, byte_planes, channels_last_planes, split_codes
 from .grid import qmax
-from .pairs import split_floats
+from .pairs import split_affine
 from .quantize import check_num_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -202,17 +202,15 @@ def checked_call(
     Raises:
         ValueError: If a shape, dtype or width does not fit, or no output is asked for.
     """
-    planes, channels = _planes(input, conv, num_bits), conv.out_channels
+    planes = _planes(input, conv, num_bits)
     samples = planes.shape[1] if slots is None else slots.shape[0]
     check_num_bits("output_num_bits", output_num_bits, samples)
-    if affine is not None and any(t.shape != (channels,) for t in affine):
-        raise ValueError(f"affine must be (scale, shift) of shape [{channels}] each")
     if residual is not None:
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
     call = ConvCall(
         planes, conv, _range("amax", amax, planes.shape[1]), _widths(num_bits), residual,
-        None if affine is None else (split_floats(affine[0]), split_floats(affine[1])),
-        relu, None if output_amax is None else _range("output_amax", output_amax, samples),
+        split_affine(affine, conv.out_channels), relu,
+        None if output_amax is None else _range("output_amax", output_amax, samples),
         _widths(output_num_bits), _integers(slots), _integers(count),
     )  # fmt: skip
     _check_output(call, stream)

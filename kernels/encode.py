@@ -24,7 +24,7 @@ from .crop_paste import as_pair, overlap
 from .encode_call import EncodeCall
 from .grid import qmax, quantize_codes
 from .layout import wide_dtype
-from .pairs import join_floats, split_floats
+from .pairs import join_floats, split_affine
 from .quantize import check_num_bits
 from .slots import check_offset, integers
 
@@ -129,16 +129,13 @@ def _checked(
         raise ValueError(
             f"amax must hold one value or one per slot, {samples}, got shape {list(amax.shape)}"
         )
-    if affine is not None and any(t.shape != (channels,) for t in affine):
-        raise ValueError(f"affine must be (gain, shift) of shape [{channels}] each")
     if offset is not None:
         check_offset(offset, samples)
     widths = num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
     return EncodeCall(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
         (input.shape[2], input.shape[3]) if size is None else as_pair(size), widths,
-        None if affine is None else (split_floats(affine[0]), split_floats(affine[1])),
-        relu, *integers(offset, slots, count),
+        split_affine(affine, channels), relu, *integers(offset, slots, count),
     )  # fmt: skip
 
 

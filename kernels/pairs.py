@@ -24,6 +24,22 @@ def split_floats(values: Tensor) -> Tensor:
     return torch.stack((head, torch.where(head.isfinite(), tail, 0.0)), -2)
 
 
+def split_affine(
+    affine: tuple[Tensor, Tensor] | None, channels: int
+) -> tuple[Tensor, Tensor] | None:
+    """Splits an affine map (gain, shift) of channels [C] each; None stays None.
+
+    Raises:
+        ValueError: If a shape is another one.
+    """
+    if affine is None:
+        return None
+    if any(part.shape != (channels,) for part in affine):
+        raise ValueError(f"affine must be (gain, shift) of shape [{channels}] each")
+    gain, shift = map(split_floats, affine)
+    return gain, shift
+
+
 def times_step(pairs: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns pairs [..., 2, C] times a float32, [..., C]: in float32 as the kernels round it."""
     head, tail = pairs.unbind(-2)
