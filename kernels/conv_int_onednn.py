@@ -120,9 +120,11 @@ def _joined(sums: Tensor) -> Tensor:
     return total.mul_(256).add_(low_low)
 
 
-def _fusible_step(call: ConvCall, group: Group, stream: Tensor | None) -> float | None:
+def _fusible_step(
+    call: ConvCall, group: Group, stream: Tensor | None, skip: Tensor | None
+) -> float | None:
     """Returns the output's step if oneDNN's epilogue does all that this group needs."""
-    plain = call.residual is None and call.affine is None and stream is None
+    plain = all(part is None for part in (call.residual, call.affine, stream, skip))
     narrow = group.num_bits <= 8 and group.output_num_bits == 8
     if not (plain and narrow) or group.output_step is None:
         return None
@@ -153,11 +155,13 @@ def supports(conv: PackedConv) -> bool:
     return not conv.transposed or geometry == ((2, 2), (2, 2), (0, 0))
 
 
-def run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
-    """Computes the call and writes what is asked for."""
+def run(
+    call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None
+) -> None:
+    """Computes the call and writes what is asked for, as `conv_int_triton.run` does."""
     for group in conv_reference.groups(call):
-        output_step = _fusible_step(call, group, stream)
+        output_step = _fusible_step(call, group, stream, skip)
         if codes is not None and output_step is not None:
             _fused(call, group, output_step, codes)
         else:
-            conv_reference.finish(call, group, _sums(call, group), stream, codes)
+            conv_reference.finish(call, group, _sums(call, group), stream, codes, skip)

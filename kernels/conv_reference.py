@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conv_call import ConvCall, largest_code, step_of
 from .conv_pack import split_codes, unpack_weight
-from .grid import qmax, quantize_codes
+from .grid import quantize_codes
 from .pairs import join_floats, times_step
 
 
@@ -104,8 +104,9 @@ def finish(
         stream[group.slots] = value.float().to(stream.dtype)
     if skip is not None:
         assert call.skip_amax is not None, "skip codes need a range"
-        step, largest = step_of(call.skip_amax, 0, call.skip_num_bits), qmax(call.skip_num_bits)
-        quantised = quantize_codes(value.float(), step, int(largest)).nan_to_num_(0.0)
+        step = step_of(call.skip_amax, 0, call.skip_num_bits)
+        largest = largest_code(call.skip_num_bits)
+        quantised = quantize_codes(value.float(), step, largest).nan_to_num_(0.0)
         skip[group.slots] = quantised.to(torch.int8)
     if codes is None or group.output_step is None:
         return

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from meddanet.kernels import (
     conv_int_onednn,
+    conv_reference,
     encode,
     onednn,
     pack_conv,
@@ -20,6 +22,7 @@ from meddanet.kernels import (
     use_backend,
 )
 from meddanet.kernels.backend import onednn_runs
+from meddanet.kernels.conv_call import checked_call
 
 ONE = torch.ones(())
 
@@ -89,6 +92,24 @@ def test_everything_else_is_the_reference_bit_for_bit(name):
         wanted = quant_conv2d_reference(input, conv, amax, **options)
         for one, other in zip(actual, wanted, strict=True):
             assert one is other is None or torch.equal(one, other)
+
+
+@exact_cpu
+def test_skip_codes_are_the_reference_bit_for_bit():
+    """And so are the codes beside them, which alone oneDNN would make itself."""
+    conv, x = packed("3x3")
+    call = checked_call(
+        encode(x, ONE * 3), conv, ONE * 3, num_bits=8, residual=None, stream=None, affine=None,
+        relu=True, output_amax=ONE * 9, output_num_bits=8, slots=None, count=None,
+    )  # fmt: skip
+    call = replace(call, skip_amax=torch.tensor([5.0]))
+    found = []
+    for run in (conv_int_onednn.run, conv_reference.run):
+        codes, skip = call.new_codes(), call.new_codes()[0]
+        run(call, None, codes, skip)
+        found.append((codes, skip))
+    assert all(map(torch.equal, *found))
+    assert found[0][1].min() < 0 < found[0][0].max()
 
 
 @exact_cpu
