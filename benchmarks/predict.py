@@ -8,11 +8,10 @@ peak: its bytes at the memory's bandwidth, its integer operations at the tensor 
 its shared memory traffic at 128 bytes per clock and SM, its instructions at four per clock and SM;
 and two as an H200 was measured: a launch without work in a CUDA graph, and so much for each of its
 programs, working or not. No kernel reaches a peak, so a prediction is a lower bound on time; what
-share of it is reached, `--compare`
-tells from measured results (`benchmarks/gpu.sh kernels`), which every case with its bytes and
-operations has. What a kernel moves and computes: `gpu_work.py`. A volume is that of a real case,
-its routes and widths as `results/brats2021.json` has them, and goes through all launches of the
-engine's plan: `plan_work.py`.
+share of it is reached, `--compare` tells from measured results (`benchmarks/gpu.sh kernels`), which
+every case with its bytes and operations has. What a kernel moves and computes: `gpu_work.py`. A
+volume is that of a real case, its routes and widths as `results/brats2021.json` has them, and goes
+through all launches of the engine's plan: `plan_work.py`.
 """
 
 from __future__ import annotations

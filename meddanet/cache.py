@@ -96,10 +96,9 @@ def fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None
 
 def _fingerprint(case: Case) -> list[list[Any]]:
     """Returns name, size and time of change of a case's files."""
-    files = case.paths
     return [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for path in (*files, case.label) if path is not None
+        for path in (*case.paths, case.label) if path is not None
     ]
 
 
