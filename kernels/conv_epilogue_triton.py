@@ -94,8 +94,9 @@ def codes_of(value, step, largest, RELU: tl.constexpr):
 
     With RELU values below zero have code 0, too.
 
-    Products with the step's reciprocal, mended twice by what they leave of the value, are the
-    correctly rounded quotient (Markstein 1990) at half the instructions of a division.
+    A product with the step's reciprocal, mended once by what it leaves of the value, rounds to the
+    code that the quotient has, at half the instructions of a division (Markstein 1990; tried for
+    every mantissa of a step at every tie).
     """
     known = step > 0
     # with tiny steps the reciprocal would overflow, and rests underflow; with huge ones the bound
@@ -110,7 +111,6 @@ def codes_of(value, step, largest, RELU: tl.constexpr):
     # the maximum of zero and a NaN is zero
     inside = tl.minimum(tl.maximum(value, 0.0 if RELU else -bound), bound)
     quotient = inside * inverse
-    quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
     quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
     # half to even: beyond 2^23 a sum has no bits left for a fraction; they hold the whole number
     bits = (quotient + 12582912.0).to(tl.int32, bitcast=True)

@@ -21,18 +21,37 @@ from .conv_epilogue_triton import (
     times_plus,
     times_step,
 )  # fmt: skip
-from .within_triton import within
+from .within_triton import parted
+
+
+@triton.jit
+def _taps_inside(
+    y, x, height, width, valid, KERNEL: tl.constexpr, PADDING: tl.constexpr
+):
+    """Tells which taps lie in the image, bit by bit, of valid pixels whose first is at (y, x)."""
+    taps = tl.where(valid, (1 << KERNEL * KERNEL) - 1, 0)
+    row: tl.constexpr = (1 << KERNEL) - 1
+    column: tl.constexpr = ((1 << KERNEL * KERNEL) - 1) // row
+    # so many lines of taps may lie beyond either end
+    for i in tl.static_range(min(PADDING, KERNEL)):
+        far: tl.constexpr = KERNEL - 1 - i
+        taps &= tl.where(x + i < 0, ~(column << i), -1)
+        taps &= tl.where(x + far >= width, ~(column << far), -1)
+        taps &= tl.where(y + i < 0, ~(row << KERNEL * i), -1)
+        taps &= tl.where(y + far >= height, ~(row << KERNEL * far), -1)
+    return taps
 
 
 @triton.jit
 def _load(
-    start, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width,
+    start, low_ptr, high_ptr, weight_ptr, first, taps, rows, width,
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, INSIDE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INSIDE: tl.constexpr,
 ):  # fmt: skip
     """Loads BLOCK_K values of K from `start` on: codes and weights, their high bytes if WIDE.
 
+    first: where the codes under the first tap lie; taps: which of them are in the image.
     INSIDE: K's padding and what is beyond it are known not to be among them.
     """
     k = start + tl.arange(0, BLOCK_K)
@@ -40,11 +59,11 @@ def _load(
     tap = start // C_IN if C_IN % BLOCK_K == 0 else (k // C_IN)[None, :]
     # a third, of what is below 32
     down = tap * 11 >> 5 if KERNEL == 3 else tap
-    row, column = y[:, None] + down, x[:, None] + (tap - down * KERNEL)
-    mask = within(row, height) & within(column, width)
-    if not INSIDE and C_IN % BLOCK_K != 0:
-        mask &= tap < KERNEL * KERNEL
-    offs = (row.to(INDEX) * width + column) * PITCH + (k % C_IN)[None, :]
+    # of K's padding no bit is set
+    mask = taps[:, None] & (1 << tap) != 0
+    offs = first[:, None] + (
+        (down * width + (tap - down * KERNEL)) * PITCH + (k % C_IN)[None, :]
+    )
     offs_w = rows[None, :] * K + k[:, None]
     mask_w = (rows < ROWS)[None, :]
     if not INSIDE and K % BLOCK_K != 0:
@@ -78,12 +97,12 @@ def _add_products(tile, low_low, mixed, high_high, WIDE: tl.constexpr):
 
 @triton.jit
 def _integer_sum(
-    low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, depth, precise,
+    low_ptr, high_ptr, weight_ptr, first, taps, rows, width, depth, precise,
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over taps and channels, as head + tail; y and x: the input pixel under the first tap."""
+    """Sums over taps and channels, as head + tail; first and taps as in `_load`."""
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -92,16 +111,16 @@ def _integer_sum(
         # no compiler pass carries bytes around a loop (up to sm_89 more than half of all issued)
         taken: tl.constexpr = KERNEL * KERNEL * C_IN
         tile = _load(
-            0, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, C_IN, PITCH, KERNEL, K,
-            ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, taken >= BLOCK_K,
+            0, low_ptr, high_ptr, weight_ptr, first, taps, rows, width, C_IN, PITCH, KERNEL, K,
+            ROWS, WIDE, BLOCK_N, BLOCK_K, taken >= BLOCK_K,
         )  # fmt: skip
         following = tile
         for start in tl.static_range(BLOCK_K, K + 2 * BLOCK_K, BLOCK_K):
             ahead = following
             if start < K:
                 ahead = _load(
-                    start, low_ptr, high_ptr, weight_ptr, y, x, rows, height, width, C_IN, PITCH,
-                    KERNEL, K, ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, taken >= start + BLOCK_K,
+                    start, low_ptr, high_ptr, weight_ptr, first, taps, rows, width, C_IN, PITCH,
+                    KERNEL, K, ROWS, WIDE, BLOCK_N, BLOCK_K, taken >= start + BLOCK_K,
                 )  # fmt: skip
             if start > BLOCK_K:
                 low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
@@ -111,8 +130,8 @@ def _integer_sum(
         # `depth` is K, but unknown to the compiler, which would unroll the loop, too, and spill
         for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             tile = _load(
-                tl.multiple_of(start, BLOCK_K), low_ptr, high_ptr, weight_ptr, y, x, rows, height,
-                width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, INDEX, BLOCK_N, BLOCK_K, False,
+                tl.multiple_of(start, BLOCK_K), low_ptr, high_ptr, weight_ptr, first, taps, rows,
+                width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
             low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
 
@@ -204,37 +223,39 @@ def conv_kernel(
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
     PRECISE: tl.constexpr = out_high_ptr is not None
     columns: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
-    slot = (tl.program_id(0) // (tiles * columns)).to(tl.int64)
+    slot, tile = parted(tl.program_id(0), tiles * columns)
+    slot = slot.to(tl.int64)
     if count_ptr is not None and slot >= tl.load(count_ptr):
         return
     sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
-    pixel = (tl.program_id(0) // columns % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.program_id(0) % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, column = parted(tile, columns)
+    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = column * BLOCK_N + tl.arange(0, BLOCK_N)
     # a transposed convolution walks its input's pixels, the others their output's
     line = width if TRANSPOSED else out_width
     valid = pixel < line * (height if TRANSPOSED else out_height)
-    y, x = pixel // line, pixel % line
+    y, x = parted(pixel, line)
 
     bits = bits if bits_ptr is None else tl.load(bits_ptr + sample)
     variant = _variant(bits, variant, WIDTHS)
     step, _ = step_of(amax_ptr + sample * amax_stride, bits)
     out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
     precise = out_bits > 8
-    first = sample * height * width * PITCH
+    planes = sample * height * width * PITCH
     weights = weight_ptr + variant * (PLANES * ROWS * K)
-    # a row far above the image is masked at every tap
-    top, left = tl.where(valid, y * STRIDE - PADDING, -65536), x * STRIDE - PADDING
+    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
+    TAPS: tl.constexpr = 1 if TRANSPOSED else KERNEL
+    taps = _taps_inside(top, left, height, width, valid, TAPS, PADDING)
+    first = (top.to(INDEX) * width + left) * PITCH
     if WIDE and (not NARROW or bits > 8):
         head, tail = _integer_sum(
-            low_ptr + first, high_ptr + first, weights, top, left, rows, height, width,
-            depth, precise, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, True, PRECISE, INDEX,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            low_ptr + planes, high_ptr + planes, weights, first, taps, rows, width, depth, precise,
+            C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         head, tail = _integer_sum(
-            low_ptr + first, low_ptr, weights, top, left, rows, height, width,
-            depth, precise, C_IN, PITCH, 1 if TRANSPOSED else KERNEL, K, ROWS, False, PRECISE,
-            INDEX, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            low_ptr + planes, low_ptr, weights, first, taps, rows, width, depth, precise,
+            C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
     channel = rows % C_OUT

@@ -84,6 +84,23 @@ def test_what_lies_outside_goes_through_the_norm():
     assert codes[0, :, 0, 0].tolist() == [64, 0]  # 63.5 is a tie: to even
 
 
+@pytest.mark.parametrize("num_bits", [8, 16])
+def test_quotients_at_ties(num_bits):
+    """The numbers around (k + 1/2) step: code by code as correctly rounded quotients have them."""
+    largest = {8: 127, 16: 32639}[num_bits]
+    amax = torch.rand(96) * 10 + 1
+    step = (amax / largest)[:, None, None, None]
+    tie = torch.arange(127.0) if num_bits == 8 else torch.randint(largest, (127,)).float()
+    x = ((tie + 0.5) * step.double()).float()
+    above = x.nextafter(ONE * math.inf)
+    below = x.nextafter(ONE * 0)
+    x = torch.cat([below.nextafter(ONE * 0), below, x, above, above.nextafter(ONE * math.inf)], 1)
+    expected = (x / step).round().clamp(-largest, largest)
+    assert torch.equal(whole(encode(x, amax, num_bits)).float(), expected)
+    # a product with the reciprocal alone takes other sides
+    assert not torch.equal((x * (1 / step)).round().clamp(-largest, largest), expected)
+
+
 def test_what_has_no_code():
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.5]).reshape(1, 4, 1, 1)
     assert encode(x, ONE).flatten().tolist() == [0, 127, -127, 64]
