@@ -28,34 +28,47 @@ def supports(conv: PackedConv) -> bool:
     return square and plain and kernel[0] in (1, 3) and stride[0] in (1, 2)
 
 
-def blocks(conv: PackedConv, pixels: int, wide: bool) -> dict[str, int]:
+def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int, int]:
+    """Returns (pixels, rows) of a tile whose values may be light and heavy, as in `blocks`."""
+    rows, depth = conv.codes.shape[2:]
+    deep = conv.in_channels % 128 == 0
+    columns = min(64 if light or deep else 32, max(16, triton.next_power_of_2(rows)))
+    if light and columns == 64 and 64 <= depth <= 128:
+        return 32, columns
+    if pixels >= 2048 and columns == 16:
+        return 256, columns
+    if light and (pixels >= 2048 if columns < 64 else depth > 320 and not heavy):
+        return 128, columns
+    return 64, columns
+
+
+def blocks(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes.
 
-    Sums of up to 18 steps of 8-bit codes, and short ones of 16-bit codes, read through L1, which
-    serves the nine taps' overlap; others copy ahead to shared memory, in stages. What a program
-    does once is worth many pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the
-    larger tile per warp won, until registers ran out. Four products keep three sums, so their tiles
-    are smaller, but of 128 channels, where addresses cost more than sums. The bound on registers
-    keeps the compiler from spilling for the sake of more warps.
+    Sums of up to 18 steps of 8-bit codes read through L1, which serves the nine taps' overlap;
+    others copy ahead to shared memory, in stages. What a program does once is worth many pixels: of
+    the sizes that an H200 tried (`benchmarks/tune.py`) the larger tile per warp won, until
+    registers ran out. Values of more than 8 bits take several each: where slots may have either,
+    those are computed in small parts of a tile, so that they do not decide how many programs fit.
+    The bound on registers keeps the compiler from spilling for the sake of more warps.
+
+    Args:
+        conv: The weights.
+        pixels: Of an output; of a transposed one's input.
+        light: Whether codes may have at most 8 bits, going in and out.
+        heavy: Whether they may have more.
     """
-    rows, depth = conv.codes.shape[2:]
-    deep = wide and conv.in_channels % 128 == 0
-    widest = 32 if wide and not deep else 64
-    columns = min(widest, max(16, triton.next_power_of_2(rows)))
-    short = columns == 64 and 64 <= depth <= 128
-    if pixels >= 2048 and columns == 16:
-        lines = 256
-    elif (pixels >= 2048 and columns < widest) or (columns == 64 and depth > 320 and not deep):
-        lines = 128
-    else:
-        lines = 32 if short else 64
+    lines, columns = _tile(conv, pixels, light, heavy)
+    parts = (32, 16 if columns == 64 else 32) if light and heavy else (lines, columns)
     return {
         "BLOCK_M": lines,
         "BLOCK_N": columns,
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
-        "STAGES": 1 if depth <= 320 else 3,
-        "num_warps": 2 if short else 4,
-        "maxnreg": 112 if columns == 16 and not wide else None,
+        "PART_M": parts[0],
+        "PART_N": min(columns, parts[1]),
+        "STAGES": 1 if conv.codes.shape[3] <= 320 else 3,
+        "num_warps": 2 if lines == 32 else 4,
+        "maxnreg": None if heavy or columns > 16 else 112,
     }
 
 
@@ -99,7 +112,9 @@ def run(
     height, width = call.input.shape[3:]
     out_height, out_width = call.output_size
     pixels = height * width if conv.transposed else out_height * out_width
-    sizes = blocks(conv, pixels, wide)
+    light = mixed or not wide
+    heavy = wide or out_high is not None
+    sizes = blocks(conv, pixels, light, heavy)
     pitch, *out_pitches = (
         _pitch(image, conv.out_channels) for image in (call.input[0], out_low, skip)
     )
@@ -122,7 +137,7 @@ def run(
             TRANSPOSED=conv.transposed, K=conv.codes.shape[3], PLANES=conv.codes.shape[1],
             PITCH=pitch, OUT_PITCH=out_pitches[0], SKIP_PITCH=out_pitches[1],
             WIDTHS=sum(1 << width for width in conv.num_bits) if several else 0,
-            NARROW=mixed or not wide, WIDE=wide, RELU=call.relu,
+            NARROW=light, WIDE=wide, RELU=call.relu,
             INDEX=tl.int64 if reach >= 2**31 else tl.int32,
             enable_fp_fusion=False, **sizes,
         )  # fmt: skip

@@ -200,6 +200,62 @@ def _finish(
             tl.store(out_high_ptr + offs, ((codes + 128) >> 8).to(tl.int8), mask=mask)
 
 
+@triton.jit
+def _tile(
+    start, first_row, low_ptr, high_ptr, step, weight_ptr, scale_ptr, bias_ptr, residual_ptr,
+    gain_ptr, shift_ptr, stream_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, skip_ptr,
+    skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height, out_width, depth,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PITCH: tl.constexpr,
+    OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
+    PRECISE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Computes BLOCK_M pixels from `start` on by BLOCK_N rows; pointers are those of its slot."""
+    ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
+    TAPS: tl.constexpr = 1 if TRANSPOSED else KERNEL
+    pixel = start + tl.arange(0, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_N)
+    # a transposed convolution walks its input's pixels, the others their output's
+    line = width if TRANSPOSED else out_width
+    valid = pixel < line * (height if TRANSPOSED else out_height)
+    y, x = parted(pixel, line)
+    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
+    taps = _taps_inside(top, left, height, width, valid, TAPS, PADDING)
+    first = (top.to(INDEX) * width + left) * PITCH
+    precise = out_bits > 8
+    if WIDE and (not NARROW or bits > 8):
+        head, tail = _integer_sum(
+            low_ptr, high_ptr, weight_ptr, first, taps, rows, width, depth, precise,
+            C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        head, tail = _integer_sum(
+            low_ptr, low_ptr, weight_ptr, first, taps, rows, width, depth, precise,
+            C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+
+    channel = rows % C_OUT
+    mask = valid[:, None] & (rows < ROWS)[None, :]
+    if TRANSPOSED:
+        tap = (rows // C_OUT)[None, :]
+        pixel = (2 * y[:, None] + tap // 2) * out_width + 2 * x[:, None] + tap % 2
+    else:
+        pixel = pixel[:, None]
+    if PRECISE and precise:
+        _finish(
+            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits,
+            pixel, channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, True, INDEX,
+        )  # fmt: skip
+    else:
+        _finish(
+            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
+            out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
+            channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
+        )  # fmt: skip
+
+
 # sizes of images change nothing in the machine code
 @triton.jit(
     do_not_specialize=[
@@ -217,9 +273,14 @@ def conv_kernel(
     PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PLANES: tl.constexpr,
     PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, WIDTHS: tl.constexpr,
     NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_M: tl.constexpr,
+    PART_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels."""
+    """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels.
+
+    Where codes of more than 8 bits go in or out a value takes several registers: such a tile is
+    computed part by part, PART_M by PART_N.
+    """
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
     PRECISE: tl.constexpr = out_high_ptr is not None
     columns: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -229,43 +290,17 @@ def conv_kernel(
         return
     sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
     tile, column = parted(tile, columns)
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    # a transposed convolution walks its input's pixels, the others their output's
-    line = width if TRANSPOSED else out_width
-    valid = pixel < line * (height if TRANSPOSED else out_height)
-    y, x = parted(pixel, line)
 
     bits = bits if bits_ptr is None else tl.load(bits_ptr + sample)
+    out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
     variant = _variant(bits, variant, WIDTHS)
     step, _ = step_of(amax_ptr + sample * amax_stride, bits)
-    out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
-    precise = out_bits > 8
-    planes = sample * height * width * PITCH
-    weights = weight_ptr + variant * (PLANES * ROWS * K)
-    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
-    TAPS: tl.constexpr = 1 if TRANSPOSED else KERNEL
-    taps = _taps_inside(top, left, height, width, valid, TAPS, PADDING)
-    first = (top.to(INDEX) * width + left) * PITCH
-    if WIDE and (not NARROW or bits > 8):
-        head, tail = _integer_sum(
-            low_ptr + planes, high_ptr + planes, weights, first, taps, rows, width, depth, precise,
-            C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-    else:
-        head, tail = _integer_sum(
-            low_ptr + planes, low_ptr, weights, first, taps, rows, width, depth, precise,
-            C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-
-    channel = rows % C_OUT
+    weight_ptr += variant * (PLANES * ROWS * K)
     scale_ptr += variant * (2 * C_OUT)
-    mask = valid[:, None] & (rows < ROWS)[None, :]
-    if TRANSPOSED:
-        tap = (rows // C_OUT)[None, :]
-        pixel = (2 * y[:, None] + tap // 2) * out_width + 2 * x[:, None] + tap % 2
-    else:
-        pixel = pixel[:, None]
+    first = sample * height * width * PITCH
+    low_ptr += first
+    if high_ptr is not None:
+        high_ptr += first
     first = slot * out_height * out_width
     if residual_ptr is not None:
         residual_ptr += first * C_OUT
@@ -274,18 +309,27 @@ def conv_kernel(
     if out_low_ptr is not None:
         out_low_ptr += first * OUT_PITCH
         out_amax_ptr += slot * out_amax_stride
+    if out_high_ptr is not None:
+        out_high_ptr += first * OUT_PITCH
     if skip_ptr is not None:
         skip_ptr += first * SKIP_PITCH
-    if PRECISE and precise:
-        _finish(
-            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, out_high_ptr + first * OUT_PITCH, out_amax_ptr, out_bits, skip_ptr,
-            skip_amax_ptr, skip_bits, pixel, channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU,
-            True, INDEX,
-        )  # fmt: skip
+
+    if (WIDE or PRECISE) and (not NARROW or bits > 8 or out_bits > 8):
+        side: tl.constexpr = BLOCK_N // PART_N
+        for part in tl.range(0, BLOCK_M // PART_M * side, disable_licm=True):
+            _tile(
+                tile * BLOCK_M + part // side * PART_M, column * BLOCK_N + part % side * PART_N,
+                low_ptr, high_ptr, step, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
+                shift_ptr, stream_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, skip_ptr,
+                skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height, out_width,
+                depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH, OUT_PITCH,
+                SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, INDEX, PART_M, PART_N, BLOCK_K, STAGES,
+            )  # fmt: skip
     else:
-        _finish(
-            head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
-            channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
+        _tile(
+            tile * BLOCK_M, column * BLOCK_N, low_ptr, None, step, weight_ptr, scale_ptr, bias_ptr,
+            residual_ptr, gain_ptr, shift_ptr, stream_ptr, out_low_ptr, None, out_amax_ptr,
+            skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height,
+            out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH, OUT_PITCH,
+            SKIP_PITCH, True, False, False, RELU, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
