@@ -42,7 +42,9 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
     return 64, columns
 
 
-def blocks(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> dict[str, int]:
+def blocks(
+    conv: PackedConv, pixels: int, light: bool, heavy: bool, moments: bool = False
+) -> dict[str, int]:
     """Returns the block sizes and warps for one class of shapes.
 
     Sums of up to 18 steps of 8-bit codes read through L1, which serves the nine taps' overlap;
@@ -57,9 +59,12 @@ def blocks(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> dict[str,
         pixels: Of an output; of a transposed one's input.
         light: Whether codes may have at most 8 bits, going in and out.
         heavy: Whether they may have more.
+        moments: Whether moments are stored, of all pixels of a tile.
     """
     lines, columns = _tile(conv, pixels, light, heavy)
-    parts = (32, 16 if columns == 64 else 32) if light and heavy else (lines, columns)
+    parts = lines, columns
+    if light and heavy:
+        parts = (lines, columns // 2) if moments else (32, 16 if columns == 64 else 32)
     return {
         "BLOCK_M": lines,
         "BLOCK_N": columns,
@@ -87,9 +92,36 @@ def _stride(amax: Tensor | None) -> int:
     return 0 if amax is None or len(amax) == 1 else 1
 
 
+def _launch_facts(call: ConvCall, codes: Tensor | None, moments: bool) -> tuple[bool, bool, dict]:
+    """Returns whether inputs may have at most 8 bits, whether they may have more, and `blocks`."""
+    conv = call.conv
+    several = isinstance(call.num_bits, Tensor)
+    mixed = several and len(call.input) == 2
+    wide = mixed or (not several and call.num_bits > 8)
+    light = mixed or not wide
+    heavy = wide or (codes is not None and len(codes) == 2)
+    height, width = call.input.shape[3:] if conv.transposed else call.output_size
+    return light, wide, blocks(conv, height * width, light, heavy, moments)
+
+
+def new_moments(call: ConvCall) -> tuple[Tensor, int]:
+    """Allocates what `run` takes as moments of a call whose codes have at most 8 bits.
+
+    Returns:
+        float32 [M, chunks, 2, Cout], mean and squared deviation of each chunk of pixels, and how
+        many pixels a chunk has; the last one may have fewer.
+    """
+    length = _launch_facts(call, None, True)[2]["BLOCK_M"]
+    height, width = call.output_size
+    chunks = triton.cdiv(height * width, length)
+    shape = call.samples, chunks, 2, call.conv.out_channels
+    return torch.empty(shape, device=call.input.device), length
+
+
 def run(
-    call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None
-) -> None:
+    call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> None:  # fmt: skip
     """Launches the convolution into given outputs, once, without a word from the device.
 
     Args:
@@ -99,12 +131,14 @@ def run(
         codes: int8 byte planes [P, M, Cout, Hout, Wout], channels last, or some channels of wider
             ones, such as the half of a concatenation. None: not stored.
         skip: int8 [M, Cout, Hout, Wout], likewise, for the call's skip codes. None: not stored.
+        moments: Of `new_moments`: receives those of the sum, as `selector_triton.select` takes
+            them. None: not stored.
     """
     assert skip is None or call.skip_amax is not None, "skip codes need a range"
+    assert moments is None or not call.conv.transposed, "a transposed one's tiles are no chunks"
     conv = call.conv
     bits_tensor, bits = _widths(call.num_bits)
-    mixed = bits_tensor is not None and len(call.input) == 2
-    wide = mixed or bits > 8
+    light, wide, sizes = _launch_facts(call, codes, moments is not None)
     out_bits_tensor, out_bits = _widths(call.output_num_bits)
     out_low, out_high = (None, None) if codes is None else (codes[0], codes[1:])
     out_high = out_high[0] if out_high is not None and len(out_high) else None
@@ -112,9 +146,6 @@ def run(
     height, width = call.input.shape[3:]
     out_height, out_width = call.output_size
     pixels = height * width if conv.transposed else out_height * out_width
-    light = mixed or not wide
-    heavy = wide or out_high is not None
-    sizes = blocks(conv, pixels, light, heavy)
     pitch, *out_pitches = (
         _pitch(image, conv.out_channels) for image in (call.input[0], out_low, skip)
     )
@@ -127,7 +158,7 @@ def run(
         conv_kernel[(call.samples * tiles * columns,)](
             call.input[0], call.input[1] if wide else None, bits_tensor, call.amax, conv.codes,
             conv.scale, conv.bias, call.residual, gain, shift, out_bits_tensor, call.output_amax,
-            call.slots, call.count, stream, out_low, out_high, skip,
+            call.slots, call.count, stream, moments, out_low, out_high, skip,
             None if skip is None else call.skip_amax,
             bits, 0 if several or bits_tensor is not None else conv.variant(bits),
             _stride(call.amax), out_bits, _stride(call.output_amax), call.skip_num_bits,
@@ -147,8 +178,8 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
     U-Net-16 as the engine's plan runs it: the encoder's stages take 8 or 16 bits per slot, all else
-    has 8; slots are counted on the device. What a stage's inputs are quantised to hangs on a width
-    that is known only later, so the convolutions before it store the stream alone.
+    has 8; slots are counted on the device. The convolution before a stage, whose width is known
+    only later, stores moments and codes of 8 bits beside the stream.
     """
     found: dict[str, Callable[[], object]] = {}
     # the block's size hangs on the number of pixels
@@ -164,8 +195,8 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
         label = f"{name}, {c_in} to {c_out} channels, {side}"
         found[label] = partial(_launch_meta, c_in, c_out, kernel, side, **epilogue)
 
-    stream_alone = {"stream": True, "codes": False}
-    add("first convolution", 4, 16, 3, full, **stream_alone)
+    entry = {"stream": True, "affine": True, "relu": True, "moments": True}
+    add("first convolution", 4, 16, 3, full, **entry)
     for level, blocks_of_stage in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
         mixed = {"mixed": True, "mixed_out": True}
@@ -178,20 +209,20 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
             break
         last = {"residual": True, "skip": True, **mixed}
         add("encoder block, last of its stage", c, c, 3, side, **last)
-        add("down", c, 2 * c, 3, side, stride=2, mixed=True, **stream_alone)
+        add("down", c, 2 * c, 3, side, stride=2, mixed=True, **entry)
         add("up, reduce", 2 * c, c, 1, side // 2)
         add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, wider=2)
         add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True, relu=True)
         add("decoder block, first", c, c, 3, side, relu=True)
         add("decoder block, second", c, c, 3, side, residual=True)
-    add("up, fuse, crop", 32, 16, 1, full, **stream_alone)
+    add("up, fuse, crop", 32, 16, 1, full, stream=True, codes=False)
 
 
 def _launch_meta(
     c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, transposed: bool = False,
     mixed: bool = False, mixed_out: bool = False, residual: bool = False, stream: bool = False,
     affine: bool = False, relu: bool = False, codes: bool = True, skip: bool = False,
-    wider: int = 1,
+    moments: bool = False, wider: int = 1,
 ) -> None:  # fmt: skip
     """Launches a convolution whose tensors have no memory."""
 
@@ -219,4 +250,5 @@ def _launch_meta(
     half = empty(2, *call.output_size, 2 * c_out, dtype=torch.int8).permute(0, 3, 1, 2)[:, :c_out]
     total = empty(2, *call.output_size, c_out, dtype=torch.float16).permute(0, 3, 1, 2)
     call = replace(call, residual=total if residual else None)
-    run(call, total if stream else None, out, half if skip else None)
+    found = new_moments(call)[0] if moments else None
+    run(call, total if stream else None, out, half if skip else None, found)

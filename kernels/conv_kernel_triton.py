@@ -161,14 +161,23 @@ def _variant(bits, index, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def _moments(value, mask, size):
+    """Returns mean and squared deviation of each column of `size` masked rows."""
+    mean = tl.sum(tl.where(mask, value, 0.0), 0) / size
+    apart = tl.where(mask, value - mean[None, :], 0.0)
+    return mean, tl.sum(apart * apart, 0)
+
+
+@triton.jit
 def _finish(
     head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-    out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
-    channel, mask,
+    moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
+    skip_bits, pixel, rows, mask, size,
     C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, RELU: tl.constexpr,
     PRECISE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Does all that follows the sums of one tile; pointers are those of its slot."""
+    channel = rows % C_OUT
     scale, scale_tail = pair_at(scale_ptr, channel, C_OUT)
     scale, scale_tail = times_step(scale, scale_tail, step, PRECISE)
     offset, offset_tail = pair_at(bias_ptr, channel, C_OUT)
@@ -180,6 +189,10 @@ def _finish(
     total = joined(head, tail) if PRECISE else head
     if stream_ptr is not None:
         tl.store(stream_ptr + offs, total.to(stream_ptr.dtype.element_ty), mask=mask)
+    if moments_ptr is not None:
+        mean, deviation = _moments(total, mask, size)
+        tl.store(moments_ptr + channel, mean, mask=rows < C_OUT)
+        tl.store(moments_ptr + C_OUT + channel, deviation, mask=rows < C_OUT)
     if skip_ptr is not None:
         skip_step, skip_largest = step_of(skip_amax_ptr, skip_bits)
         codes = codes_of(total, skip_step, skip_largest, False)
@@ -203,7 +216,7 @@ def _finish(
 @triton.jit
 def _tile(
     start, first_row, low_ptr, high_ptr, step, weight_ptr, scale_ptr, bias_ptr, residual_ptr,
-    gain_ptr, shift_ptr, stream_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, skip_ptr,
+    gain_ptr, shift_ptr, stream_ptr, moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, skip_ptr,
     skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height, out_width, depth,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PITCH: tl.constexpr,
@@ -218,7 +231,8 @@ def _tile(
     rows = first_row + tl.arange(0, BLOCK_N)
     # a transposed convolution walks its input's pixels, the others their output's
     line = width if TRANSPOSED else out_width
-    valid = pixel < line * (height if TRANSPOSED else out_height)
+    pixels = line * (height if TRANSPOSED else out_height)
+    valid = pixel < pixels
     y, x = parted(pixel, line)
     top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
     taps = _taps_inside(top, left, height, width, valid, TAPS, PADDING)
@@ -235,7 +249,7 @@ def _tile(
             C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
-    channel = rows % C_OUT
+    size = tl.minimum(pixels - start, BLOCK_M)
     mask = valid[:, None] & (rows < ROWS)[None, :]
     if TRANSPOSED:
         tap = (rows // C_OUT)[None, :]
@@ -245,14 +259,14 @@ def _tile(
     if PRECISE and precise:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits,
-            pixel, channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, True, INDEX,
+            moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
+            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, True, INDEX,
         )  # fmt: skip
     else:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
-            out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr, skip_bits, pixel,
-            channel, mask, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
+            moments_ptr, out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
+            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
         )  # fmt: skip
 
 
@@ -265,8 +279,8 @@ def _tile(
 )  # fmt: skip
 def conv_kernel(
     low_ptr, high_ptr, bits_ptr, amax_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
-    shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, out_low_ptr,
-    out_high_ptr, skip_ptr, skip_amax_ptr,
+    shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, moments_ptr,
+    out_low_ptr, out_high_ptr, skip_ptr, skip_amax_ptr,
     bits, variant, amax_stride, out_bits, out_amax_stride, skip_bits, height, width, out_height,
     out_width, tiles, depth,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
@@ -279,7 +293,7 @@ def conv_kernel(
     """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels.
 
     Where codes of more than 8 bits go in or out a value takes several registers: such a tile is
-    computed part by part, PART_M by PART_N.
+    computed part by part, PART_M by PART_N; PART_M is BLOCK_M where moments are stored.
     """
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
     PRECISE: tl.constexpr = out_high_ptr is not None
@@ -306,6 +320,8 @@ def conv_kernel(
         residual_ptr += first * C_OUT
     if stream_ptr is not None:
         stream_ptr += first * C_OUT
+    if moments_ptr is not None:
+        moments_ptr += (slot * tiles + tile) * (2 * C_OUT)
     if out_low_ptr is not None:
         out_low_ptr += first * OUT_PITCH
         out_amax_ptr += slot * out_amax_stride
@@ -320,16 +336,18 @@ def conv_kernel(
             _tile(
                 tile * BLOCK_M + part // side * PART_M, column * BLOCK_N + part % side * PART_N,
                 low_ptr, high_ptr, step, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
-                shift_ptr, stream_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, skip_ptr,
-                skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height, out_width,
-                depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH, OUT_PITCH,
-                SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, INDEX, PART_M, PART_N, BLOCK_K, STAGES,
+                shift_ptr, stream_ptr, moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr,
+                skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height,
+                out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH,
+                OUT_PITCH, SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, INDEX, PART_M, PART_N, BLOCK_K,
+                STAGES,
             )  # fmt: skip
     else:
         _tile(
             tile * BLOCK_M, column * BLOCK_N, low_ptr, None, step, weight_ptr, scale_ptr, bias_ptr,
-            residual_ptr, gain_ptr, shift_ptr, stream_ptr, out_low_ptr, None, out_amax_ptr,
-            skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height,
-            out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH, OUT_PITCH,
-            SKIP_PITCH, True, False, False, RELU, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            residual_ptr, gain_ptr, shift_ptr, stream_ptr, moments_ptr, out_low_ptr, None,
+            out_amax_ptr, skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width,
+            out_height, out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K,
+            PITCH, OUT_PITCH, SKIP_PITCH, True, False, False, RELU, INDEX, BLOCK_M, BLOCK_N,
+            BLOCK_K, STAGES,
         )  # fmt: skip

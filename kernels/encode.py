@@ -56,10 +56,12 @@ def run_reference(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
     """Writes slot by slot into given outputs, as `encode_triton.run` does."""
     used = call.samples if call.count is None else min(int(call.count), call.samples)
     for slot in range(used):
+        width = call.num_bits if isinstance(call.num_bits, int) else int(call.num_bits[slot])
+        if width == call.done:
+            continue
         window = _window(call, slot)
         if copy is not None:
             copy[slot] = window.to(copy.dtype)
-        width = call.num_bits if isinstance(call.num_bits, int) else int(call.num_bits[slot])
         if 2 <= width <= 16:
             step = step_of(call.amax, slot, width)
             values = quantize_codes(_value(call, window, width), step, int(qmax(width)))

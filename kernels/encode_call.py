@@ -24,6 +24,7 @@ class EncodeCall:
         offset: int32 [M, 2], or None: 0.
         slots: int32 [M], the sample that each slot reads, or None: slot m reads sample m.
         count: int32 [1], how many slots are in use, or None: all.
+        done: Slots of this width are left alone, their codes lie there; 0: none are.
     """
 
     input: Tensor
@@ -35,6 +36,7 @@ class EncodeCall:
     offset: Tensor | None = None
     slots: Tensor | None = None
     count: Tensor | None = None
+    done: int = 0
 
     @property
     def samples(self) -> int:

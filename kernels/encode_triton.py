@@ -12,6 +12,7 @@ from .backend import tl, triton
 from .conv_call import pixel_pitch
 from .conv_epilogue_triton import codes_of, joined, pair_at, step_of, times_plus
 from .encode_call import EncodeCall
+from .within_triton import parted, within
 
 # elements per program; other sizes were not tried on a GPU
 BLOCK = 2048
@@ -22,73 +23,95 @@ def _affine(
     value, gain_ptr, shift_ptr, channel, precise, CHANNELS: tl.constexpr, PRECISE: tl.constexpr
 ):
     """Returns value * gain + shift, rounded once if precise."""
-    zeros = tl.zeros_like(value)
-    gain, gain_tail = pair_at(gain_ptr, channel, CHANNELS)
-    shift, shift_tail = pair_at(shift_ptr, channel, CHANNELS)
     if PRECISE and precise:
-        head, tail = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, True)
+        gain, gain_tail = pair_at(gain_ptr, channel, CHANNELS)
+        shift, shift_tail = pair_at(shift_ptr, channel, CHANNELS)
+        tail = tl.zeros_like(value)
+        head, tail = times_plus(value, tail, gain, gain_tail, shift, shift_tail, True)
         value = joined(head, tail)
     else:
-        value, _ = times_plus(value, zeros, gain, gain_tail, shift, shift_tail, False)
+        # each rounded on its own
+        value = value * tl.load(gain_ptr + channel)[None, :]
+        value += tl.load(shift_ptr + channel)[None, :]
     return value
+
+
+@triton.jit
+def _encode_tile(
+    start, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, copy_ptr, bits, step, largest, top, left,
+    height_in, width_in, height, width,
+    CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Encodes BLOCK_M pixels from `start` on; pointers are those of their slot."""
+    pixel = start + tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    mask = (pixel < height * width)[:, None] & (channel < CHANNELS)
+    row, column = parted(pixel, width)
+    row, column = row + top, column + left
+    inside = within(row, height_in) & within(column, width_in)
+    if PITCH == 0:
+        offs = channel.to(tl.int64) * (height_in * width_in) + (row * width_in + column)[:, None]
+    else:
+        offs = (row * width_in + column).to(tl.int64)[:, None] * PITCH + channel
+    x = tl.load(in_ptr + offs, mask=mask & inside[:, None], other=0.0)
+    if copy_ptr is not None:
+        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel
+        tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
+
+    value = x.to(tl.float32)
+    if gain_ptr is not None:
+        # channels beyond, which are not stored, take the last one's constants
+        own = tl.minimum(tl.arange(0, BLOCK_C), CHANNELS - 1)
+        value = _affine(
+            value, gain_ptr, shift_ptr, own, bits > 8, CHANNELS, high_ptr is not None
+        )
+    codes = codes_of(value, step, largest, RELU)
+    offs = pixel.to(tl.int64)[:, None] * OUT_PITCH + channel
+    # the cast keeps the lowest byte
+    tl.store(low_ptr + offs, codes.to(tl.int8), mask=mask)
+    if high_ptr is not None and bits > 8:
+        tl.store(high_ptr + offs, ((codes + 128) >> 8).to(tl.int8), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=[
-        "bits", "amax_stride", "height_in", "width_in", "height", "width", "tiles",
+        "bits", "done", "amax_stride", "height_in", "width_in", "height", "width", "tiles", "turns",
     ]
 )  # fmt: skip
 def encode_kernel(
     in_ptr, gain_ptr, shift_ptr, amax_ptr, bits_ptr, offset_ptr, slots_ptr, count_ptr, low_ptr,
     high_ptr, copy_ptr,
-    bits, amax_stride, height_in, width_in, height, width, tiles,
+    bits, done, amax_stride, height_in, width_in, height, width, tiles, turns,
     CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Encodes BLOCK_M neighbouring pixels of one slot; PITCH 0: each channel is a plane."""
-    PRECISE: tl.constexpr = high_ptr is not None
-    slot = (tl.program_id(0) // tiles).to(tl.int64)
+    """Encodes `turns` times BLOCK_M pixels of one slot; PITCH 0: each channel is a plane."""
+    slot, first = parted(tl.program_id(0), tl.cdiv(tiles, turns))
+    slot = slot.to(tl.int64)
     if count_ptr is not None and slot >= tl.load(count_ptr):
         return
-    sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
-    pixel = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, BLOCK_C)[None, :]
-    mask = (pixel < height * width)[:, None] & (channel < CHANNELS)
-    row, column = pixel // width, pixel % width
-    if offset_ptr is not None:
-        row += tl.load(offset_ptr + 2 * slot)
-        column += tl.load(offset_ptr + 2 * slot + 1)
-    inside = (row >= 0) & (row < height_in) & (column >= 0) & (column < width_in)
-
-    first = sample * height_in * width_in
-    if PITCH == 0:
-        offs = channel.to(tl.int64) * (height_in * width_in) + (row * width_in + column)[:, None]
-        in_ptr += first * CHANNELS
-    else:
-        offs = (row * width_in + column).to(tl.int64)[:, None] * PITCH + channel
-        in_ptr += first * PITCH
-    x = tl.load(in_ptr + offs, mask=mask & inside[:, None], other=0.0)
-
-    first = slot * height * width
-    if copy_ptr is not None:
-        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel
-        copy_ptr += first * CHANNELS
-        tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
-
     bits = bits if bits_ptr is None else tl.load(bits_ptr + slot)
-    value = x.to(tl.float32)
-    if gain_ptr is not None:
-        # channels beyond, which are not stored, take the last one's constants
-        own = tl.minimum(tl.arange(0, BLOCK_C), CHANNELS - 1)
-        value = _affine(value, gain_ptr, shift_ptr, own, bits > 8, CHANNELS, PRECISE)
+    if bits == done:
+        return
+    sample = slot if slots_ptr is None else tl.load(slots_ptr + slot).to(tl.int64)
+    top, left = 0, 0
+    if offset_ptr is not None:
+        top, left = tl.load(offset_ptr + 2 * slot), tl.load(offset_ptr + 2 * slot + 1)
+    in_ptr += sample * height_in * width_in * (CHANNELS if PITCH == 0 else PITCH)
+    begin = slot * height * width
+    low_ptr += begin * OUT_PITCH
+    if high_ptr is not None:
+        high_ptr += begin * OUT_PITCH
+    if copy_ptr is not None:
+        copy_ptr += begin * CHANNELS
     step, largest = step_of(amax_ptr + slot * amax_stride, bits)
-    codes = codes_of(value, step, largest, RELU)
-    offs = pixel.to(tl.int64)[:, None] * OUT_PITCH + channel
-    # the cast keeps the lowest byte
-    tl.store(low_ptr + first * OUT_PITCH + offs, codes.to(tl.int8), mask=mask)
-    if high_ptr is not None and bits > 8:
-        high = ((codes + 128) >> 8).to(tl.int8)
-        tl.store(high_ptr + first * OUT_PITCH + offs, high, mask=mask)
+    for tile in tl.range(first * turns, tl.minimum((first + 1) * turns, tiles)):
+        _encode_tile(
+            tile * BLOCK_M, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, copy_ptr, bits, step,
+            largest, top, left, height_in, width_in, height, width, CHANNELS, PITCH, OUT_PITCH,
+            RELU, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
 
 
 def run(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
@@ -108,13 +131,15 @@ def run(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
     columns = triton.next_power_of_2(channels)
     block = max(32, BLOCK // columns)
     tiles = triton.cdiv(height * width, block)
+    # programs of slots that are left alone are not free: a program takes several tiles
+    turns = 8 if call.done else 1
     with torch.cuda.device_of(image):
-        encode_kernel[(call.samples * tiles,)](
+        encode_kernel[(call.samples * triton.cdiv(tiles, turns),)](
             image, *(call.affine or (None, None)), call.amax, call.num_bits if several else None,
             call.offset, call.slots, call.count, codes[0], codes[1] if len(codes) == 2 else None,
             copy,
-            0 if several else call.num_bits, 0 if len(call.amax) == 1 else 1, *image.shape[2:],
-            height, width, tiles,
+            0 if several else call.num_bits, call.done, 0 if len(call.amax) == 1 else 1,
+            *image.shape[2:], height, width, tiles, turns,
             CHANNELS=channels, PITCH=pitch or 0, OUT_PITCH=pixel_pitch(codes[0]), RELU=call.relu,
             BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
         )  # fmt: skip

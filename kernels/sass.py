@@ -81,10 +81,18 @@ def _shortest(listed: list[Instruction], times: list[int], products: set[int]) -
         seen.add((place, multiplied))
         name, always, target = listed[place]
         multiplied |= place in products
-        if name == "EXIT" and always and multiplied:
+        if name == "EXIT" and multiplied and (always or _ends_a_loop(listed, place)):
             return count
         onwards = [] if name in ("BRA", "RET", "EXIT") and always else [place + 1]
         for following in [*onwards, *([] if target is None else [target])]:
             if following < len(listed):
                 heapq.heappush(queue, (count + times[following], following, multiplied))
     raise ValueError("the code has no exit: it is not the disassembly of a kernel")
+
+
+def _ends_a_loop(listed: list[Instruction], place: int) -> bool:
+    """Returns whether nothing but the way back follows an exit with a condition."""
+    for name, always, target in listed[place + 1 :]:
+        if name in ("BRA", "EXIT", "RET", "CALL"):
+            return name == "BRA" and always and target is not None and target <= place
+    return False

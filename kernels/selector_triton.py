@@ -17,6 +17,8 @@ from .backend import tl, triton
 # elements per step of a program, chunks per map; other sizes were not tried on a GPU
 BLOCK = 2048
 CHUNKS = 32
+# chunks that a decision merges at a time
+MERGED = 64
 
 
 def new_sums(
@@ -117,13 +119,28 @@ def moments_kernel(
     tl.store(sums_ptr + CHANNELS, tl.maximum(deviation, 0.0), mask=known)
 
 
+@triton.jit
+def _chunk(
+    moments_ptr, begin, channel, pixels, chunks, length,
+    CHANNELS: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Returns size, mean and squared deviation of MERGED chunks, size 0 beyond the last one."""
+    chunk = begin + tl.arange(0, MERGED)[:, None]
+    mask = (chunk < chunks) & (channel < CHANNELS)[None, :]
+    offs = chunk * (2 * CHANNELS) + channel[None, :]
+    mean = tl.load(moments_ptr + offs, mask=mask, other=0.0)
+    deviation = tl.load(moments_ptr + CHANNELS + offs, mask=mask, other=0.0)
+    size = tl.where(mask, tl.minimum(pixels - chunk * length, length), 0)
+    return size.to(tl.float32), mean, deviation
+
+
 @triton.jit(do_not_specialize=["view_pixels", "view_chunks", "pixels", "chunks", "length"])
 def select_kernel(
     bits_ptr, sums_ptr, moments_ptr, weight_ptr, bias_ptr, widths_ptr, count_ptr, slots_ptr,
     record_ptr,
     view_pixels, view_chunks, pixels, chunks, length,
     WIDTHS: tl.constexpr, IMAGE: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Merges one slot's sums and takes the width of the largest logit."""
     slot = tl.program_id(0).to(tl.int64)
@@ -141,15 +158,21 @@ def select_kernel(
 
     channel = tl.arange(0, BLOCK_C)
     known = channel < CHANNELS
-    mask = (chunk < chunks) & known[None, :]
-    offs = slot * chunks * 2 * CHANNELS + chunk * 2 * CHANNELS + channel[None, :]
-    mean = tl.load(moments_ptr + offs, mask=mask, other=0.0)
-    deviation = tl.load(moments_ptr + CHANNELS + offs, mask=mask, other=0.0)
-    size = tl.minimum(pixels - chunk * length, length)
-    size = tl.where(mask, size, 0).to(tl.float32)
-    center = tl.sum(size * mean, 0) / pixels
-    apart = mean - center[None, :]
-    spread = tl.sqrt_rn(tl.sum(deviation + size * apart * apart, 0) / pixels)
+    moments_ptr += slot * chunks * 2 * CHANNELS
+    center = tl.zeros([BLOCK_C], tl.float32)
+    for begin in tl.range(0, chunks, MERGED):
+        size, mean, deviation = _chunk(
+            moments_ptr, begin, channel, pixels, chunks, length, CHANNELS, MERGED
+        )
+        center += tl.sum(size * mean, 0) / pixels
+    variance = tl.zeros([BLOCK_C], tl.float32)
+    for begin in tl.range(0, chunks, MERGED):
+        size, mean, deviation = _chunk(
+            moments_ptr, begin, channel, pixels, chunks, length, CHANNELS, MERGED
+        )
+        apart = mean - center[None, :]
+        variance += tl.sum(deviation + size * apart * apart, 0) / pixels
+    spread = tl.sqrt_rn(variance)
 
     best, found = -float("inf"), 0
     for k in tl.static_range(WIDTHS):
@@ -205,14 +228,14 @@ def moments(feature: Tensor, sums: Tensor, count: Tensor | None) -> None:
 def select(
     bits: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
     size: tuple[int, int], pixels: int, count: Tensor | None, slots: Tensor | None = None,
-    record: Tensor | None = None,
+    record: Tensor | None = None, length: int | None = None,
 ) -> None:  # fmt: skip
     """Launches the decision.
 
     Args:
         bits: int32 [M], written where a slot is in use.
         sums: Of `gradients`.
-        moments: Of `moments`.
+        moments: Of `moments`, or of a convolution, see `conv_int_triton.new_moments`.
         weight: float32 [K, 2 * Cin + C], dense.
         bias: float32 [K].
         widths: int32 [K].
@@ -221,15 +244,16 @@ def select(
         count: int32 [1] or None.
         slots: int32 [M], needed for `record`.
         record: int32 [N], receives each slot's width at slots[m]. None: not stored.
+        length: Pixels of a chunk of `moments`; None: as `moments` divides them.
     """
     (samples, view_chunks, _, image), (chunks, _, channels) = sums.shape, moments.shape[1:]
     with torch.cuda.device_of(bits):
         select_kernel[(samples,)](
             bits, sums, moments, weight, bias, widths, count, slots, record,
-            size[0] * size[1], view_chunks, pixels, chunks, triton.cdiv(pixels, chunks),
+            size[0] * size[1], view_chunks, pixels, chunks, length or triton.cdiv(pixels, chunks),
             WIDTHS=len(widths), IMAGE=image, CHANNELS=channels,
             BLOCK_I=triton.next_power_of_2(2 * image), BLOCK_C=triton.next_power_of_2(channels),
-            CHUNKS=CHUNKS, enable_fp_fusion=False,
+            CHUNKS=CHUNKS, MERGED=MERGED, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """The U-Net lowered to kernel launches over static buffers, one group of slots at a time.
 
-    view of the image -> codes -> begin -> [spread, width, codes, blocks, down] x 4 -> decode
+    view of the image -> codes -> begin -> [width, codes of 16 bits, blocks, down] x 4 -> decode
       -> tile -> last stage -> labels
+
+What a stage takes is stored as codes before its width is known: of the widest width of one byte, so
+that only slots that choose another one are encoded anew.
 
 A group is the slices of one route, compacted: slot m of every buffer is the slice slices[m], and
 slots from `count` on are left alone; both lie on the device. Codes are int8 byte planes, the
@@ -25,7 +28,7 @@ from ..kernels import selector_triton as selector_kernel
 from ..kernels.conv_call import ConvCall
 from ..kernels.encode_call import EncodeCall
 from ..kernels.route_call import Routing
-from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Up
+from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Stage, Up
 
 STREAM = torch.float16
 Size = tuple[int, int]
@@ -94,12 +97,13 @@ class Group:
         self, name: str, input: Tensor, target: Conv, codes: Tensor, *,
         num_bits: Tensor | None = None, affine: Affine | None = None,
         offset: Tensor | None = None, slots: Tensor | None = None, copy: Tensor | None = None,
+        done: int = 0,
     ) -> None:  # fmt: skip
         """Appends the quantisation of floats for the convolution that reads them."""
         call = EncodeCall(
             input, target.amax, (codes.shape[3], codes.shape[4]),
             target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
-            slots, self.count,
+            slots, self.count, done,
         )  # fmt: skip
         self.add(name, encode_kernel.run, call, codes, copy)
 
@@ -107,10 +111,10 @@ class Group:
         self, name: str, conv: Conv, input: Tensor, *, num_bits: Tensor | None = None,
         residual: Tensor | None = None, stream: Tensor | None = None,
         affine: Affine | None = None, relu: bool = False, target: Conv | None = None,
-        target_bits: Tensor | None = None, codes: Tensor | None = None,
-        skip: tuple[Conv, Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        """Appends a convolution of codes.
+        target_bits: int | Tensor | None = None, codes: Tensor | None = None,
+        skip: tuple[Conv, Tensor] | None = None, moments: bool = False,
+    ) -> Moments | None:  # fmt: skip
+        """Appends a convolution of codes; returns the moments of its sum if asked for.
 
         `target` is the one that reads what it stores as codes; `skip` the one that reads the sum
         itself, and where its codes go.
@@ -121,7 +125,19 @@ class Group:
             8 if target is None else target.num_bits if target_bits is None else target_bits,
             None, self.count, *((None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)),
         )  # fmt: skip
-        self.add(name, conv_kernel.run, call, stream, codes, None if skip is None else skip[1])
+        found = Moments(*conv_kernel.new_moments(call)) if moments else None
+        self.add(
+            name, conv_kernel.run, call, stream, codes, None if skip is None else skip[1],
+            None if found is None else found.values,
+        )  # fmt: skip
+        return found
+
+
+class Moments(NamedTuple):
+    """Means and deviations of a stage's input, chunk by chunk, and how many pixels each has."""
+
+    values: Tensor
+    length: int
 
 
 class Level(NamedTuple):
@@ -158,9 +174,9 @@ def lower_features(
         group.slices, group.count,
     )  # fmt: skip
     levels = [_level(net, group, index) for index in range(len(net.stages))]
-    group.conv("begin", net.begin, view, stream=levels[0].stream)
+    moments = _lower_entry(group, "begin", net.begin, view, None, net.stages[0], levels[0])
     for index in range(len(net.stages)):
-        _lower_stage(net, group, levels, index, sums, num_bits[index])
+        moments = _lower_stage(net, group, levels, index, sums, moments, num_bits[index])
     for level, below, up, after in zip(
         levels[-2::-1], levels[:0:-1], net.ups, [*net.ups[1:], None], strict=True
     ):
@@ -187,25 +203,46 @@ def _level(net: PackedUNet, group: Group, index: int) -> Level:
     )  # fmt: skip
 
 
+def _lower_entry(
+    group: Group, name: str, conv: Conv, input: Tensor, num_bits: Tensor | None, stage: Stage,
+    level: Level,
+) -> Moments:  # fmt: skip
+    """Appends the convolution before a stage: its stream, its moments and its guessed codes."""
+    first, guess = stage.blocks[0], stage.guess
+    if guess:
+        moments = group.conv(
+            name, conv, input, num_bits=num_bits, stream=level.stream, affine=first.affine,
+            relu=True, target=first.first, target_bits=guess, codes=level.codes[:1], moments=True,
+        )  # fmt: skip
+    else:
+        moments = group.conv(
+            name, conv, input, num_bits=num_bits, stream=level.stream, moments=True
+        )
+    assert moments is not None, "they were asked for"
+    return moments
+
+
 def _lower_stage(
     net: PackedUNet, group: Group, levels: list[Level], index: int, gradients: Tensor,
-    record: Tensor,
-) -> None:  # fmt: skip
-    """Appends an encoder stage whose input is the level's stream, its width included."""
+    moments: Moments, record: Tensor,
+) -> Moments:  # fmt: skip
+    """Appends an encoder stage, its width included, whose input `_lower_entry` has stored.
+
+    Returns the moments of the next stage's input; of the last stage its own.
+    """
     level, stage = levels[index], net.stages[index]
     capacity, channels, height, width = level.stream.shape
     bits = torch.empty(capacity, dtype=torch.int32, device=record.device)
-    moments = selector_kernel.new_sums(capacity, channels, (height, width), record.device)
-    group.add(f"spread {index}", selector_kernel.moments, level.stream, moments, group.count)
     group.add(
-        f"width {index}", selector_kernel.select, bits, gradients, moments, *stage.selector,
-        group.size, height * width, group.count, group.slices, record,
+        f"width {index}", selector_kernel.select, bits, gradients, moments.values, *stage.selector,
+        group.size, height * width, group.count, group.slices, record, moments.length,
     )  # fmt: skip
     first = stage.blocks[0]
-    group.encode(
-        f"stage {index}", level.stream, first.first, level.codes, num_bits=bits,
-        affine=first.affine,
-    )  # fmt: skip
+    if stage.guess == 0 or len(stage.widths) > 1:
+        group.encode(
+            f"stage {index}", level.stream, first.first, level.codes, num_bits=bits,
+            affine=first.affine, done=stage.guess,
+        )  # fmt: skip
     for block, after in zip(stage.blocks, [*stage.blocks[1:], None], strict=True):
         name = f"stage {index} block"
         if after is not None:
@@ -222,11 +259,12 @@ def _lower_stage(
             )  # fmt: skip
         else:
             _lower_block(group, name, block, level, num_bits=bits, target=net.ups[0].reduce)
-    if stage.down is not None:
-        group.conv(
-            f"down {index}", stage.down, level.codes, num_bits=bits,
-            stream=levels[index + 1].stream,
-        )  # fmt: skip
+    if stage.down is None:
+        return moments
+    return _lower_entry(
+        group, f"down {index}", stage.down, level.codes, bits, net.stages[index + 1],
+        levels[index + 1],
+    )  # fmt: skip
 
 
 def _lower_block(

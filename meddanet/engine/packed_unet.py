@@ -40,6 +40,16 @@ class Stage(NamedTuple):
     blocks: list[Block]
     down: Conv | None
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What the selector chooses from."""
+        return self.blocks[0].first.packed.num_bits
+
+    @property
+    def guess(self) -> int:
+        """The widest of at most 8 bits, which most slots take; 0 if all have more."""
+        return max((width for width in self.widths if width <= 8), default=0)
+
 
 class Up(NamedTuple):
     """A way up, and the block that follows it; the last stage's block where there is none."""

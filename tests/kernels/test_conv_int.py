@@ -25,7 +25,7 @@ from meddanet.kernels import (
     split_codes,
     use_backend,
 )
-from meddanet.kernels.conv_call import checked_call
+from meddanet.kernels.conv_call import ConvCall, checked_call
 from meddanet.kernels.pairs import split_floats
 from meddanet.networks.unet import ResidualBlock
 
@@ -454,6 +454,35 @@ def test_skip_codes_are_those_of_the_sum_itself(name, backend):
     assert not skip[:, wanted.shape[1] :].any()
     assert torch.equal(stream, expected.stream)
     assert torch.equal(planes if len(planes) == 2 else planes[0], expected.codes)
+
+
+@pytest.mark.parametrize("bits", [8, [16, 8, 8]], ids=str)
+@pytest.mark.parametrize("channels", [3, 16, 40])
+def test_moments_of_the_sum(bits, channels, backend):
+    """Chunk by chunk, the last one shorter, about a mean that squares alone would not survive."""
+    if backend != "triton":
+        pytest.skip("what stores moments is the Triton kernel")
+    from meddanet.kernels.conv_int_triton import new_moments, run
+    weight, bias = torch.randn(channels, 5, 3, 3), torch.full((channels,), 300.0)
+    conv = pack_conv(weight, bias, 1, 1, num_bits=(8, 16) if isinstance(bits, list) else 8)
+    widths = torch.tensor(bits, dtype=torch.int32) if isinstance(bits, list) else bits
+    planes = torch.randint(-127, 128, (2, 3, 19, 21, 5), dtype=torch.int8).permute(0, 1, 4, 2, 3)
+    planes = planes if isinstance(bits, list) else planes[:1]
+    call = ConvCall(
+        planes, conv, torch.ones(1), widths, output_amax=torch.ones(1), count=torch.tensor([2])
+    )
+    moments, length = new_moments(call)
+    moments.fill_(7)
+    stream = call.new_stream(torch.float32)
+    run(call, stream, call.new_codes(), None, moments)
+    chunks = stream.flatten(2).double().split(length, 2)
+    assert moments.shape == (3, len(chunks), 2, channels) and len(chunks) > 1
+    for n, chunk in enumerate(chunks):
+        mean = chunk[:2].mean(2)
+        torch.testing.assert_close(moments[:2, n, 0].double(), mean, rtol=1e-6, atol=1e-6)
+        deviation = chunk[:2].var(2, correction=0) * chunk.shape[2]
+        torch.testing.assert_close(moments[:2, n, 1].double(), deviation, rtol=2e-5, atol=1e-8)
+    assert (moments[2] == 7).all(), "a slot that is not in use is left alone"
 
 
 def test_scale_times_step_is_rounded_alike_everywhere():

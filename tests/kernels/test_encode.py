@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meddanet.kernels import encode, encode_reference, fake_quantize, join_codes
+from meddanet.kernels import encode, encode_reference, encode_triton, fake_quantize, join_codes
+from meddanet.kernels.backend import triton_runs
+from meddanet.kernels.encode import run_reference
+from meddanet.kernels.encode_call import EncodeCall
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
 ONE = torch.ones(())
@@ -99,6 +102,18 @@ def test_quotients_at_ties(num_bits):
     assert torch.equal(whole(encode(x, amax, num_bits)).float(), expected)
     # a product with the reciprocal alone takes other sides
     assert not torch.equal((x * (1 / step)).round().clamp(-largest, largest), expected)
+
+
+def test_slots_whose_codes_are_there_are_left_alone():
+    x = torch.randn(3, 4, 40, 9)
+    bits = torch.tensor([16, 8, 4], dtype=torch.int32)
+    wanted = encode(x, ONE * 3, bits)
+    call = EncodeCall(x, ONE.reshape(1) * 3, (40, 9), bits, done=8)
+    for function in (run_reference, *([encode_triton.run] if triton_runs(x) else [])):
+        codes = torch.full((2, 3, 40, 9, 4), 77, dtype=torch.int8).permute(0, 1, 4, 2, 3)
+        function(call, codes, None)
+        assert torch.equal(codes[:, 0], wanted[:, 0]) and torch.equal(codes[0, 2], wanted[0, 2])
+        assert (codes[:, 1] == 77).all()
 
 
 def test_what_has_no_code():

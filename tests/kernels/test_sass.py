@@ -37,6 +37,15 @@ def test_a_loop_with_products_runs_as_often_as_is_said() -> None:
     assert issued(code, steps=9) == 4 + 9 * 3
 
 
+def test_a_loop_may_hold_the_exit() -> None:
+    code = listing(
+        "@P0 EXIT", "MOV R1, R2", "@P1 BRA 0x40", "FADD R0, R0, R0", "STG.E [R2], R0", "@P2 EXIT",
+        "MOV R1, R2", "BRA 0x20",
+    )  # fmt: skip
+    # not the first one, which is for programs without work
+    assert issued(code) == 5
+
+
 def test_a_slow_path_that_lies_behind_is_no_loop() -> None:
     code = listing(
         "@P0 BRA 0x50", "MOV R1, R2", "IMMA R8, R4, R6, R8", "STG.E [R2], R8", "EXIT",
