@@ -127,8 +127,53 @@ def _fragments(tile: dict[str, Any], block_m: int, block_n: int) -> int:
     return min(block_m * (tile["num_warps"] // n) + block_n * n for n in along)
 
 
-def unet(full: int) -> Iterator[Convolution]:
-    """Yields the convolutions of U-Net-16 on slices of one side, up to the last stage."""
+@dataclass(frozen=True)
+class WayUp:
+    """A way up of U-Net-16: three convolutions of 8 bit as one launch, on square inputs.
+
+    Attributes:
+        channels: Of the output; the input has twice as many.
+        side: Of the skip, in pixels; the input has half of it.
+        tile: Of the output, which the patch is a part of; None: `side`.
+        stage, times: As in `Convolution`.
+    """
+
+    channels: int
+    side: int
+    tile: int | None = None
+    stage: None = None
+    times: int = 1
+
+    @property
+    def label(self) -> str:
+        """Its class in `kernels_compiled.json`."""
+        return f"way up{' on a tile' if self.tile else ''}, {self.channels} channels"
+
+    def work(self, samples: int, num_bits: int, tile: dict[str, Any] | None) -> Work:
+        """Returns one launch over `samples` slices; `num_bits` is 8."""
+        c, below, outputs = self.channels, (self.side // 2) ** 2, (self.tile or self.side) ** 2
+        moved = below * (2 * c + 4 * c) + outputs * (2 * c + c)
+        # to c channels, to four pixels, and twice as many channels of those to c
+        macs = below * c * c * (2 + 4 + 4 * 2)
+        shared, issued = (0.0, 0.0) if tile is None else self._on_chip(tile)
+        return Work(
+            f"{self.label}, {self.side}, {num_bits} bit", samples * moved + c * c * (2 + 4 + 2),
+            samples * 2 * macs, samples * shared, samples * issued,
+        )
+
+    def _on_chip(self, tile: dict[str, Any]) -> tuple[float, float]:
+        """As in `Convolution`; each warp reads all weights, those of fuse once per product."""
+        names = "BLOCK_M", "BLOCK_C", "COLUMNS"
+        block_m, c, columns = (int(tile["constants"][name]) for name in names)
+        pixels = (self.tile // 2 + 1) ** 2 if self.tile else (self.side // 2) ** 2
+        programs, warps = -(-pixels // block_m), tile["num_warps"]
+        weights = 2 * c * c + 4 * c * columns + 4 * c // columns * 2 * columns**2
+        moved = 3 * block_m * (2 * c + 4 * c) + (2 + warps) * weights
+        return programs * moved, programs * warps * tile["issued"]
+
+
+def unet(full: int) -> Iterator[Convolution | WayUp]:
+    """Yields convolutions and ways up of U-Net-16 on slices of one side, up to the last stage."""
     yield Convolution("first convolution", 4, 16, 3, full, stream=True, codes=False)
     for level, blocks in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
@@ -148,9 +193,7 @@ def unet(full: int) -> Iterator[Convolution]:
             yield replace(down, codes=False)
     for level in (2, 1, 0):
         c, side = 16 << level, full >> level
-        yield Convolution("up, reduce", 2 * c, c, 1, side // 2)
-        yield Convolution("up, transposed", c, c, 2, side // 2, 2, True)
-        yield Convolution("up, fuse", 2 * c, c, 1, side, stream=True)
+        yield WayUp(c, side)
         if level:
             yield from last_stage(c, side)
 
@@ -163,7 +206,7 @@ def last_stage(channels: int, side: int) -> Iterator[Convolution]:
 
 
 class Tiles:
-    """Finds the compiled kernel of a convolution; where its size has none, the nearest one's.
+    """Finds a launch's compiled kernel; where a convolution's size has none, the nearest one's.
 
     Args:
         variants: Rows of `kernels_compiled.json`.
@@ -179,8 +222,10 @@ class Tiles:
                 name, c_in, c_out, side = match.groups()
                 self.rows.setdefault((name, int(c_in), int(c_out)), {})[int(side)] = row
 
-    def __call__(self, convolution: Convolution) -> dict[str, Any] | None:
+    def __call__(self, convolution: Convolution | WayUp) -> dict[str, Any] | None:
         """Returns the row of the table; None where no such kernel was compiled."""
+        if isinstance(convolution, WayUp):
+            return self.others.get(convolution.label)
         known = self.rows.get((convolution.name, convolution.c_in, convolution.c_out))
         return known and known[min(known, key=lambda side: abs(side - convolution.side))]
 

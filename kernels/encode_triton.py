@@ -124,11 +124,11 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
     U-Net-16: the image's crop, the inputs of the encoder's stages with their norms at 8 or 16 bits
-    per slot, the patch on its tile.
+    per slot, a map of zeros for the last stage.
     """
     found: dict[str, Callable[[], object]] = {
         "encode, view of an image": partial(_launch_meta, 4, torch.float32, image=True),
-        "encode, patch on its tile": partial(_launch_meta, 16, affine=True, paste=True),
+        "encode, map of zeros": partial(_launch_meta, 16, affine=True),
     }
     for level in range(4):
         c = 16 << level
@@ -138,7 +138,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 
 def _launch_meta(
     channels: int, dtype: torch.dtype = torch.float16, *, image: bool = False,
-    mixed: bool = False, affine: bool = False, paste: bool = False,
+    mixed: bool = False, affine: bool = False,
 ) -> None:  # fmt: skip
     """Launches an encoding whose tensors have no memory."""
 
@@ -153,8 +153,8 @@ def _launch_meta(
         empty(2, channels, 96, 96, dtype=dtype) if image else last(channels, dtype),
         empty(1, dtype=torch.float32), (96, 96), empty(2) if mixed else 8,
         (constants, constants) if affine else None, affine,
-        empty(2, 2) if image or paste else None, empty(2) if image else None, empty(1),
+        empty(2, 2) if image else None, empty(2) if image else None, empty(1),
     )  # fmt: skip
     codes = torch.stack([last(channels, torch.int8)] * (1 + mixed))
     codes = codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    run(call, codes, last(channels, dtype) if paste else None)
+    run(call, codes, None)

@@ -5,11 +5,11 @@
     sum    = fuse([skip, large])        1x1, 2C to C; stored as the stream
     output = codes(relu(sum * gain + shift))
 
-`input` and `skip` are codes, of ranges of their own; all have 8 bits or fewer. Rounded is what three
-calls of `quant_conv2d` round, in their order (`conv_int.py`), with the norm that follows on the sum
-before it is rounded to the stream's dtype. With a `shift` the patch so made lies somewhere on a tile
-of zeros, and stream and codes are the tile's: where the patch is not, the sum is 0. The plan's alone:
-there is no operator.
+`input` and `skip` are codes, of ranges of their own; all have 8 bits or fewer. What three calls of
+`quant_conv2d` round is rounded, in their order (`conv_int.py`); the norm sees the sum before it is
+rounded to the stream's dtype. With a `shift` the patch so made lies somewhere on a tile of zeros,
+and stream and codes are the tile's: where the patch is not, the sum is 0. There is no operator: the
+recorded plan alone computes a way up at once.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
             *(_overlap(*axis) for axis in zip(shift, call.size, shape[2:], strict=True)),
             strict=True,
         )  # fmt: skip
-        stream[slot][:, *on_tile] = patch[slot][:, *on_patch]
-        codes[slot][:, *on_tile] = made[slot][:, *on_patch]
+        for output, content in ((stream, patch), (codes, made)):
+            output[(slot, slice(None), *on_tile)] = content[(slot, slice(None), *on_patch)]
 
 
 def _overlap(shift: int, tile: int, patch: int) -> tuple[slice, slice]:

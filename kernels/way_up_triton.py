@@ -27,7 +27,7 @@ from .conv_pack import K_MULTIPLE, PackedConv
 from .shuffle_pack import padded
 from .way_up import WayUpCall
 from .way_up_pack import PackedWayUp
-from .within_triton import within
+from .within_triton import parted, within
 
 
 @triton.jit
@@ -48,9 +48,8 @@ def _place_of(row, WARPS: tl.constexpr):
 @triton.jit
 def _pixel(place, line, top, left):
     """Returns (y, x) of the lower resolution in the patch; top, left: the tile's corner there."""
-    # unsigned division takes fewer instructions
-    y = (place.to(tl.uint32) // line.to(tl.uint32)).to(tl.int32)
-    return y + (top >> 1), place - y * line + (left >> 1)
+    y, x = parted(place, line)
+    return y + (top >> 1), x + (left >> 1)
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def _fuse(
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
     INDEX: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """The third convolution's 32 columns from `part` on, stored from the output pixels (y, x) on."""
+    """The third convolution's 32 columns from `part` on, stored from output pixels (y, x) on."""
     weight_ptr += part * COLUMNS
     total = tl.dot(skip, _weights(weight_ptr, 32, COLUMNS), out_dtype=tl.int32)
     weight = _weights(weight_ptr + COLUMNS * COLUMNS, 32, COLUMNS)

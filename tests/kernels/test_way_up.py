@@ -36,9 +36,10 @@ class WayUp:
 
     def convs(self):
         """The packed convolutions."""
+        layers = zip(self.weights, self.biases, (False, True, False), strict=True)
         return [
-            pack_conv(weight, bias, 2 if up else 1, num_bits=8, transposed=up)
-            for weight, bias, up in zip(self.weights, self.biases, (False, True, False), strict=True)
+            pack_conv(weight, bias, 1 + up, num_bits=8, transposed=up)
+            for weight, bias, up in layers
         ]
 
     def packed(self) -> PackedWayUp:
@@ -235,7 +236,7 @@ def test_packed_sizes():
             (block, 2 * block), (4 * block, columns), (2, columns, columns)
         ]  # fmt: skip
         assert way.constants.shape == (2 * block + 6 * columns,) and way.grids.shape == (3, 3)
-        # nothing but zeros is added, and neighbouring pixels of 16 channels have weights of their own
+        # nothing but zeros is added, and each of two neighbouring pixels has weights of its own
         sums = [int(weight.long().sum()) for weight in way.weights]
         own = [int(layer[0].codes.long().sum()) for layer in (way.reduce, way.up, way.fuse)]
         assert sums == [own[0], own[1], own[2] * (columns // block)]
