@@ -368,6 +368,12 @@ def test_maps_beyond_two_to_the_31_have_long_indices(side, channels, index):
     assert str(variant.constants["INDEX"]) == index
 
 
+@pytest.mark.parametrize(("side", "index"), [(8192, "int32"), (16384, "int64")])
+def test_ways_up_to_maps_beyond_two_to_the_31_have_long_indices(side, index):
+    (variant,) = variants.record(86, "", partial(way_up_triton._launch_meta, 16, side))
+    assert str(variant.constants["INDEX"]) == index
+
+
 def test_the_table_of_results_lists_every_variant():
     path = os.path.join(os.path.dirname(__file__), "../../benchmarks/results/kernels_compiled.json")
     with open(path) as stream:

@@ -42,10 +42,12 @@ class WayUp:
             for weight, bias, up in layers
         ]
 
-    def packed(self) -> PackedWayUp:
-        layers = zip(self.convs(), self.ranges[:3], self.widths[:3], strict=True)
-        affine = split_affine(self.affine, self.channels)
-        return pack_way_up(*layers, affine, self.ranges[3], self.widths[3])
+    def packed(self, device="cpu") -> PackedWayUp:
+        *ranges, last = (amax.to(device) for amax in self.ranges)
+        convs = [conv.to(device) for conv in self.convs()]
+        affine = tuple(part.to(device) for part in split_affine(self.affine, self.channels))
+        layers = zip(convs, ranges, self.widths[:3], strict=True)
+        return pack_way_up(*layers, affine, last, self.widths[3])
 
 
 def codes(*shape: int, num_bits: int = 8) -> torch.Tensor:
@@ -63,7 +65,7 @@ def inputs(net: WayUp, samples: int, size: tuple[int, int]) -> tuple[torch.Tenso
     )
 
 
-def patches(net: WayUp, below: torch.Tensor, skip: torch.Tensor, dtype: torch.dtype):
+def patches(net: WayUp, below: torch.Tensor, skip: torch.Tensor, dtype=torch.float16):
     """(stream, codes) of three separate convolutions."""
     reduce, up, fuse = net.convs()
     chain = list(zip(net.ranges[:3], net.widths[:3], strict=True))
@@ -83,75 +85,82 @@ def patches(net: WayUp, below: torch.Tensor, skip: torch.Tensor, dtype: torch.dt
     return found.stream, found.codes
 
 
-def run(call: WayUpCall, dtype: torch.dtype, backend: str):
-    """(stream, codes), of what is not written NaN and -128."""
-    shape = len(call.input), *call.size, call.way.channels
-    stream = torch.full(shape, float("nan"), dtype=dtype).permute(0, 3, 1, 2)
-    made = torch.full(shape, -128, dtype=torch.int8).permute(0, 3, 1, 2)
-    if backend == "triton":
-        from meddanet.kernels.way_up_triton import run as launch
+@pytest.fixture
+def run(backend, device):
+    """Computes a way up: `run(net, below, skip, size, shifts, count, dtype)`."""
 
-        launch(call, stream, made)
-    else:
-        run_reference(call, stream, made)
-    return stream, made
+    def on_device(values) -> torch.Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
+
+    def run(net, below, skip, size=None, shifts=None, count=None, dtype=torch.float16):
+        """(stream, codes), of what is not written NaN and -128."""
+        size = size or (skip.shape[2], skip.shape[3])
+        call = WayUpCall(
+            below.to(device), skip.to(device), net.packed(device), on_device(shifts), size,
+            on_device(None if count is None else [count]),
+        )  # fmt: skip
+        shape = len(below), *size, net.channels
+        stream = torch.full(shape, float("nan"), dtype=dtype, device=device).permute(0, 3, 1, 2)
+        made = torch.full(shape, -128, dtype=torch.int8, device=device).permute(0, 3, 1, 2)
+        if backend == "triton" or device.type == "cuda":
+            from meddanet.kernels.way_up_triton import run as launch
+
+            launch(call, stream, made)
+        else:
+            run_reference(call, stream, made)
+        return stream.cpu(), made.cpu()
+
+    return run
 
 
-def check(net: WayUp, call: WayUpCall, expected, dtype: torch.dtype, backend: str):
+def check(found, expected):
     """Both outputs, bit for bit; what is expected to be NaN and -128 is not written."""
-    stream, made = run(call, dtype, backend)
-    torch.testing.assert_close(stream, expected[0], rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(made, expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 13)], ids=str)
-def test_as_three_convolutions(channels, size, backend):
+def test_as_three_convolutions(channels, size, run):
     """One pixel, whole blocks, and blocks that are not full."""
     net = WayUp(channels)
     below, skip = inputs(net, 2, size)
-    call = WayUpCall(below, skip, net.packed(), None, (skip.shape[2], skip.shape[3]))
-    expected = patches(net, below, skip, torch.float16)
+    expected = patches(net, below, skip)
     assert len(expected[1].unique()) > 2, "codes that are all alike test nothing"
-    check(net, call, expected, torch.float16, backend)
+    check(run(net, below, skip), expected)
 
 
 @pytest.mark.parametrize("channels", [64, 128])
-def test_more_channels(channels, backend):
+def test_more_channels(channels, run):
     net = WayUp(channels)
     below, skip = inputs(net, 1, (3, 5))
-    call = WayUpCall(below, skip, net.packed(), None, (6, 10))
-    check(net, call, patches(net, below, skip, torch.float16), torch.float16, backend)
+    check(run(net, below, skip), patches(net, below, skip))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_of_the_stream(dtype, backend, narrow):
+def test_dtypes_of_the_stream(dtype, run, narrow):
     net = WayUp(16)
     below, skip = inputs(net, 2, (5, 4))
-    call = WayUpCall(below, skip, net.packed(), None, (10, 8))
     exact, made = patches(net, below, skip, torch.float32)
-    rounded = narrow(exact, dtype) if backend == "triton" else exact.to(dtype)
-    check(net, call, (rounded, made), dtype, backend)
+    check(run(net, below, skip, dtype=dtype), (narrow(exact, dtype), made))
 
 
 @pytest.mark.parametrize("widths", [(4, 8, 6, 8), (8, 3, 8, 2), (8, 8, 4, 5)], ids=str)
-def test_narrower_codes(widths, backend):
+def test_narrower_codes(widths, run):
     net = WayUp(16, widths=widths)
     below, skip = inputs(net, 1, (6, 5))
-    call = WayUpCall(below, skip, net.packed(), None, (12, 10))
-    check(net, call, patches(net, below, skip, torch.float16), torch.float16, backend)
+    check(run(net, below, skip), patches(net, below, skip))
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_a_range_of_zero_has_no_codes(place, backend):
+def test_a_range_of_zero_has_no_codes(place, run):
     ranges = [value * (index != place) for index, value in enumerate(RANGES)]
     net = WayUp(6, ranges)
     below, skip = inputs(net, 1, (4, 5))
-    call = WayUpCall(below, skip, net.packed(), None, (8, 10))
-    check(net, call, patches(net, below, skip, torch.float16), torch.float16, backend)
+    check(run(net, below, skip), patches(net, below, skip))
 
 
-def test_against_floats(backend):
+def test_against_floats(run):
     """The layers on the values that codes stand for, up to codes that round the other way."""
     net = WayUp(16)
     below, skip = inputs(net, 1, (16, 16))
@@ -167,8 +176,7 @@ def test_against_floats(backend):
     total = F.conv2d(torch.cat([skip.double() * third, large], 1), weights[2], biases[2])
     gain, shift = (part[:, None, None] for part in net.affine)
     wanted = ((total * gain + shift).relu() / last).round().clamp(max=127)
-    call = WayUpCall(below, skip, net.packed(), None, (32, 32))
-    stream, made = run(call, torch.float32, backend)
+    stream, made = run(net, below, skip, dtype=torch.float32)
     near = (stream.double() - total).abs() <= 1e-4
     assert near.float().mean() > 0.99 and (made == wanted).float().mean() > 0.99
     assert int((made - wanted).abs().max()) <= 8, "one code off on the way"
@@ -200,30 +208,25 @@ SHIFTS = [(0, 0), (-3, -4), (-4, -3), (3, 1), (2, -7), (-8, 6), (-30, 0), (0, 25
 
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("size", [(20, 22), (21, 19), (5, 4)], ids=str)
-def test_a_patch_on_its_tile(channels, size, backend):
+def test_a_patch_on_its_tile(channels, size, run):
     """Tiles that hold all of a patch, some or nothing, at even and odd places."""
     net = WayUp(channels)
     below, skip = inputs(net, len(SHIFTS), (6, 7))
-    call = WayUpCall(below, skip, net.packed(), torch.tensor(SHIFTS, dtype=torch.int32), size)
-    expected = pasted(net, patches(net, below, skip, torch.float16), SHIFTS, size)
-    check(net, call, expected, torch.float16, backend)
+    expected = pasted(net, patches(net, below, skip), SHIFTS, size)
+    check(run(net, below, skip, size, SHIFTS), expected)
     assert expected[1][6].unique().numel() > 1, "a background that is not zero"
 
 
 @pytest.mark.parametrize("tile", [False, True])
 @pytest.mark.parametrize("count", [0, 2, 3, 9])
-def test_slots_from_the_count_on_are_left_alone(tile, count, backend):
+def test_slots_from_the_count_on_are_left_alone(tile, count, run):
     net = WayUp(16)
     below, skip = inputs(net, 3, (5, 6))
     shifts = [(1, -1), (-2, 2), (0, -3)] if tile else [(0, 0)] * 3
-    shift = torch.tensor(shifts, dtype=torch.int32) if tile else None
     size = (11, 13) if tile else (10, 12)
-    call = WayUpCall(
-        below, skip, net.packed(), shift, size, torch.tensor([count], dtype=torch.int32)
-    )
-    expected = pasted(net, patches(net, below, skip, torch.float16), shifts, size)
+    expected = pasted(net, patches(net, below, skip), shifts, size)
     expected[0][count:], expected[1][count:] = float("nan"), -128
-    check(net, call, expected, torch.float16, backend)
+    check(run(net, below, skip, size, shifts if tile else None, count), expected)
 
 
 # packing ---------------------------------------------------------------------------------------
