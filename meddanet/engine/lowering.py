@@ -95,7 +95,7 @@ class Group:
     def encode(
         self, name: str, input: Tensor, target: Conv, codes: Tensor, *,
         num_bits: Tensor | None = None, affine: Affine | None = None,
-        offset: Tensor | None = None, slots: Tensor | None = None,
+        offset: Tensor | None = None, slots: Tensor | None = None, copy: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Appends the quantisation of floats for the convolution that reads them."""
         call = EncodeCall(
@@ -103,7 +103,7 @@ class Group:
             target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
             slots, self.count,
         )  # fmt: skip
-        self.add(name, encode_kernel.run, call, codes, None)
+        self.add(name, encode_kernel.run, call, codes, copy)
 
     def conv(
         self, name: str, conv: Conv, input: Tensor, *, num_bits: Tensor | None = None,
