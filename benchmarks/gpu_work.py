@@ -19,6 +19,8 @@ from torch import nn
 
 from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
+# how a convolution's kernel calls its tile, and the parts of it where codes have 16 bits
+TILE, PART = ("BLOCK_M", "BLOCK_N"), ("PART_M", "PART_N")
 SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
 
 
@@ -59,7 +61,8 @@ class Convolution:
         stride, transposed: As usual; a transposed one doubles the side.
         stage: The encoder stage whose width it has; None: 8 bit.
         residual, stream, codes, skip: Whether it reads a residual, stores the stream (half
-            precision both), stores codes, stores codes of 8 bits for a skip connection.
+            precision both), stores codes, stores codes of 8 bits in any case, for a skip connection
+            or before the width of a stage is known.
         times: How often it runs.
     """
 
@@ -105,16 +108,19 @@ class Convolution:
 
         Tiles are read in, stored, and read as fragments.
         """
-        constants = {key: tile["constants"][key] for key in ("BLOCK_M", "BLOCK_N", "K")}
-        block_m, block_n, depth = (int(value) for value in constants.values())
         pixels = (self.side if self.transposed else out_side) ** 2
         rows = self.c_out * (4 if self.transposed else 1)
-        programs = -(-pixels // block_m) * -(-rows // block_n)
+        sizes = {key: int(tile["constants"][key]) for key in (*TILE, *PART, "K")}
+
+        def programs_of(m: int, n: int) -> int:
+            return -(-pixels // m) * -(-rows // n)
+
+        block_m, block_n = (sizes[key] for key in (TILE if width == 1 else PART))
         # asynchronous copies, of codes of two bytes, go there without passing the registers
         in_and_stored = 1 if width == 2 and "LDGSTS" in tile["of_these"] else 2
         moved = in_and_stored * (block_m + block_n) + _fragments(tile, block_m, block_n)
-        issued = programs * tile["num_warps"] * tile["issued"]
-        return programs * width * depth * moved, issued
+        issued = programs_of(*(sizes[key] for key in TILE)) * tile["num_warps"] * tile["issued"]
+        return programs_of(block_m, block_n) * width * sizes["K"] * moved, issued
 
 
 def _fragments(tile: dict[str, Any], block_m: int, block_n: int) -> int:
@@ -127,9 +133,54 @@ def _fragments(tile: dict[str, Any], block_m: int, block_n: int) -> int:
     return min(block_m * (tile["num_warps"] // n) + block_n * n for n in along)
 
 
-def unet(full: int) -> Iterator[Convolution]:
-    """Yields the convolutions of U-Net-16 on slices of one side, up to the last stage."""
-    yield Convolution("first convolution", 4, 16, 3, full, stream=True, codes=False)
+@dataclass(frozen=True)
+class WayUp:
+    """A way up of U-Net-16: three convolutions of 8 bit as one launch, on square inputs.
+
+    Attributes:
+        channels: Of the output; the input has twice as many.
+        side: Of the skip, in pixels; the input has half of it.
+        tile: Of the output, which the patch is a part of; None: `side`.
+        stage, times: As in `Convolution`.
+    """
+
+    channels: int
+    side: int
+    tile: int | None = None
+    stage: None = None
+    times: int = 1
+
+    @property
+    def label(self) -> str:
+        """Its class in `kernels_compiled.json`."""
+        return f"way up{' on a tile' if self.tile else ''}, {self.channels} channels"
+
+    def work(self, samples: int, num_bits: int, tile: dict[str, Any] | None) -> Work:
+        """Returns one launch over `samples` slices; `num_bits` is 8."""
+        c, below, outputs = self.channels, (self.side // 2) ** 2, (self.tile or self.side) ** 2
+        moved = below * (2 * c + 4 * c) + outputs * (2 * c + c)
+        # to c channels, to four pixels, and twice as many channels of those to c
+        macs = below * c * c * (2 + 4 + 4 * 2)
+        shared, issued = (0.0, 0.0) if tile is None else self._on_chip(tile)
+        return Work(
+            f"{self.label}, {self.side}, {num_bits} bit", samples * moved + c * c * (2 + 4 + 2),
+            samples * 2 * macs, samples * shared, samples * issued,
+        )
+
+    def _on_chip(self, tile: dict[str, Any]) -> tuple[float, float]:
+        """As in `Convolution`; each warp reads all weights, those of fuse once per product."""
+        names = "BLOCK_M", "BLOCK_C", "COLUMNS"
+        block_m, c, columns = (int(tile["constants"][name]) for name in names)
+        pixels = (self.tile // 2 + 1) ** 2 if self.tile else (self.side // 2) ** 2
+        programs, warps = -(-pixels // block_m), tile["num_warps"]
+        weights = 2 * c * c + 4 * c * columns + 4 * c // columns * 2 * columns**2
+        moved = 3 * block_m * (2 * c + 4 * c) + (2 + warps) * weights
+        return programs * moved, programs * warps * tile["issued"]
+
+
+def unet(full: int) -> Iterator[Convolution | WayUp]:
+    """Yields convolutions and ways up of U-Net-16 on slices of one side, up to the last stage."""
+    yield Convolution("first convolution", 4, 16, 3, full, stream=True, codes=False, skip=True)
     for level, blocks in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
         block = Convolution("encoder block, first", c, c, 3, side, stage=level)
@@ -144,13 +195,10 @@ def unet(full: int) -> Iterator[Convolution]:
         else:
             yield replace(second, name="encoder block, last of its stage", skip=True)
             down = Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
-            # what reads it is quantised later, when its width is known
-            yield replace(down, codes=False)
+            yield replace(down, codes=False, skip=True)
     for level in (2, 1, 0):
         c, side = 16 << level, full >> level
-        yield Convolution("up, reduce", 2 * c, c, 1, side // 2)
-        yield Convolution("up, transposed", c, c, 2, side // 2, 2, True)
-        yield Convolution("up, fuse", 2 * c, c, 1, side, stream=True)
+        yield WayUp(c, side)
         if level:
             yield from last_stage(c, side)
 
@@ -163,7 +211,7 @@ def last_stage(channels: int, side: int) -> Iterator[Convolution]:
 
 
 class Tiles:
-    """Finds the compiled kernel of a convolution; where its size has none, the nearest one's.
+    """Finds a launch's compiled kernel; where a convolution's size has none, the nearest one's.
 
     Args:
         variants: Rows of `kernels_compiled.json`.
@@ -179,8 +227,10 @@ class Tiles:
                 name, c_in, c_out, side = match.groups()
                 self.rows.setdefault((name, int(c_in), int(c_out)), {})[int(side)] = row
 
-    def __call__(self, convolution: Convolution) -> dict[str, Any] | None:
+    def __call__(self, convolution: Convolution | WayUp) -> dict[str, Any] | None:
         """Returns the row of the table; None where no such kernel was compiled."""
+        if isinstance(convolution, WayUp):
+            return self.others.get(convolution.label)
         known = self.rows.get((convolution.name, convolution.c_in, convolution.c_out))
         return known and known[min(known, key=lambda side: abs(side - convolution.side))]
 

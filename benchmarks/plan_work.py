@@ -17,13 +17,14 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from gpu_work import Convolution, Tiles, Work, half_precision, one_launch
+from gpu_work import Convolution, Tiles, WayUp, Work, half_precision, one_launch
 from torch import Tensor
 
 from meddanet.engine import lowering
 from meddanet.engine.plan import Plan, PlannedModel, rooms
 from meddanet.kernels.conv_call import ConvCall
 from meddanet.kernels.encode_call import EncodeCall
+from meddanet.kernels.way_up import WayUpCall
 from meddanet.weights import load_model
 
 # the engine's capacity for a head
@@ -164,50 +165,54 @@ def _stage(kernel: str) -> int:
 
 def _convolution(
     kernel: str, slots: Slots, call: ConvCall, stream: Tensor | None, codes: Tensor | None,
-    skip: Tensor | None,
+    skip: Tensor | None, moments: Tensor | None,
 ) -> Work:  # fmt: skip
     conv, residual = call.conv, call.residual is not None
+    # what is stored before its width is known has 8 bits
+    guessed = moments is not None and codes is not None
     found = Convolution(
-        _shape_class(kernel, stream, codes, skip), conv.in_channels, conv.out_channels,
+        _shape_class(kernel, stream, skip), conv.in_channels, conv.out_channels,
         conv.kernel_size[0], call.input.shape[3], conv.stride[0], conv.transposed,
-        residual=residual, stream=stream is not None, codes=codes is not None,
-        skip=skip is not None,
+        residual=residual, stream=stream is not None, codes=codes is not None and not guessed,
+        skip=skip is not None or guessed,
     )  # fmt: skip
     chosen = isinstance(call.num_bits, Tensor)
     widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
     parts = [found.work(n, bits, slots.tiles(found)) for bits, n in widths.items() if n]
+    if moments is not None:
+        parts.append(Work(kernel, slots.used * _size(moments[0])))
     return one_launch(kernel, parts)
 
 
-def _shape_class(
-    kernel: str, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None
-) -> str:
+def _shape_class(kernel: str, stream: Tensor | None, skip: Tensor | None) -> str:
     """Returns what `kernels_compiled.json` calls a convolution."""
     if kernel.endswith("block, second"):
         if skip is not None:
             return "encoder block, last of its stage"
         return "encoder block, last" if stream is None else "encoder block, second"
-    if kernel == "up, fuse" and codes is None:
-        return "up, fuse, crop"
     name = re.sub(r"^(decoder|last stage), ", "decoder block, ", kernel)
     name = re.sub(r"^stage \d block", "encoder block", name)
     return re.sub(r"^down \d", "down", name.replace("begin", "first convolution"))
 
 
-def _codes(
-    kernel: str, slots: Slots, call: EncodeCall, codes: Tensor, copy: Tensor | None
+def _way_up(
+    kernel: str, slots: Slots, call: WayUpCall, stream: Tensor, codes: Tensor
 ) -> Work:
-    channels = call.input.shape[1]
-    pixels, inside = math.prod(call.size), call.input.shape[2:].numel()
+    tile = None if call.shift is None else call.size[1]
+    found = WayUp(call.way.channels, call.skip.shape[3], tile)
+    return replace(found.work(slots.used, 8, slots.tiles(found)), name=kernel)
+
+
+def _codes(kernel: str, slots: Slots, call: EncodeCall, codes: Tensor) -> Work:
+    channels, pixels = call.input.shape[1], math.prod(call.size)
     chosen = isinstance(call.num_bits, Tensor)
     widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
+    widths = {bits: n for bits, n in widths.items() if bits != call.done}
     stored = sum(n * (2 if bits > 8 else 1) for bits, n in widths.items())
-    read = slots.used * min(pixels, inside) * call.input.element_size()
-    copied = 0 if copy is None else slots.used * pixels * copy.element_size()
-    kinds = {"image": "view of an image", "tile": "patch on its tile"}
-    kind = kinds.get(kernel, f"stage of {channels} channels")
-    issued = slots.used * slots.tiles.instructions(f"encode, {kind}", pixels)
-    return Work(kernel, channels * (read + copied + stored * pixels), instructions=issued)
+    read = sum(widths.values()) * call.input.element_size()
+    kind = "view of an image" if kernel == "image" else f"stage of {channels} channels"
+    issued = sum(widths.values()) * slots.tiles.instructions(f"encode, {kind}", pixels)
+    return Work(kernel, channels * pixels * (read + stored), instructions=issued)
 
 
 def _gradients(
@@ -215,10 +220,6 @@ def _gradients(
 ) -> Work:
     view = images.shape[1] * math.prod(size) * images.element_size()
     return Work(kernel, slots.used * (view + _size(sums[0])))
-
-
-def _moments(kernel: str, slots: Slots, feature: Tensor, sums: Tensor, count: Tensor) -> Work:
-    return Work(kernel, slots.used * (_size(feature[0]) + _size(sums[0])))
 
 
 def _select(
@@ -235,6 +236,6 @@ def _labels(kernel: str, slots: Slots, labels: Tensor, input: Tensor, *others: A
 
 MODELS: dict[Callable, Callable[..., Work]] = {
     lowering.conv_kernel.run: _convolution, lowering.encode_kernel.run: _codes,
-    lowering.selector_kernel.gradients: _gradients, lowering.selector_kernel.moments: _moments,
+    lowering.way_up_kernel.run: _way_up, lowering.selector_kernel.gradients: _gradients,
     lowering.selector_kernel.select: _select, lowering.head_kernel.run: _labels,
 }  # fmt: skip

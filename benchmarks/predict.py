@@ -206,6 +206,17 @@ def known_card(device: str) -> Card | None:
     return next((card for card in CARDS.values() if device in card.devices), None)
 
 
+def as_today(launches: Iterable[str]) -> list[str]:
+    """Returns the names that launches of the plan have today.
+
+    Codes of skips and moments of a stage's input once were launches of their own, and a way up was
+    three, and a fourth that put the last one's patch on its tile.
+    """
+    renamed = (name.replace(": up, reduce", ": way up") for name in launches)
+    former = ": skip", ": spread", ": up, ", ": tile"
+    return [name for name in renamed if not any(part in name for part in former)]
+
+
 def bounds_of_launches(
     measured: dict[str, Any], cases: dict[str, Any], variants: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
@@ -218,7 +229,7 @@ def bounds_of_launches(
 
     Returns:
         As `predict_volume`, of today's plan; None if the card is not known, or the plan was another
-        one, but for the codes of skips, which once were launches of their own.
+        one, but for launches that today's have taken over: see `as_today`.
     """
     card = known_card(measured["environment"]["device"])
     if card is None:
@@ -229,8 +240,7 @@ def bounds_of_launches(
     if measured["case"] in cases:
         num_bits = cases[measured["case"]]["decisions"]["num_bits"]
     work = plan_work(counts, num_bits, Tiles(variants, card.arch))
-    ran = [name for name, _ in measured["launches_us"] if ": skip" not in name]
-    if [part.name for part in work] != ran:
+    if [part.name for part in work] != as_today(name for name, _ in measured["launches_us"]):
         return None
     return predict_volume(work, card)
 

@@ -89,14 +89,27 @@ def times_plus(head, tail, scale, scale_tail, offset, offset_tail, PRECISE: tl.c
 
 
 @triton.jit
-def codes_of(value, step, largest, RELU: tl.constexpr):
-    """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0 or NaN.
-
-    With RELU values below zero have code 0, too.
+def codes_within(value, step, inverse, bound, RELU: tl.constexpr):
+    """Returns the int32 codes of float32 values, those of NaN being any.
 
     A product with the step's reciprocal, mended once by what it leaves of the value, rounds to the
     code that the quotient has, at half the instructions of a division (Markstein 1990; tried for
     every mantissa of a step at every tie).
+    """
+    # the maximum of zero and a NaN is zero
+    inside = tl.minimum(tl.maximum(value, 0.0 if RELU else -bound), bound)
+    quotient = inside * inverse
+    quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
+    # half to even: beyond 2^23 a sum has no bits left for a fraction; they hold the whole number
+    bits = (quotient + 12582912.0).to(tl.int32, bitcast=True)
+    return bits - 0x4B400000
+
+
+@triton.jit
+def codes_of(value, step, largest, RELU: tl.constexpr):
+    """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0 or NaN.
+
+    With RELU values below zero have code 0, too.
     """
     known = step > 0
     # with tiny steps the reciprocal would overflow, and rests underflow; with huge ones the bound
@@ -108,11 +121,5 @@ def codes_of(value, step, largest, RELU: tl.constexpr):
     bound = tl.where(known, largest, 0.0) * step
     if factor != 1.0:
         value *= factor
-    # the maximum of zero and a NaN is zero
-    inside = tl.minimum(tl.maximum(value, 0.0 if RELU else -bound), bound)
-    quotient = inside * inverse
-    quotient = tl.fma(tl.fma(-quotient, step, inside), inverse, quotient)
-    # half to even: beyond 2^23 a sum has no bits left for a fraction; they hold the whole number
-    bits = (quotient + 12582912.0).to(tl.int32, bitcast=True)
-    codes = bits - 0x4B400000
+    codes = codes_within(value, step, inverse, bound, RELU)
     return codes if RELU else tl.where(value == value, codes, 0)

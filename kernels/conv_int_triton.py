@@ -210,32 +210,26 @@ def _add_unet(found: dict[str, Callable[[], object]], full: int) -> None:
         last = {"residual": True, "skip": True, **mixed}
         add("encoder block, last of its stage", c, c, 3, side, **last)
         add("down", c, 2 * c, 3, side, stride=2, mixed=True, **entry)
-        add("up, reduce", 2 * c, c, 1, side // 2)
-        add("up, transposed", c, c, 2, side // 2, transposed=True, stride=2, wider=2)
-        add("up, fuse", 2 * c, c, 1, side, stream=True, affine=True, relu=True)
         add("decoder block, first", c, c, 3, side, relu=True)
         add("decoder block, second", c, c, 3, side, residual=True)
-    add("up, fuse, crop", 32, 16, 1, full, stream=True, codes=False)
 
 
 def _launch_meta(
-    c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, transposed: bool = False,
-    mixed: bool = False, mixed_out: bool = False, residual: bool = False, stream: bool = False,
-    affine: bool = False, relu: bool = False, codes: bool = True, skip: bool = False,
-    moments: bool = False, wider: int = 1,
+    c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, mixed: bool = False,
+    mixed_out: bool = False, residual: bool = False, stream: bool = False, affine: bool = False,
+    relu: bool = False, codes: bool = True, skip: bool = False, moments: bool = False,
 ) -> None:  # fmt: skip
     """Launches a convolution whose tensors have no memory."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    planes, taps = 1 + mixed, kernel**2
-    rows, depth = (taps * c_out, c_in) if transposed else (c_out, taps * c_in)
+    planes, depth = 1 + mixed, triton.cdiv(kernel**2 * c_in, K_MULTIPLE) * K_MULTIPLE
     conv = PackedConv(
-        empty(planes, planes, rows, triton.cdiv(depth, K_MULTIPLE) * K_MULTIPLE, dtype=torch.int8),
+        empty(planes, planes, c_out, depth, dtype=torch.int8),
         empty(planes, 2, c_out), empty(2, c_out),
         (8, 16)[:planes], c_in, (kernel, kernel), (stride, stride),
-        (0, 0) if transposed else (kernel // 2, kernel // 2), (1, 1), 1, transposed,
+        (kernel // 2, kernel // 2), (1, 1), 1, False,
     )  # fmt: skip
     widths, one = empty(2, dtype=torch.int32), empty(1)
     constants = empty(2, c_out)
@@ -244,11 +238,9 @@ def _launch_meta(
         widths if mixed else 8, None, (constants, constants) if affine else None, relu,
         one if codes else None, widths if mixed_out else 8, None, one.int(), one,
     )  # fmt: skip
-    # also the half of a concatenation
-    shape = call.output_planes, 2, *call.output_size, wider * c_out
-    out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)[:, :, -c_out:] if codes else None
-    half = empty(2, *call.output_size, 2 * c_out, dtype=torch.int8).permute(0, 3, 1, 2)[:, :c_out]
+    shape = call.output_planes, 2, *call.output_size, c_out
+    out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)
     total = empty(2, *call.output_size, c_out, dtype=torch.float16).permute(0, 3, 1, 2)
     call = replace(call, residual=total if residual else None)
     found = new_moments(call)[0] if moments else None
-    run(call, total if stream else None, out, half if skip else None, found)
+    run(call, total if stream else None, out if codes else None, out[0] if skip else None, found)

@@ -52,19 +52,17 @@ def _value(call: EncodeCall, window: Tensor, width: int) -> Tensor:
     return torch.where(value < 0, 0, value) if call.relu else value
 
 
-def run_reference(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
+def run_reference(call: EncodeCall, codes: Tensor) -> None:
     """Writes slot by slot into given outputs, as `encode_triton.run` does."""
     used = call.samples if call.count is None else min(int(call.count), call.samples)
     for slot in range(used):
         width = call.num_bits if isinstance(call.num_bits, int) else int(call.num_bits[slot])
         if width == call.done:
             continue
-        window = _window(call, slot)
-        if copy is not None:
-            copy[slot] = window.to(copy.dtype)
         if 2 <= width <= 16:
             step = step_of(call.amax, slot, width)
-            values = quantize_codes(_value(call, window, width), step, int(qmax(width)))
+            value = _value(call, _window(call, slot), width)
+            values = quantize_codes(value, step, int(qmax(width)))
             planes = split_codes(values.nan_to_num_(0.0)[None])[:, 0]
             # a narrow slot's high plane is nobody's
             planes = planes[: 1 if width <= 8 else 2]
@@ -101,9 +99,9 @@ def _encode(
         if triton_runs(input) and input.dtype != torch.float64:
             from .encode_triton import run
 
-            run(call, codes, None)
+            run(call, codes)
         else:
-            run_reference(call, codes, None)
+            run_reference(call, codes)
     return codes
 
 
@@ -160,7 +158,7 @@ def encode_reference(
     """Plain PyTorch statement of `encode`, slot by slot."""
     call = _checked(input, amax, num_bits, affine, relu, offset, size, slots, count)
     codes = call.new_codes()
-    run_reference(call, codes, None)
+    run_reference(call, codes)
     return _named(codes)
 
 

@@ -38,7 +38,7 @@ def _affine(
 
 @triton.jit
 def _encode_tile(
-    start, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, copy_ptr, bits, step, largest, top, left,
+    start, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, bits, step, largest, top, left,
     height_in, width_in, height, width,
     CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -55,10 +55,6 @@ def _encode_tile(
     else:
         offs = (row * width_in + column).to(tl.int64)[:, None] * PITCH + channel
     x = tl.load(in_ptr + offs, mask=mask & inside[:, None], other=0.0)
-    if copy_ptr is not None:
-        offs = pixel.to(tl.int64)[:, None] * CHANNELS + channel
-        tl.store(copy_ptr + offs, x.to(copy_ptr.dtype.element_ty), mask=mask)
-
     value = x.to(tl.float32)
     if gain_ptr is not None:
         # channels beyond, which are not stored, take the last one's constants
@@ -81,7 +77,7 @@ def _encode_tile(
 )  # fmt: skip
 def encode_kernel(
     in_ptr, gain_ptr, shift_ptr, amax_ptr, bits_ptr, offset_ptr, slots_ptr, count_ptr, low_ptr,
-    high_ptr, copy_ptr,
+    high_ptr,
     bits, done, amax_stride, height_in, width_in, height, width, tiles, turns,
     CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -103,26 +99,22 @@ def encode_kernel(
     low_ptr += begin * OUT_PITCH
     if high_ptr is not None:
         high_ptr += begin * OUT_PITCH
-    if copy_ptr is not None:
-        copy_ptr += begin * CHANNELS
     step, largest = step_of(amax_ptr + slot * amax_stride, bits)
     for tile in tl.range(first * turns, tl.minimum((first + 1) * turns, tiles)):
         _encode_tile(
-            tile * BLOCK_M, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, copy_ptr, bits, step,
-            largest, top, left, height_in, width_in, height, width, CHANNELS, PITCH, OUT_PITCH,
-            RELU, BLOCK_M, BLOCK_C,
+            tile * BLOCK_M, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, bits, step, largest,
+            top, left, height_in, width_in, height, width, CHANNELS, PITCH, OUT_PITCH, RELU,
+            BLOCK_M, BLOCK_C,
         )  # fmt: skip
 
 
-def run(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
+def run(call: EncodeCall, codes: Tensor) -> None:
     """Launches the encoding into given outputs, once, without a word from the device.
 
     Args:
         call: As `encode.encode` makes it.
         codes: int8 byte planes [P, M, C, height, width], channels last, or some channels of wider
             ones, such as the half of a concatenation.
-        copy: [M, C, height, width], floating point, dense, channels last: receives the shifted
-            input as it is. None: not stored.
     """
     image, (height, width) = call.input, call.size
     channels = image.shape[1]
@@ -137,7 +129,6 @@ def run(call: EncodeCall, codes: Tensor, copy: Tensor | None) -> None:
         encode_kernel[(call.samples * triton.cdiv(tiles, turns),)](
             image, *(call.affine or (None, None)), call.amax, call.num_bits if several else None,
             call.offset, call.slots, call.count, codes[0], codes[1] if len(codes) == 2 else None,
-            copy,
             0 if several else call.num_bits, call.done, 0 if len(call.amax) == 1 else 1,
             *image.shape[2:], height, width, tiles, turns,
             CHANNELS=channels, PITCH=pitch or 0, OUT_PITCH=pixel_pitch(codes[0]), RELU=call.relu,
@@ -149,11 +140,11 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
     U-Net-16: the image's crop, the inputs of the encoder's stages with their norms at 8 or 16 bits
-    per slot, the patch on its tile.
+    per slot, a map of zeros for the last stage.
     """
     found: dict[str, Callable[[], object]] = {
         "encode, view of an image": partial(_launch_meta, 4, torch.float32, image=True),
-        "encode, patch on its tile": partial(_launch_meta, 16, affine=True, paste=True),
+        "encode, map of zeros": partial(_launch_meta, 16, affine=True),
     }
     for level in range(4):
         c = 16 << level
@@ -163,7 +154,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 
 def _launch_meta(
     channels: int, dtype: torch.dtype = torch.float16, *, image: bool = False,
-    mixed: bool = False, affine: bool = False, paste: bool = False,
+    mixed: bool = False, affine: bool = False,
 ) -> None:  # fmt: skip
     """Launches an encoding whose tensors have no memory."""
 
@@ -178,8 +169,8 @@ def _launch_meta(
         empty(2, channels, 96, 96, dtype=dtype) if image else last(channels, dtype),
         empty(1, dtype=torch.float32), (96, 96), empty(2) if mixed else 8,
         (constants, constants) if affine else None, affine,
-        empty(2, 2) if image or paste else None, empty(2) if image else None, empty(1),
+        empty(2, 2) if image else None, empty(2) if image else None, empty(1),
     )  # fmt: skip
     codes = torch.stack([last(channels, torch.int8)] * (1 + mixed))
     codes = codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    run(call, codes, last(channels, dtype) if paste else None)
+    run(call, codes)

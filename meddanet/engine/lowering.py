@@ -1,7 +1,7 @@
 """The U-Net lowered to kernel launches over static buffers, one group of slots at a time.
 
-    view of the image -> codes -> begin -> [width, codes of 16 bits, blocks, down] x 4 -> decode
-      -> tile -> last stage -> labels
+    view of the image -> codes -> begin -> [width, codes of 16 bits, blocks, down] x 4
+      -> [way up, block] x 3 -> labels
 
 What a stage takes is stored as codes before its width is known: of the widest width of one byte, so
 that only slots that choose another one are encoded anew.
@@ -25,9 +25,11 @@ from ..kernels import conv_int_triton as conv_kernel
 from ..kernels import encode_triton as encode_kernel
 from ..kernels import head_triton as head_kernel
 from ..kernels import selector_triton as selector_kernel
+from ..kernels import way_up_triton as way_up_kernel
 from ..kernels.conv_call import ConvCall
 from ..kernels.encode_call import EncodeCall
 from ..kernels.route_call import Routing
+from ..kernels.way_up import WayUpCall
 from .packed_unet import Affine, Block, Conv, Last, PackedUNet, Stage, Up
 
 STREAM = torch.float16
@@ -96,8 +98,7 @@ class Group:
     def encode(
         self, name: str, input: Tensor, target: Conv, codes: Tensor, *,
         num_bits: Tensor | None = None, affine: Affine | None = None,
-        offset: Tensor | None = None, slots: Tensor | None = None, copy: Tensor | None = None,
-        done: int = 0,
+        offset: Tensor | None = None, slots: Tensor | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         """Appends the quantisation of floats for the convolution that reads them."""
         call = EncodeCall(
@@ -105,7 +106,7 @@ class Group:
             target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
             slots, self.count, done,
         )  # fmt: skip
-        self.add(name, encode_kernel.run, call, codes, copy)
+        self.add(name, encode_kernel.run, call, codes)
 
     def conv(
         self, name: str, conv: Conv, input: Tensor, *, num_bits: Tensor | None = None,
@@ -146,12 +147,13 @@ class Level(NamedTuple):
     stream: Tensor
     codes: Tensor  # of a block's input, and of what leaves it
     inner: Tensor  # between a block's convolutions
-    joined: Tensor | None  # skip and way up, side by side; None at the coarsest
+    skip: Tensor | None  # codes for the way up's last convolution; None at the coarsest
 
 
 def lower_features(
-    net: PackedUNet, group: Group, images: Tensor, num_bits: Tensor, follower: Block | None
-) -> Level:
+    net: PackedUNet, group: Group, images: Tensor, num_bits: Tensor, last: Last,
+    tile: tuple[Tensor, Size] | None = None,
+) -> Level:  # fmt: skip
     """Appends everything before the last stage.
 
     Args:
@@ -159,10 +161,13 @@ def lower_features(
         group: Receives the launches.
         images: float32 [N, C, H, W], dense.
         num_bits: int32 [S, N], receives the chosen widths.
-        follower: The block whose input codes are stored beside the features, or None.
+        last: The last stage, which reads the features.
+        tile: Where the features lie among zeros: int32 [M, 2], (y, x) of the tile's corner less
+            the patch's, and the tile's (height, width). None: the features alone.
 
     Returns:
-        The finest level: its stream holds the features, its codes the follower's input.
+        The finest level, or the tile: its stream holds the features, its codes the last stage's
+        input.
     """
     view = group.planes(1, images.shape[1], group.size)
     group.encode("image", images, net.begin, view, offset=group.corner, slots=group.slices)
@@ -177,17 +182,15 @@ def lower_features(
     moments = _lower_entry(group, "begin", net.begin, view, None, net.stages[0], levels[0])
     for index in range(len(net.stages)):
         moments = _lower_stage(net, group, levels, index, sums, moments, num_bits[index])
-    for level, below, up, after in zip(
-        levels[-2::-1], levels[:0:-1], net.ups, [*net.ups[1:], None], strict=True
-    ):
-        block = follower if after is None else up.block
-        _lower_up(group, level, below, up, block)
-        if after is not None:
-            assert up.block is not None, "only the finest way up has no block of its own"
-            _lower_block(
-                group, "decoder", up.block, level, narrow=True, target=after.reduce
-            )
-    return levels[0]
+    below, *finer = levels[::-1]
+    for level, up, after in zip(finer[:-1], net.ups[:-1], net.ups[1:], strict=True):
+        _lower_up(group, up, below, level)
+        _lower_block(group, "decoder", up.block, level, narrow=True, target=after.reduce)
+        below = level
+    shift, size = (None, group.size) if tile is None else tile
+    output = levels[0] if tile is None else _map(group, levels[0].stream.shape[1], size)
+    _lower_up(group, last.up, below, levels[0], output, shift)
+    return output
 
 
 def _level(net: PackedUNet, group: Group, index: int) -> Level:
@@ -199,7 +202,7 @@ def _level(net: PackedUNet, group: Group, index: int) -> Level:
     return Level(
         group.stream(channels, size), group.planes(planes, channels, size),
         group.planes(planes, channels, size),
-        None if last else group.planes(1, 2 * channels, size),
+        None if last else group.planes(1, channels, size)[0],
     )  # fmt: skip
 
 
@@ -251,11 +254,11 @@ def _lower_stage(
                 target_bits=bits, affine=after.affine,
             )  # fmt: skip
         elif stage.down is not None:
-            assert level.joined is not None, "only the coarsest stage has no skip"
+            assert level.skip is not None, "only the coarsest stage has no skip"
             fuse = net.ups[len(net.ups) - 1 - index].fuse
             _lower_block(
                 group, name, block, level, num_bits=bits, target=stage.down, target_bits=bits,
-                skip=(fuse, level.joined[0, :, :channels]),
+                skip=(fuse, level.skip),
             )  # fmt: skip
         else:
             _lower_block(group, name, block, level, num_bits=bits, target=net.ups[0].reduce)
@@ -304,44 +307,43 @@ def _lower_block(
 
 
 def _lower_up(
-    group: Group, level: Level, below: Level, up: Up, follower: Block | None
-) -> None:
-    """Appends the way up from the codes below to the level's stream, and the follower's codes."""
-    channels = level.stream.shape[1]
-    assert level.joined is not None, "the coarsest level has no way up"
-    reduced = group.planes(1, channels, (below.stream.shape[2], below.stream.shape[3]))
-    group.conv("up, reduce", up.reduce, below.codes[:1], target=up.up, codes=reduced)
-    group.conv(
-        "up, transposed", up.up, reduced, target=up.fuse, codes=level.joined[:, :, channels:]
-    )
-    group.conv(
-        "up, fuse", up.fuse, level.joined, stream=level.stream,
-        affine=None if follower is None else follower.affine, relu=follower is not None,
-        target=None if follower is None else follower.first,
-        codes=None if follower is None else level.codes[:1],
-    )  # fmt: skip
-
-
-def lower_tile(group: Group, last: Last, patch: Tensor, shift: Tensor, size: Size) -> Level:
-    """Appends the paste of patches [M, b, P, P] into zero tiles of a size, as codes and stream.
+    group: Group, up: Up, below: Level, level: Level, output: Level | None = None,
+    shift: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Appends the way up from the codes below and a level's skip to stream and codes.
 
     Args:
         group: Receives the launch.
-        last: The last stage that reads the tile.
-        patch: The features.
-        shift: int32 [M, 2], (y, x) of the tile's corner less the patch's.
-        size: (height, width) of the tile.
+        up: The weights.
+        below: Holds the codes.
+        level: Holds the skip.
+        output: Receives stream, and codes for the block that follows; None: the level.
+        shift: int32 [M, 2], (y, x) of the output's corner less the level's, or None: 0.
     """
-    channels = patch.shape[1]
-    tile = Level(
+    output = output or level
+    assert level.skip is not None, "the coarsest level has no way up"
+    size = output.stream.shape[2], output.stream.shape[3]
+    call = WayUpCall(below.codes[0], level.skip, up.packed, shift, size, group.count)
+    group.add("way up", way_up_kernel.run, call, output.stream, output.codes[0])
+
+
+def _map(group: Group, channels: int, size: Size) -> Level:
+    """Allocates what a last stage works on."""
+    return Level(
         group.stream(channels, size), group.planes(1, channels, size),
         group.planes(1, channels, size), None,
     )  # fmt: skip
+
+
+def lower_empty(group: Group, last: Last, size: Size) -> Level:
+    """Appends a map of zeros of a size, as the stream and codes that a last stage reads."""
+    channels = last.up.packed.channels
+    level = _map(group, channels, size)
+    level.stream.zero_()
     group.encode(
-        "tile", patch, last.block.first, tile.codes, affine=last.block.affine, offset=shift,
-        copy=tile.stream,
-    )  # fmt: skip
-    return tile
+        "codes", level.stream, last.up.block.first, level.codes, affine=last.up.block.affine
+    )
+    return level
 
 
 def lower_last(
@@ -357,7 +359,7 @@ def lower_last(
         corner: int32 [M, 2] of the level's map in its slice.
         margin: As in `label_head`.
     """
-    _lower_block(group, "last stage", last.block, level, narrow=True, target=last.end)
+    _lower_block(group, "last stage", last.up.block, level, narrow=True, target=last.end)
     end, num_bits = last.end.packed, last.end.num_bits
     variant = end.variant(num_bits)
     group.add(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..kernels import PackedConv, norm_affine, pack_conv
 from ..kernels import conv_int_triton as conv_kernel
 from ..kernels.pairs import split_floats
+from ..kernels.way_up_pack import PackedWayUp, pack_way_up
 from ..layers import QuantConvTranspose2d, quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..networks.unet import ResidualBlock, UNet
@@ -52,18 +53,18 @@ class Stage(NamedTuple):
 
 
 class Up(NamedTuple):
-    """A way up, and the block that follows it; the last stage's block where there is none."""
+    """A way up, whose first convolution reads codes and whose last one those of a skip; a block."""
 
     reduce: Conv
-    up: Conv
     fuse: Conv
-    block: Block | None
+    packed: PackedWayUp
+    block: Block
 
 
 class Last(NamedTuple):
-    """A last stage."""
+    """A last stage: its block, with the way up to it, and what ends it."""
 
-    block: Block
+    up: Up
     end: Conv
 
 
@@ -90,11 +91,10 @@ class PackedUNet:
             self._stage(stage, selector)
             for stage, selector in zip(unet.encoder, self._model.bit_selectors, strict=True)
         ]
-        self.ups = [
-            self._up(unet.up3, unet.dec3), self._up(unet.up2, unet.dec2), self._up(unet.up1, None)
-        ]
-        self.whole = self._last(unet.last_stage)
-        self.crops = [self._last(stage) for stage in self._model.crop_last_stages]
+        self.whole = self._last(unet.up1, unet.last_stage)
+        self.crops = [self._last(unet.up1, stage) for stage in self._model.crop_last_stages]
+        # the last one's convolutions are the same for all last stages
+        self.ups = [self._up(unet.up3, unet.dec3), self._up(unet.up2, unet.dec2), self.whole.up]
 
     def _conv(self, layer: Any, num_bits: Any = None, norm: nn.BatchNorm2d | None = None) -> Conv:
         transposed = isinstance(layer, QuantConvTranspose2d)
@@ -126,14 +126,16 @@ class PackedUNet:
             None if stage.down is None else self._conv(stage.down, widths),
         )  # fmt: skip
 
-    def _up(self, up: Any, block: ResidualBlock | None) -> Up:
-        return Up(
-            self._conv(up.reduce), self._conv(up.up), self._conv(up.fuse),
-            None if block is None else self._block(block),
-        )  # fmt: skip
+    def _up(self, up: Any, block: ResidualBlock) -> Up:
+        reduce, double, fuse = (self._conv(layer) for layer in (up.reduce, up.up, up.fuse))
+        after = self._block(block)
+        packed = pack_way_up(
+            reduce, double, fuse, after.affine, after.first.amax, after.first.num_bits
+        )
+        return Up(reduce, fuse, packed, after)
 
-    def _last(self, stage: Any) -> Last:
-        return Last(self._block(stage.block), self._conv(stage.end))
+    def _last(self, up: Any, stage: Any) -> Last:
+        return Last(self._up(up, stage.block), self._conv(stage.end))
 
 
 def _check(model: MedDANetV2) -> None:

@@ -1,6 +1,6 @@
 """A chunk of slices from images to labels as a recorded list of launches over static buffers.
 
-    view -> decide, locate -> route -> [crop, encoder, decoder, tile, last stage, labels] per route
+    view -> decide, locate -> route -> [crop, encoder, decoder, last stage, labels] per route
 
 Everything that depends on the slices is decided where they lie: routes, offsets, widths, which slot
 of which group a slice takes and how many are in use. So `run` allocates no map of features or
@@ -23,7 +23,7 @@ from ..kernels import view_triton as view_kernel
 from ..kernels.route_call import new_frames, new_routing
 from ..med_danet_v2 import MedDANetV2
 from .decisions import frozen
-from .lowering import STREAM, Group, Launch, Level, lower_features, lower_last, lower_tile
+from .lowering import Group, Launch, lower_empty, lower_features, lower_last
 from .packed_unet import Last, PackedUNet
 from .routing import halo
 
@@ -187,17 +187,17 @@ class Plan:
 
     def _lower_whole(self, group: Group) -> None:
         last = self._planned.unet.whole
-        level = lower_features(
-            self._planned.unet, group, self.images, self.num_bits, last.block
-        )
+        level = lower_features(self._planned.unet, group, self.images, self.num_bits, last)
         lower_last(group, last, level, self.labels, group.corner, 0)
 
     def _lower_crop(self, index: int, group: Group) -> None:
         """Appends a crop's way; its last stage sees the patch and two halos: `routing.Tile`."""
         last, margin = self._planned.unet.crops[index], self._margins[index]
         height, width = (min(group.size[0] + 4 * margin, side) for side in self._size)
-        patch = lower_features(self._planned.unet, group, self.images, self.num_bits, None).stream
-        level = lower_tile(group, last, patch, group.shift, (height, width))
+        level = lower_features(
+            self._planned.unet, group, self.images, self.num_bits, last,
+            (group.shift, (height, width)),
+        )  # fmt: skip
         lower_last(group, last, level, self.labels, group.start, margin)
         self._backgrounds[1 + index] = label_background(last, self._size, group.count.device)
 
@@ -207,9 +207,7 @@ def label_background(last: Last, size: tuple[int, int], device: torch.device) ->
     group = Group.of(new_routing(1, 2, device), 0, "background", size, 1)
     group.count.fill_(1)
     labels = torch.zeros(1, *size, dtype=torch.uint8, device=device)
-    channels = last.block.first.packed.in_channels
-    zeros = torch.zeros(1, *size, channels, dtype=STREAM, device=device).permute(0, 3, 1, 2)
-    level: Level = lower_tile(group, last, zeros, group.corner, size)
+    level = lower_empty(group, last, size)
     lower_last(group, last, level, labels, group.corner, 0)
     for launch in group.launches:
         launch.run()

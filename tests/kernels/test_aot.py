@@ -27,6 +27,7 @@ from meddanet.kernels import (  # noqa: E402
     machine_code,
     shuffle_unit_triton,
     variants,
+    way_up_triton,
 )
 from meddanet.kernels.precompiled import entries  # noqa: E402
 
@@ -102,7 +103,7 @@ print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
 def first_launches(arch: int, home, cache) -> tuple[Counter, list[str], str]:
     """Runs FIRST_LAUNCHES in a fresh process; returns counts, kernels loaded, stderr."""
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), UP, "head, int8"],
+        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), FIRST, "head, int8"],
         env=os.environ | {"XDG_CACHE_HOME": str(home), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -127,19 +128,18 @@ LAUNCHED = [
 ]  # fmt: skip
 KERNELS = {
     *LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "route_kernel",
-    "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel",
+    "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel", "way_up_kernel",
 }  # fmt: skip
-CONVOLUTIONS = ("first convolution", "encoder block", "down", "up", "decoder block")
-UP = "up, reduce, 32 to 16 channels, 120"
+CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block")
+FIRST = "first convolution, 4 to 16 channels, 240"
 
 
 def some_classes():
     """One convolution, which takes a second to compile, and all that is no convolution."""
-    several = tuple(name for name in CONVOLUTIONS if name != "up")
     return {
         name: launch
         for name, launch in variants.shape_classes().items()
-        if not name.startswith(several) and (not name.startswith("up") or name == UP)
+        if not name.startswith(CONVOLUTIONS) or name == FIRST
     }
 
 
@@ -316,7 +316,7 @@ def assert_lean(row):
     assert row["shared_bytes"] <= 99 * 1024, row
     assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
     for kernels, products in (
-        (("conv_kernel",), {"IMMA", "IGMMA"}),
+        (("conv_kernel", "way_up_kernel"), {"IMMA", "IGMMA"}),
         (("shuffle_stem_kernel", "shuffle_unit_kernel"), {"HMMA", "HGMMA"}),
     ):
         found = products & row["of_these"].keys()
@@ -342,6 +342,14 @@ def test_machine_code_of_wide_layers(channels, wide):
     assert_lean(machine_code_of(86, "", launch))
 
 
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+@pytest.mark.parametrize("channels", [6, 24, 128, 256])
+def test_machine_code_of_other_ways_up(channels, arch):
+    """Channels to be padded, and more than the shipped networks have."""
+    launch = partial(way_up_triton._launch_meta, channels, tile=channels < 128)
+    assert_lean(machine_code_of(arch, "", launch))
+
+
 @pytest.mark.parametrize("shape", [(96, 192, 2), (192, 192, 1), (128, 256, 2), (256, 256, 1)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_machine_code_of_wide_units(shape, dtype):
@@ -357,6 +365,12 @@ def test_maps_beyond_two_to_the_31_have_long_indices(side, channels, index):
     """By the elements of one slot's map; slots themselves are always 64-bit."""
     launch = partial(conv_int_triton._launch_meta, channels, channels, 1, side)
     (variant,) = variants.record(86, "", launch)
+    assert str(variant.constants["INDEX"]) == index
+
+
+@pytest.mark.parametrize(("side", "index"), [(8192, "int32"), (16384, "int64")])
+def test_ways_up_to_maps_beyond_two_to_the_31_have_long_indices(side, index):
+    (variant,) = variants.record(86, "", partial(way_up_triton._launch_meta, 16, side))
     assert str(variant.constants["INDEX"]) == index
 
 

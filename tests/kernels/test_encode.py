@@ -111,7 +111,7 @@ def test_slots_whose_codes_are_there_are_left_alone():
     call = EncodeCall(x, ONE.reshape(1) * 3, (40, 9), bits, done=8)
     for function in (run_reference, *([encode_triton.run] if triton_runs(x) else [])):
         codes = torch.full((2, 3, 40, 9, 4), 77, dtype=torch.int8).permute(0, 1, 4, 2, 3)
-        function(call, codes, None)
+        function(call, codes)
         assert torch.equal(codes[:, 0], wanted[:, 0]) and torch.equal(codes[0, 2], wanted[0, 2])
         assert (codes[:, 1] == 77).all()
 

@@ -158,8 +158,8 @@ def truth(model, image, route, offset):
         exact, stream, widths = features(model, image)
     else:
         size, last = model.crop_sizes[route - 1], model.crop_last_stages[route - 1]
-        _, patch, widths = features(model, bilinear_crop(image, offset[None], size))
-        exact = stream = affine_paste(patch, offset[None], SIDES)
+        *patch, widths = features(model, bilinear_crop(image, offset[None], size))
+        exact, stream = (affine_paste(part, offset[None], SIDES) for part in patch)
     logits = last.end(block(last.block, exact, stream))
     return logits.argmax(1)[0].to(torch.uint8), widths
 
