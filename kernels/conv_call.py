@@ -13,6 +13,8 @@ from .pairs import split_affine
 from .quantize import check_num_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# float32 holds reciprocals, bounds and rests of such steps
+MILD_STEPS = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ConvCall:
         skip_amax: float32 [1], range of codes of the sum itself, without `affine` and `relu`: what
             a skip connection takes; or None.
         skip_num_bits: Their width, at most 8.
+        mild: Whether the caller knows that all constants are finite, steps 0 or in `MILD_STEPS`,
+            and no residual is NaN: a kernel then asks after neither. See `is_mild`.
     """
 
     input: Tensor
@@ -52,6 +56,7 @@ class ConvCall:
     count: Tensor | None = None
     skip_amax: Tensor | None = None
     skip_num_bits: int = 8
+    mild: bool = False
 
     @property
     def samples(self) -> int:
@@ -102,6 +107,13 @@ def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:
     """Returns the float32 step of one of the ranges [1] or [N]: 0 of a negative one, NaN of inf."""
     amax = amax[index if len(amax) > 1 else 0].clamp_min(0)
     return (amax + 0 * amax) / largest_code(num_bits).to(amax.device)
+
+
+def is_mild(amax: Tensor, num_bits: int, *constants: Tensor) -> bool:
+    """Returns what `ConvCall.mild` asks of a range and of constants; a GPU is waited for."""
+    step = float(step_of(amax, 0, num_bits))
+    known = step == 0 or MILD_STEPS[0] <= step <= MILD_STEPS[1]
+    return known and all(bool(part.isfinite().all()) for part in constants)
 
 
 def pixel_pitch(image: Tensor) -> int | None:

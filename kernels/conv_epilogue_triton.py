@@ -106,20 +106,23 @@ def codes_within(value, step, inverse, bound, RELU: tl.constexpr):
 
 
 @triton.jit
-def codes_of(value, step, largest, RELU: tl.constexpr):
+def codes_of(value, step, largest, RELU: tl.constexpr, MILD: tl.constexpr = False):
     """Returns the int32 codes of float32 values: 0 for NaN, or where the step is 0 or NaN.
 
-    With RELU values below zero have code 0, too.
+    With RELU values below zero have code 0, too. MILD: as in `conv_call.ConvCall`.
     """
     known = step > 0
-    # with tiny steps the reciprocal would overflow, and rests underflow; with huge ones the bound
-    factor = tl.where(step < 1e-30, 79228162514264337593543950336.0, 1.0)
-    factor = tl.where(step > 1e30, 5.960464477539063e-08, factor)
-    step = tl.where(known, step, 0.0) * factor
+    step = tl.where(known, step, 0.0)
+    if not MILD:
+        # with tiny steps the reciprocal would overflow and rests underflow, with huge ones the
+        # bound overflow
+        factor = tl.where(step < 1e-30, 79228162514264337593543950336.0, 1.0)
+        factor = tl.where(step > 1e30, 5.960464477539063e-08, factor)
+        step *= factor
+        # as a branch it would be issued, predicated, all the same
+        value *= factor
     inverse = tl.where(known, tl.div_rn(1.0, tl.where(known, step, 1.0)), 0.0)
     # the quotient of this bound rounds to the largest code
     bound = tl.where(known, largest, 0.0) * step
-    if factor != 1.0:
-        value *= factor
     codes = codes_within(value, step, inverse, bound, RELU)
-    return codes if RELU else tl.where(value == value, codes, 0)
+    return codes if RELU or MILD else tl.where(value == value, codes, 0)

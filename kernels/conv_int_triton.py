@@ -64,14 +64,14 @@ def blocks(
     lines, columns = _tile(conv, pixels, light, heavy)
     parts = lines, columns
     if light and heavy:
-        parts = (lines, columns // 2) if moments else (32, 16 if columns == 64 else 32)
+        parts = (lines, columns // 2) if moments else (32, 16)
     return {
         "BLOCK_M": lines,
         "BLOCK_N": columns,
         "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
         "PART_M": parts[0],
         "PART_N": min(columns, parts[1]),
-        "STAGES": 1 if conv.codes.shape[3] <= 320 else 3,
+        "STAGES": 1 if conv.codes.shape[3] <= (160 if light else 320) else 3,
         "num_warps": 2 if lines == 32 else 4,
         "maxnreg": None if heavy or columns > 16 else 112,
     }
@@ -168,7 +168,7 @@ def run(
             TRANSPOSED=conv.transposed, K=conv.codes.shape[3], PLANES=conv.codes.shape[1],
             PITCH=pitch, OUT_PITCH=out_pitches[0], SKIP_PITCH=out_pitches[1],
             WIDTHS=sum(1 << width for width in conv.num_bits) if several else 0,
-            NARROW=light, WIDE=wide, RELU=call.relu,
+            NARROW=light, WIDE=wide, RELU=call.relu, MILD=call.mild,
             INDEX=tl.int64 if reach >= 2**31 else tl.int32,
             enable_fp_fusion=False, **sizes,
         )  # fmt: skip
@@ -237,6 +237,7 @@ def _launch_meta(
         empty(planes, 2, side, side, c_in, dtype=torch.int8).permute(0, 1, 4, 2, 3), conv, one,
         widths if mixed else 8, None, (constants, constants) if affine else None, relu,
         one if codes else None, widths if mixed_out else 8, None, one.int(), one,
+        mild=True,
     )  # fmt: skip
     shape = call.output_planes, 2, *call.output_size, c_out
     out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)

@@ -174,7 +174,7 @@ def _finish(
     moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
     skip_bits, pixel, rows, mask, size,
     C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, RELU: tl.constexpr,
-    PRECISE: tl.constexpr, INDEX: tl.constexpr,
+    MILD: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Does all that follows the sums of one tile; pointers are those of its slot."""
     channel = rows % C_OUT
@@ -193,11 +193,6 @@ def _finish(
         mean, deviation = _moments(total, mask, size)
         tl.store(moments_ptr + channel, mean, mask=rows < C_OUT)
         tl.store(moments_ptr + C_OUT + channel, deviation, mask=rows < C_OUT)
-    if skip_ptr is not None:
-        skip_step, skip_largest = step_of(skip_amax_ptr, skip_bits)
-        codes = codes_of(total, skip_step, skip_largest, False)
-        offs = pixel.to(INDEX) * SKIP_PITCH + channel[None, :]
-        tl.store(skip_ptr + offs, codes.to(tl.int8), mask=mask)
     if out_low_ptr is not None:
         if gain_ptr is not None:
             gain, gain_tail = pair_at(gain_ptr, channel, C_OUT)
@@ -205,12 +200,17 @@ def _finish(
             head, tail = times_plus(head, tail, gain, gain_tail, shift, shift_tail, PRECISE)
         value = joined(head, tail) if PRECISE else head
         out_step, largest = step_of(out_amax_ptr, out_bits)
-        codes = codes_of(value, out_step, largest, RELU)
+        codes = codes_of(value, out_step, largest, RELU, MILD)
         offs = pixel.to(INDEX) * OUT_PITCH + channel[None, :]
         # the cast keeps the lowest byte
         tl.store(out_low_ptr + offs, codes.to(tl.int8), mask=mask)
         if out_high_ptr is not None:
             tl.store(out_high_ptr + offs, ((codes + 128) >> 8).to(tl.int8), mask=mask)
+    if skip_ptr is not None:
+        skip_step, skip_largest = step_of(skip_amax_ptr, skip_bits)
+        codes = codes_of(total, skip_step, skip_largest, False, MILD)
+        offs = pixel.to(INDEX) * SKIP_PITCH + channel[None, :]
+        tl.store(skip_ptr + offs, codes.to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _tile(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PITCH: tl.constexpr,
     OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M pixels from `start` on by BLOCK_N rows; pointers are those of its slot."""
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
@@ -260,13 +260,15 @@ def _tile(
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
             moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
-            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, True, INDEX,
+            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, MILD, True,
+            INDEX,
         )  # fmt: skip
     else:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
             moments_ptr, out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
-            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, False, INDEX,
+            skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, MILD, False,
+            INDEX,
         )  # fmt: skip
 
 
@@ -286,9 +288,9 @@ def conv_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, TRANSPOSED: tl.constexpr, K: tl.constexpr, PLANES: tl.constexpr,
     PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, WIDTHS: tl.constexpr,
-    NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_M: tl.constexpr,
-    PART_N: tl.constexpr, STAGES: tl.constexpr,
+    NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PART_M: tl.constexpr, PART_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels.
 
@@ -339,8 +341,8 @@ def conv_kernel(
                 shift_ptr, stream_ptr, moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr,
                 skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height,
                 out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH,
-                OUT_PITCH, SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, INDEX, PART_M, PART_N, BLOCK_K,
-                STAGES,
+                OUT_PITCH, SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, MILD, INDEX, PART_M, PART_N,
+                BLOCK_K, STAGES,
             )  # fmt: skip
     else:
         _tile(
@@ -348,6 +350,6 @@ def conv_kernel(
             residual_ptr, gain_ptr, shift_ptr, stream_ptr, moments_ptr, out_low_ptr, None,
             out_amax_ptr, skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width,
             out_height, out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K,
-            PITCH, OUT_PITCH, SKIP_PITCH, True, False, False, RELU, INDEX, BLOCK_M, BLOCK_N,
+            PITCH, OUT_PITCH, SKIP_PITCH, True, False, False, RELU, MILD, INDEX, BLOCK_M, BLOCK_N,
             BLOCK_K, STAGES,
         )  # fmt: skip

@@ -51,8 +51,8 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     "registers" are per thread; "stack_bytes" and "local_bytes" per thread are 0 where nothing is
     spilled, and so are the counts of LDL and STL; "shared_bytes" per program. "in_64_bits" counts
     float64 arithmetic and conversions from or to 64 bits. "issued" is what a warp issues on the
-    shortest way through (`sass.issued`), a convolution's loop run over all of K. "key" is the
-    JIT's: it changes with the kernel, the options and triton.
+    shortest way through (`sass.issued`), of a convolution for a slot of 8 bits and over all of K.
+    "key" is the JIT's: it changes with the kernel, the options and triton.
     """
     cubin = compiled.metadata_group[f"{variant.name}.cubin"]
     resources = {
@@ -60,7 +60,12 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     }
     code = _cuobjdump("-sass", cubin)
     sizes = variant.constants
-    steps = -(-sizes["K"] // sizes["BLOCK_K"]) if "K" in sizes else 1
+    steps, products = 1, None
+    if "PART_M" in sizes:
+        # a tile, whose parts are for other slots
+        steps = -(-sizes["K"] // sizes["BLOCK_K"])
+        products = sizes["BLOCK_M"] * sizes["BLOCK_N"] * steps * sizes["BLOCK_K"]
+        products //= compiled.metadata.num_warps
     counts = Counter(instruction.name for instruction in instructions(code))
     return {
         "kernel": variant.name,
@@ -74,7 +79,7 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
         "local_bytes": resources["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "instructions": counts.total(),
-        "issued": issued(code, steps),
+        "issued": issued(code, steps, products),
         "in_64_bits": len(_SLOW.findall(code)),
         "of_these": {name: counts[name] for name in COUNTED if counts[name]},
         "key": variant.key,

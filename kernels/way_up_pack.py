@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_call import largest_code, step_of
+from .conv_call import is_mild, largest_code, step_of
 from .conv_pack import K_MULTIPLE, PackedConv
 from .pairs import times_step
 from .shuffle_pack import padded
@@ -21,8 +21,6 @@ from .shuffle_pack import padded
 Layer: TypeAlias = tuple[PackedConv, Tensor, int]
 # more channels' weights fit into no small GPU's shared memory
 WIDEST = 256
-# float32 holds reciprocals, bounds and rests of such steps
-STEPS = 1e-30, 1e30
 
 
 class PackedWayUp(NamedTuple):
@@ -104,7 +102,7 @@ def _scale(layer: Layer) -> Tensor:
 
 def _grid(amax: Tensor, num_bits: int) -> Tensor:
     step = step_of(amax, 0, num_bits)
-    if not (step == 0 or STEPS[0] <= step <= STEPS[1]):
+    if not is_mild(amax, num_bits):
         raise ValueError(f"a way up has no kernel for codes in steps of {float(step)}")
     inverse = torch.where(step > 0, 1 / step, 0.0)
     return torch.stack((step, inverse, largest_code(num_bits).to(step.device) * step))

@@ -125,6 +125,7 @@ class Group:
             residual, affine, relu, None if target is None else target.amax,
             8 if target is None else target.num_bits if target_bits is None else target_bits,
             None, self.count, *((None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)),
+            mild=True,
         )  # fmt: skip
         found = Moments(*conv_kernel.new_moments(call)) if moments else None
         self.add(

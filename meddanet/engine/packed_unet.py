@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import PackedConv, norm_affine, pack_conv
 from ..kernels import conv_int_triton as conv_kernel
+from ..kernels.conv_call import is_mild
 from ..kernels.pairs import split_floats
 from ..kernels.way_up_pack import PackedWayUp, pack_way_up
 from ..layers import QuantConvTranspose2d, quantized_layers
@@ -106,6 +107,12 @@ class PackedUNet:
         if not conv_kernel.supports(packed) or getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"executor triton has no kernel for {layer}; use eager")
         amax = layer.input_amax.detach().float().reshape(1)
+        widths = [layer.input_num_bits] if num_bits is None else num_bits
+        if not all(is_mild(amax, width, packed.scale, packed.bias) for width in widths):
+            raise ValueError(
+                f"executor triton has no kernel for {layer}, whose inputs reach up to "
+                f"{float(amax)} or whose weights are not finite; use eager"
+            )
         return Conv(packed.to(self._device), amax.to(self._device), layer.input_num_bits)
 
     def _block(self, block: ResidualBlock, num_bits: Any = None) -> Block:

@@ -25,7 +25,7 @@ from meddanet.kernels import (
     split_codes,
     use_backend,
 )
-from meddanet.kernels.conv_call import ConvCall, checked_call
+from meddanet.kernels.conv_call import ConvCall, checked_call, is_mild
 from meddanet.kernels.pairs import split_floats
 from meddanet.networks.unet import ResidualBlock
 
@@ -454,6 +454,30 @@ def test_skip_codes_are_those_of_the_sum_itself(name, backend):
     assert not skip[:, wanted.shape[1] :].any()
     assert torch.equal(stream, expected.stream)
     assert torch.equal(planes if len(planes) == 2 else planes[0], expected.codes)
+
+
+@pytest.mark.parametrize("name", ["one width per sample", "second, 16 bits", "3x3"])
+def test_what_is_not_asked_after_changes_nothing(name, backend):
+    """Constants and steps like these: the same to the bit."""
+    if backend != "triton":
+        pytest.skip("what asks is the Triton kernel")
+    from meddanet.kernels.conv_int_triton import run
+    args, options = Problem(CASES[name]).run(lambda *a, **k: (a, k))
+    call = checked_call(*args, **{"slots": None, "count": None, **options})
+    assert is_mild(call.amax, 8, call.conv.scale, call.conv.bias)
+    found = []
+    for mild in (False, True):
+        found.append((call.new_stream(torch.float32), call.new_codes()))
+        run(replace(call, mild=mild), *found[-1])
+    assert all(map(torch.equal, *found)) and found[0][1].unique().numel() > 20
+
+
+def test_what_is_mild():
+    one = torch.ones(1)
+    assert is_mild(one, 8, one) and is_mild(one * 0, 8) and is_mild(one * 127e-30, 8)
+    assert not is_mild(one * 126e-30, 8) and not is_mild(one * 1.28e32, 8)
+    assert not is_mild(one * math.nan, 8) and not is_mild(one * math.inf, 8)
+    assert not is_mild(one, 8, one, one * math.inf) and not is_mild(one, 8, one * math.nan)
 
 
 @pytest.mark.parametrize("bits", [8, [16, 8, 8]], ids=str)

@@ -367,6 +367,11 @@ def test_what_has_no_plan_says_so(model, engine):
     wide.segmenter.up2.fuse.input_num_bits = 16
     with pytest.raises(ValueError, match="segmenter.up2.fuse at 8 bits or fewer only"):
         compile_engine(wide, device, "triton")
+    for layer, value in (("segmenter.init", 1e-29), ("segmenter.encoder.0.down", 1e33)):
+        broken = deepcopy(model)
+        quantized_layers(broken)[layer].input_amax.fill_(value)
+        with pytest.raises(ValueError, match="has no kernel for .* whose inputs reach up to"):
+            compile_engine(broken, device, "triton")
     transformer = build_med_danet_v2("transbts-light", 2, 3, (16,))
     for layer in quantized_layers(transformer).values():
         layer.input_amax.fill_(4.0)

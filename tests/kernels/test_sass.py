@@ -73,6 +73,22 @@ def test_far_and_doubly_conditional_branches() -> None:
     assert issued(listing("FADD R0, R0, R1", "BRA.U !UP0, 0x30   &req={1} ?trans1", *tail)) == 3
 
 
+def test_the_way_that_multiplies_as_much_as_is_said() -> None:
+    """A loop over parts of a tile, and the whole of it: 2 products of 16 x 8 x 32."""
+    code = listing(
+        "@P0 BRA 0x50", "IMMA.16832.S8.S8 R8, R4, R6, R8", "STG.E [R2], R8", "@P1 EXIT",
+        "BRA 0x10", "IMMA.16832.S8.S8 R8, R4, R6, R8", "IMMA.16832.S8.S8 R8, R4, R6, R8",
+        "STG.E [R2], R8", "EXIT",
+    )  # fmt: skip
+    assert issued(code) == 4
+    assert issued(code, products=2 * 16 * 8 * 32) == 5
+    # 64 pixels, 16 channels and 32 of K by four warps together
+    together = code.replace("IMMA.16832.S8.S8", "IGMMA.64x16x32.S8.S8")
+    assert issued(together, products=2 * 16 * 16 * 32) == 5
+    with pytest.raises(ValueError, match="no such way to an exit"):
+        issued(code, products=3 * 16 * 8 * 32)
+
+
 def test_no_exit() -> None:
-    with pytest.raises(ValueError, match="no exit"):
+    with pytest.raises(ValueError, match="no such way to an exit"):
         issued(listing("FADD R0, R0, R1", "BRA 0x0"))
