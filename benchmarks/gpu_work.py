@@ -34,7 +34,8 @@ class Work:
         operations: Integer (or half-precision) operations, two per multiply-add.
         shared_bytes: Through an SM's L1 and shared memory.
         instructions: Issued by all warps, at the least: as if all slots had 8 bits, and loops other
-            than a convolution's ran once; 0 where that is not known.
+            than a convolution's ran once, and programs of several tiles were several; 0 where that
+            is not known.
         half: Whether operations are half-precision ones, at half of the integer rate.
         launches: How many kernels these are.
         programs: How many programs they are in all, those that find nothing to do included; 0 where
@@ -58,11 +59,12 @@ class Convolution:
     Attributes:
         name: Its class in `kernels_compiled.json`.
         c_in, c_out, kernel, side: Channels, taps per side, side of the input in pixels.
-        stride, transposed: As usual; a transposed one doubles the side.
+        stride: As usual.
         stage: The encoder stage whose width it has; None: 8 bit.
         residual, stream, codes, skip: Whether it reads a residual, stores the stream (half
             precision both), stores codes, stores codes of 8 bits in any case, for a skip connection
             or before the width of a stage is known.
+        moments: Whether it stores two float32 per channel and tile.
         times: How often it runs.
     """
 
@@ -72,12 +74,12 @@ class Convolution:
     kernel: int
     side: int
     stride: int = 1
-    transposed: bool = False
     stage: int | None = None
     residual: bool = False
     stream: bool = False
     codes: bool = True
     skip: bool = False
+    moments: bool = False
     times: int = 1
 
     @property
@@ -88,14 +90,14 @@ class Convolution:
     def work(self, samples: int, num_bits: int, tile: dict[str, Any] | None) -> Work:
         """Returns one launch over `samples` slices, all of this width."""
         width = 2 if num_bits > 8 else 1
-        out_side = 2 * self.side if self.transposed else self.side // self.stride
-        taps = 4 if self.transposed else self.kernel**2
-        # a transposed one has each output pixel from a single tap
-        macs = (1 if self.transposed else taps) * self.c_in * self.c_out * out_side**2
+        out_side, taps = self.side // self.stride, self.kernel**2
+        macs = taps * self.c_in * self.c_out * out_side**2
         outputs = self.c_out * out_side**2
         moved = width * self.c_in * self.side**2 + outputs * (
             2 * (self.residual + self.stream) + width * self.codes + self.skip
         )
+        if self.moments and tile is not None:
+            moved += 2 * 4 * self.c_out * -(-(out_side**2) // int(tile["constants"]["BLOCK_M"]))
         weights = width * taps * self.c_in * self.c_out
         shared, issued = (0.0, 0.0) if tile is None else self._on_chip(tile, out_side, width)
         return Work(
@@ -108,12 +110,10 @@ class Convolution:
 
         Tiles are read in, stored, and read as fragments.
         """
-        pixels = (self.side if self.transposed else out_side) ** 2
-        rows = self.c_out * (4 if self.transposed else 1)
         sizes = {key: int(tile["constants"][key]) for key in (*TILE, *PART, "K")}
 
         def programs_of(m: int, n: int) -> int:
-            return -(-pixels // m) * -(-rows // n)
+            return -(-(out_side**2) // m) * -(-self.c_out // n)
 
         block_m, block_n = (sizes[key] for key in (TILE if width == 1 else PART))
         # asynchronous copies, of codes of two bytes, go there without passing the registers
@@ -125,7 +125,7 @@ class Convolution:
 
 def _fragments(tile: dict[str, Any], block_m: int, block_n: int) -> int:
     """Returns how many rows of K tensor cores read from shared memory, at the least."""
-    if "IGMMA" in tile["of_these"]:
+    if "IGMMA" in tile["of_these"] and block_m >= 64:
         # four warps together, 64 pixels at a time
         return block_m + block_n * (block_m // 64)
     # warps side by side along pixels read the same weights, along channels the same pixels
@@ -180,7 +180,8 @@ class WayUp:
 
 def unet(full: int) -> Iterator[Convolution | WayUp]:
     """Yields convolutions and ways up of U-Net-16 on slices of one side, up to the last stage."""
-    yield Convolution("first convolution", 4, 16, 3, full, stream=True, codes=False, skip=True)
+    entry = {"stream": True, "codes": False, "skip": True, "moments": True}
+    yield Convolution("first convolution", 4, 16, 3, full, **entry)
     for level, blocks in enumerate((1, 2, 2, 4)):
         c, side = 16 << level, full >> level
         block = Convolution("encoder block, first", c, c, 3, side, stage=level)
@@ -194,8 +195,7 @@ def unet(full: int) -> Iterator[Convolution | WayUp]:
             yield replace(second, name="encoder block, last")
         else:
             yield replace(second, name="encoder block, last of its stage", skip=True)
-            down = Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, stream=True)
-            yield replace(down, codes=False, skip=True)
+            yield Convolution("down", c, 2 * c, 3, side, stride=2, stage=level, **entry)
     for level in (2, 1, 0):
         c, side = 16 << level, full >> level
         yield WayUp(c, side)

@@ -172,15 +172,13 @@ def _convolution(
     guessed = moments is not None and codes is not None
     found = Convolution(
         _shape_class(kernel, stream, skip), conv.in_channels, conv.out_channels,
-        conv.kernel_size[0], call.input.shape[3], conv.stride[0], conv.transposed,
+        conv.kernel_size[0], call.input.shape[3], conv.stride[0],
         residual=residual, stream=stream is not None, codes=codes is not None and not guessed,
-        skip=skip is not None or guessed,
+        skip=skip is not None or guessed, moments=moments is not None,
     )  # fmt: skip
     chosen = isinstance(call.num_bits, Tensor)
     widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
     parts = [found.work(n, bits, slots.tiles(found)) for bits, n in widths.items() if n]
-    if moments is not None:
-        parts.append(Work(kernel, slots.used * _size(moments[0])))
     return one_launch(kernel, parts)
 
 

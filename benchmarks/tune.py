@@ -36,9 +36,11 @@ from meddanet.kernels.conv_call import ConvCall
 Sizes = dict[str, Any]
 
 
-def candidates(call: ConvCall) -> Iterator[Sizes]:
-    """Yields block sizes that fit a convolution."""
+def candidates(launch: Any) -> Iterator[Sizes]:
+    """Yields block sizes that fit a convolution; chunks of moments that are stored are given."""
+    call: ConvCall = launch.run.args[0]
     rows, depth = call.conv.codes.shape[2:]
+    chunk = conv_int_triton.new_moments(call)[1] if _moments(launch) else None
     wide, channels = len(call.input) == 2, call.conv.in_channels
     columns = [n for n in (16, 32, 64, 128) if min(rows, 32) <= n <= max(16, rows)]
     chunks = [k for k in (64, 128) if depth % k == 0 and channels % k == 0] or [32]
@@ -46,21 +48,30 @@ def candidates(call: ConvCall) -> Iterator[Sizes]:
         # fewer waits for loads, some of them for nothing: the last block reaches beyond K
         chunks = [k for k in (32, 64, 128, 256) if k < 2 * depth]
     for m, n, k, warps in product((32, 64, 128, 256), columns, chunks, (2, 4, 8)):
-        sums = m * n * (3 if wide else 1) / (32 * warps)
+        sums = m * n / (32 * warps)
         if not 16 <= sums <= 128 or m * k / (32 * warps) > 128 or m * n < 512 * warps // 2:
             continue
+        if chunk not in (None, m):
+            continue
+        parts = (min(m, 32), 16) if chunk is None else (m, max(16, n // 2))
         for stages in (1, 3) if wide or depth > 18 * k else (1,):
-            yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "num_warps": warps,
-                   "maxnreg": None}  # fmt: skip
+            sizes = {"BLOCK_M": m, "BLOCK_N": n, "PART_M": parts[0], "PART_N": parts[1]}
+            others = {"BLOCK_K": k, "STAGES": stages, "num_warps": warps, "maxnreg": None}
+            yield sizes | others
 
 
-def class_of(call: ConvCall) -> tuple:
+def _moments(launch: Any) -> bool:
+    return len(launch.run.args) > 4 and launch.run.args[4] is not None
+
+
+def class_of(launch: Any) -> tuple:
     """Returns what a table of block sizes could tell apart."""
+    call: ConvCall = launch.run.args[0]
     conv = call.conv
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
     rows, depth = conv.codes.shape[2:]
     return (conv.in_channels, rows, depth, conv.stride[0], conv.transposed, len(call.input) == 2,
-            height * width, call.skip_amax is not None)  # fmt: skip
+            height * width, call.skip_amax is not None, _moments(launch))  # fmt: skip
 
 
 class Tuned:
@@ -68,7 +79,8 @@ class Tuned:
 
     def __init__(self, launch: Launch) -> None:
         self.launch: Any = launch
-        self.call, *outputs = launch.run.args
+        # not moments, whose last bits hang on the order of sums
+        self.call, *outputs = launch.run.args[:4]
         self.outputs: list[Tensor] = [output for output in outputs if output is not None]
         self.before = [output.clone() for output in self.outputs]
         # the rule's choice, as `blocks` is called by the launcher
@@ -119,7 +131,7 @@ def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
             continue
         for launch in group.launches:
             if launch.run.func is conv_int_triton.run:
-                found.setdefault(class_of(launch.run.args[0]), []).append(launch)
+                found.setdefault(class_of(launch), []).append(launch)
     return found
 
 
@@ -130,9 +142,9 @@ def compile_part(arch: int, part: int, parts: int) -> None:
     found: dict[tuple, Launch] = {}
     for launch in plans[0].groups[0].launches:
         if launch.run.func is conv_int_triton.run:
-            found.setdefault(class_of(launch.run.args[0]), launch)
+            found.setdefault(class_of(launch), launch)
     listed = [(launch, sizes) for launch in found.values()
-              for sizes in candidates(launch.run.args[0])]  # fmt: skip
+              for sizes in candidates(launch)]  # fmt: skip
     for launch, sizes in listed[part::parts]:
         conv_int_triton.blocks = lambda *arguments, sizes=sizes: sizes
         for variant in variants.record(arch, launch.name, launch.run):
@@ -175,7 +187,8 @@ def main() -> None:
     tuned = {key: Tuned(launches[0]) for key, launches in found.items()}
     rows, facts = [], environment()
     for key, one in tuned.items():
-        tried = [one.default, *candidates(one.call)]
+        conv_int_triton.blocks = original
+        tried = [one.default, *candidates(one.launch)]
         times = sorted(
             ((one.time(sizes, options.rounds), number) for number, sizes in enumerate(tried))
         )

@@ -39,8 +39,9 @@ class ConvCall:
         skip_amax: float32 [1], range of codes of the sum itself, without `affine` and `relu`: what
             a skip connection takes; or None.
         skip_num_bits: Their width, at most 8.
-        mild: Whether the caller knows that all constants are finite, steps 0 or in `MILD_STEPS`,
-            and no residual is NaN: a kernel then asks after neither. See `is_mild`.
+        mild: Whether the caller knows that all constants are finite and steps 0 or in
+            `MILD_STEPS`, see `is_mild`, no residual is NaN, and a ReLU follows `affine`: a kernel
+            then asks after neither NaN nor extreme steps.
     """
 
     input: Tensor
@@ -113,7 +114,8 @@ def is_mild(amax: Tensor, num_bits: int, *constants: Tensor) -> bool:
     """Returns what `ConvCall.mild` asks of a range and of constants; a GPU is waited for."""
     step = float(step_of(amax, 0, num_bits))
     known = step == 0 or MILD_STEPS[0] <= step <= MILD_STEPS[1]
-    return known and all(bool(part.isfinite().all()) for part in constants)
+    # so that no sum of products with them is infinite; a NaN is not below
+    return known and all(bool((part.abs() * max(1.0, step) < 1e28).all()) for part in constants)
 
 
 def pixel_pitch(image: Tensor) -> int | None:

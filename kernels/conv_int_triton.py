@@ -33,8 +33,6 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
     rows, depth = conv.codes.shape[2:]
     deep = conv.in_channels % 128 == 0
     columns = min(64 if light or deep else 32, max(16, triton.next_power_of_2(rows)))
-    if light and columns == 64 and 64 <= depth <= 128:
-        return 32, columns
     if pixels >= 2048 and columns == 16:
         return 256, columns
     if light and (pixels >= 2048 if columns < 64 else depth > 320 and not heavy):
@@ -52,7 +50,8 @@ def blocks(
     the sizes that an H200 tried (`benchmarks/tune.py`) the larger tile per warp won, until
     registers ran out. Values of more than 8 bits take several each: where slots may have either,
     those are computed in small parts of a tile, so that they do not decide how many programs fit.
-    The bound on registers keeps the compiler from spilling for the sake of more warps.
+    The bound on registers is one with which neither compiler of those tried (triton 3.6, 3.9)
+    spills.
 
     Args:
         conv: The weights.
@@ -64,7 +63,7 @@ def blocks(
     lines, columns = _tile(conv, pixels, light, heavy)
     parts = lines, columns
     if light and heavy:
-        parts = (lines, columns // 2) if moments else (32, 16)
+        parts = (lines if moments else 32, 16)
     return {
         "BLOCK_M": lines,
         "BLOCK_N": columns,
@@ -72,8 +71,8 @@ def blocks(
         "PART_M": parts[0],
         "PART_N": min(columns, parts[1]),
         "STAGES": 1 if conv.codes.shape[3] <= (160 if light else 320) else 3,
-        "num_warps": 2 if lines == 32 else 4,
-        "maxnreg": None if heavy or columns > 16 else 112,
+        "num_warps": 4,
+        "maxnreg": None if columns > 16 else 96 if heavy else 112,
     }
 
 
@@ -98,8 +97,10 @@ def _launch_facts(call: ConvCall, codes: Tensor | None, moments: bool) -> tuple[
     several = isinstance(call.num_bits, Tensor)
     mixed = several and len(call.input) == 2
     wide = mixed or (not several and call.num_bits > 8)
-    light = mixed or not wide
-    heavy = wide or (codes is not None and len(codes) == 2)
+    both = codes is not None and len(codes) == 2
+    # what is never at most 8 bits
+    light = (mixed or not wide) and not (both and isinstance(call.output_num_bits, int))
+    heavy = wide or both
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
     return light, wide, blocks(conv, height * width, light, heavy, moments)
 
@@ -115,7 +116,7 @@ def new_moments(call: ConvCall) -> tuple[Tensor, int]:
     height, width = call.output_size
     chunks = triton.cdiv(height * width, length)
     shape = call.samples, chunks, 2, call.conv.out_channels
-    return torch.empty(shape, device=call.input.device), length
+    return torch.empty(shape, dtype=torch.float32, device=call.input.device), length
 
 
 def run(
@@ -152,6 +153,7 @@ def run(
     widest = max(*out_pitches, conv.out_channels)
     reach = max(height * width * pitch, out_height * out_width * widest)
     tiles = triton.cdiv(pixels, sizes["BLOCK_M"])
+    assert moments is None or moments.shape[1] == tiles, "moments are of codes of 8 bits, as told"
     columns = triton.cdiv(conv.codes.shape[2], sizes["BLOCK_N"])
     gain, shift = call.affine or (None, None)
     with torch.cuda.device_of(call.input):

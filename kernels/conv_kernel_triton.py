@@ -333,7 +333,9 @@ def conv_kernel(
         skip_ptr += first * SKIP_PITCH
 
     if (WIDE or PRECISE) and (not NARROW or bits > 8 or out_bits > 8):
-        side: tl.constexpr = BLOCK_N // PART_N
+        # of the last tile's rows some parts may have none
+        side = tl.minimum(BLOCK_N // PART_N, tl.cdiv(ROWS - column * BLOCK_N, PART_N))
+        # what a loop could keep from part to part would cost registers
         for part in tl.range(0, BLOCK_M // PART_M * side, disable_licm=True):
             _tile(
                 tile * BLOCK_M + part // side * PART_M, column * BLOCK_N + part % side * PART_N,

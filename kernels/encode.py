@@ -57,7 +57,7 @@ def run_reference(call: EncodeCall, codes: Tensor) -> None:
     used = call.samples if call.count is None else min(int(call.count), call.samples)
     for slot in range(used):
         width = call.num_bits if isinstance(call.num_bits, int) else int(call.num_bits[slot])
-        if width == call.done:
+        if 0 < width == call.done:
             continue
         if 2 <= width <= 16:
             step = step_of(call.amax, slot, width)

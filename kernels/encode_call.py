@@ -24,7 +24,7 @@ class EncodeCall:
         offset: int32 [M, 2], or None: 0.
         slots: int32 [M], the sample that each slot reads, or None: slot m reads sample m.
         count: int32 [1], how many slots are in use, or None: all.
-        done: Slots of this width are left alone, their codes lie there; 0: none are.
+        done: Slots of this width, above 0, are left alone, their codes lie there; 0: none are.
     """
 
     input: Tensor

@@ -62,8 +62,9 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     sizes = variant.constants
     steps, products = 1, None
     if "PART_M" in sizes:
-        # a tile, whose parts are for other slots
         steps = -(-sizes["K"] // sizes["BLOCK_K"])
+    if "PART_M" in sizes and sizes["NARROW"]:
+        # a tile, whose parts are for other slots
         products = sizes["BLOCK_M"] * sizes["BLOCK_N"] * steps * sizes["BLOCK_K"]
         products //= compiled.metadata.num_warps
     counts = Counter(instruction.name for instruction in instructions(code))

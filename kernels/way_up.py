@@ -60,7 +60,7 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
         way.affine, True,
     )  # fmt: skip
     empty = nothing.new_codes()
-    encode(nothing, empty, None)
+    encode(nothing, empty)
     used = len(stream) if call.count is None else min(int(call.count), len(stream))
     for slot in range(used):
         stream[slot], codes[slot] = 0, empty[0, 0]

@@ -235,6 +235,8 @@ def run(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
     channels, columns = way.channels, way.weights[1].shape[1]
     maps = (call.input, 2 * channels), (call.skip, channels), (stream, channels), (codes, channels)
     assert all(pixel_pitch(image) == pitch for image, pitch in maps), "dense, channels last"
+    assert call.skip.shape[2:] == (2 * height, 2 * width), "a skip has twice the resolution"
+    assert call.shift is not None or call.skip.shape[2:] == call.size, "moved by what shift?"
     pixels = height * width
     if call.shift is not None:
         # from the pixel of the tile's corner on, which may be the last of its four

@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
     @property
     def guess(self) -> int:
-        """The widest of at most 8 bits, which most slots take; 0 if all have more."""
+        """The widest of at most 8 bits; 0 if all have more."""
         return max((width for width in self.widths if width <= 8), default=0)
 
 

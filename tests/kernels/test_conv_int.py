@@ -478,6 +478,8 @@ def test_what_is_mild():
     assert not is_mild(one * 126e-30, 8) and not is_mild(one * 1.28e32, 8)
     assert not is_mild(one * math.nan, 8) and not is_mild(one * math.inf, 8)
     assert not is_mild(one, 8, one, one * math.inf) and not is_mild(one, 8, one * math.nan)
+    # a scale that is finite, but not times the step
+    assert not is_mild(one * 127e29, 8, one * 1e13) and is_mild(one, 8, one * 1e13)
 
 
 @pytest.mark.parametrize("bits", [8, [16, 8, 8]], ids=str)

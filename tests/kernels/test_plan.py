@@ -77,11 +77,11 @@ def spread_widths(model, slices):
             selector.linear.bias[0] += lead[place : place + 2].mean()
 
 
-@pytest.fixture(scope="module")
-def model():
+def made_model(crop_sizes=(8, 16), num_bits=(8, 16)):
+    """An untrained model whose policy is `MeanPolicy`, in eval mode."""
     torch.manual_seed(0)
     model = build_med_danet_v2(
-        "unet-4", 2, 3, (8, 16), decision_scale=2, position_network="heatmap"
+        "unet-4", 2, 3, crop_sizes, num_bits, decision_scale=2, position_network="heatmap"
     )
     for layer in quantized_layers(model.position.stages[4:]).values():
         layer.exempt = True  # units that run as one kernel, beside others that are quantised
@@ -93,7 +93,12 @@ def model():
             torch.nn.init.normal_(norm.weight)
     set_quantization(model, quantize=True, update_range=False)
     model.policy = MeanPolicy(2, len(model.routes))
-    model.eval()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = made_model()
     with use_backend("reference"):
         spread_widths(model, MIXED)
     return model
@@ -101,6 +106,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine(model):
+    return made_engine(model)
+
+
+def made_engine(model):
     place = torch.device("cpu" if INTERPRETING else "cuda")
     with use_backend("triton" if INTERPRETING else "auto"):
         engine = TritonEngine(deepcopy(model), place, capacities=(CAPACITY,))
@@ -127,17 +136,19 @@ def block(layers, exact, stream, bits=None):
 def features(model, image):
     """(exact features, stored features, widths) of images [1, C, H, W]."""
     net, gradients = model.segmenter, image_gradients(image)
-    stream = half(net.init(image))
-    skips, widths = [], []
+    exact, skips, widths = net.init(image), [], []
     for stage, selector in zip(net.encoder, model.bit_selectors, strict=True):
-        widths.append(selector(gradients, stream))
-        exact = stream
+        stream = half(exact)
+        widths.append(selector(gradients, exact))
+        # codes of another width than the guessed one are made of what was stored
+        guess = max((width for width in selector.widths.tolist() if width <= 8), default=0)
+        exact = exact if widths[-1].item() == guess else stream
         for layers in stage.blocks:
             exact = block(layers, exact, stream, widths[-1])
             stream = half(exact)
         skips.append(exact)
         if stage.down is not None:
-            stream = half(stage.down(exact, widths[-1], widths[-1]))
+            exact = stage.down(exact, widths[-1], widths[-1])
     for up, layers, skip in (
         (net.up3, net.dec3, skips[2]), (net.up2, net.dec2, skips[1]), (net.up1, None, skips[0])
     ):
@@ -209,6 +220,16 @@ def test_every_decision_in_one_volume(mixed, model):
     assert all(set(stage.tolist()) == {8, 16} for stage in ran.T)
     assert all(len(mixed.labels[index].unique()) > 1 for index in (0, 1, 2))
     assert not mixed.labels[3].any()
+
+
+@pytest.mark.parametrize("widths", [(16,), (4, 8, 16)], ids=str)
+def test_other_widths(widths, tolerances):
+    """Without a width of one byte, whose codes are stored before it is chosen, or with several."""
+    model = made_model((16,), widths)
+    for selector in model.bit_selectors:
+        torch.nn.init.normal_(selector.linear.weight)
+    found = check(made_engine(model), model, slices_for([1, 2], seed=4), tolerances)
+    assert len(found.num_bits.unique()) == len(widths), found.num_bits
 
 
 @pytest.mark.parametrize("route", [1, 2, 3], ids=["small crop", "large crop", "whole"])
