@@ -56,8 +56,8 @@ def blocks(
     Args:
         conv: The weights.
         pixels: Of an output; of a transposed one's input.
-        light: Whether codes may have at most 8 bits, going in and out.
-        heavy: Whether they may have more.
+        light: Whether codes that go in may have at most 8 bits.
+        heavy: Whether codes may have more, going in or out.
         moments: Whether moments are stored, of all pixels of a tile.
     """
     lines, columns = _tile(conv, pixels, light, heavy)
@@ -97,10 +97,8 @@ def _launch_facts(call: ConvCall, codes: Tensor | None, moments: bool) -> tuple[
     several = isinstance(call.num_bits, Tensor)
     mixed = several and len(call.input) == 2
     wide = mixed or (not several and call.num_bits > 8)
-    both = codes is not None and len(codes) == 2
-    # what is never at most 8 bits
-    light = (mixed or not wide) and not (both and isinstance(call.output_num_bits, int))
-    heavy = wide or both
+    light = mixed or not wide
+    heavy = wide or (codes is not None and len(codes) == 2)
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
     return light, wide, blocks(conv, height * width, light, heavy, moments)
 

@@ -265,7 +265,8 @@ def _blocks(channels: int) -> dict[str, int]:
 def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
-    Four channels of the image, 16 to 128 of the stages' inputs, two widths.
+    Four channels of the image, 16 to 128 of the stages' inputs, two widths. `moments` is what the
+    operator `select_bits` launches; in a plan convolutions store them.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

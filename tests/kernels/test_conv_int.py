@@ -70,6 +70,7 @@ CASES = {
     "16 bits in, 8 out": Case(bits=16, channels=(16, 4), size=(3, 4), relu=True),
     "8 bits in, 16 out": Case(out_bits=16, channels=(4, 16)),
     "one width per sample": Case(bits=(8, 16, 8), out_bits=(16, 8, 8), batch=3, affine=True),
+    "one width per sample, 16 out": Case(bits=(8, 16, 8), out_bits=16, batch=3, relu=True),
     "widths between": Case(bits=(3, 12), packed=(4, 12), out_bits=(12, 5)),
     "pre-activation block, first": Case(channels=(16, 16), relu=True, stream=None),
     "pre-activation block, second": Case(
