@@ -70,7 +70,6 @@ CASES = {
     "16 bits in, 8 out": Case(bits=16, channels=(16, 4), size=(3, 4), relu=True),
     "8 bits in, 16 out": Case(out_bits=16, channels=(4, 16)),
     "one width per sample": Case(bits=(8, 16, 8), out_bits=(16, 8, 8), batch=3, affine=True),
-    "one width per sample, 16 out": Case(bits=(8, 16, 8), out_bits=16, batch=3, relu=True),
     "widths between": Case(bits=(3, 12), packed=(4, 12), out_bits=(12, 5)),
     "pre-activation block, first": Case(channels=(16, 16), relu=True, stream=None),
     "pre-activation block, second": Case(
@@ -455,6 +454,17 @@ def test_skip_codes_are_those_of_the_sum_itself(name, backend):
     assert not skip[:, wanted.shape[1] :].any()
     assert torch.equal(stream, expected.stream)
     assert torch.equal(planes if len(planes) == 2 else planes[0], expected.codes)
+
+
+@pytest.mark.parametrize("out_bits", [8, 16, (16, 8, 8)], ids=str)
+def test_nobody_reads_the_high_plane_of_a_narrow_sample(out_bits, backend):
+    problem = Problem(Case(bits=(8, 16, 8), out_bits=out_bits, batch=3, channels=(16, 40)))
+    (planes, *others), options = problem.run(lambda *a, **k: (a, k))
+    wanted = quant_conv2d(planes, *others, **options)
+    planes = (planes if planes.dim() == 5 else split_codes(planes)).clone()
+    planes[1, ::2] = 77
+    found = quant_conv2d(planes, *others, **options)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.stream, wanted.stream)
 
 
 @pytest.mark.parametrize("name", ["one width per sample", "second, 16 bits", "3x3"])
