@@ -33,8 +33,9 @@ def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
 def label_dice(first: np.ndarray, second: np.ndarray) -> float:
     """Returns a Dice score of two label maps in which only voxels of the same class overlap."""
     first, second = np.asarray(first), np.asarray(second)
-    same = ((first == second) & (first > 0)).sum()
-    return round(float(2 * same / max(1, (first > 0).sum() + (second > 0).sum())), 4)
+    same, both = ((first == second) & (first > 0)).sum(), (first > 0).sum() + (second > 0).sum()
+    # two maps without a lesion agree
+    return round(float(2 * same / both), 4) if both else 1.0
 
 
 def write_results(level: str, content: dict) -> Path:
