@@ -130,7 +130,7 @@ KERNELS = {
     *LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "route_kernel",
     "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel", "way_up_kernel",
 }  # fmt: skip
-CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block")
+CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block", "way up")
 FIRST = "first convolution, 4 to 16 channels, 240"
 
 
@@ -325,6 +325,8 @@ def assert_lean(row):
 
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch):
+    if arch not in (86, 90) and triton.__version__ == table_of_results()["triton"]:
+        pytest.skip("the table of results has these kernels, by their keys, of this triton")
     rows = []
     chosen = one_per_class(arch)
     assert {variant.name for variant in chosen} == KERNELS
@@ -342,8 +344,7 @@ def test_machine_code_of_wide_layers(channels, wide):
     assert_lean(machine_code_of(86, "", launch))
 
 
-@pytest.mark.parametrize("arch", machine_code.ARCHS)
-@pytest.mark.parametrize("channels", [6, 24, 128, 256])
+@pytest.mark.parametrize(("channels", "arch"), [(6, 89), (24, 80), (24, 90), (128, 120), (256, 86)])
 def test_machine_code_of_other_ways_up(channels, arch):
     """Channels to be padded, and more than the shipped networks have."""
     launch = partial(way_up_triton._launch_meta, channels, tile=channels < 128)
@@ -374,10 +375,14 @@ def test_ways_up_to_maps_beyond_two_to_the_31_have_long_indices(side, index):
     assert str(variant.constants["INDEX"]) == index
 
 
-def test_the_table_of_results_lists_every_variant():
+def table_of_results():
     path = os.path.join(os.path.dirname(__file__), "../../benchmarks/results/kernels_compiled.json")
     with open(path) as stream:
-        table = json.load(stream)
+        return json.load(stream)
+
+
+def test_the_table_of_results_lists_every_variant():
+    table = table_of_results()
     rows = table["variants"]
     listed = {(row["arch"], row["kernel"], row["shape_class"]) for row in rows}
     wanted = {(f"sm_{arch}", v.name, v.shape_class): v.key for arch in machine_code.ARCHS for v in
