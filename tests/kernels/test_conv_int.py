@@ -240,18 +240,35 @@ def test_against_loops_over_integers(name, narrow):
     problem.check(problem.run(), narrow)
 
 
-@pytest.mark.parametrize("step", [64, 256])
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.channels[0] <= 16])
-def test_a_step_through_the_sums_may_reach_beyond_them(name, step, backend, narrow, monkeypatch):
-    """Block sizes that `benchmarks/tune.py` tries: K is no multiple of them."""
+def test_a_step_through_the_sums_may_reach_beyond_them(name, backend, narrow, monkeypatch):
+    """A block size that `benchmarks/tune.py` tries: K is no multiple of it."""
     if backend == "triton":
         from meddanet.kernels import conv_int_triton
 
         usual = conv_int_triton.blocks
         monkeypatch.setattr(
-            conv_int_triton, "blocks", lambda *given: {**usual(*given), "BLOCK_K": step}
+            conv_int_triton, "blocks", lambda *given: {**usual(*given), "BLOCK_K": 64}
         )
     problem = Problem(CASES[name])
+    problem.check(problem.run(), narrow)
+
+
+@pytest.mark.parametrize(
+    "name", ["one width per sample", "widths between", "transposed 2x2, 16 bits",
+             "slots permuted, the last unused", "8 bits in, 16 out"],
+)  # fmt: skip
+def test_parts_of_a_tile(name, backend, narrow, monkeypatch):
+    """More pixels than a part has, and rows of which the last parts have none."""
+    if backend == "triton":
+        from meddanet.kernels import conv_int_triton
+
+        usual = conv_int_triton.blocks
+        parts = {"BLOCK_M": 64, "BLOCK_N": 64, "PART_M": 32, "PART_N": 16}
+        monkeypatch.setattr(
+            conv_int_triton, "blocks", lambda *given: {**usual(*given), **parts}
+        )
+    problem = Problem(replace(CASES[name], size=(6, 7)))
     problem.check(problem.run(), narrow)
 
 

@@ -232,7 +232,7 @@ def test_other_widths(widths, tolerances):
     assert len(found.num_bits.unique()) == len(widths), found.num_bits
 
 
-@pytest.mark.parametrize("route", [1, 2, 3], ids=["small crop", "large crop", "whole"])
+@pytest.mark.parametrize("route", [1, 3], ids=["small crop", "whole"])
 def test_one_decision_fills_a_chunk(engine, model, route, tolerances):
     """Where a route has no room for all slices, they run again in a plan that has."""
     check(engine, model, slices_for([route] * CAPACITY, seed=2), tolerances)
