@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import conv_reference
 from .conv_call import ConvCall
+from .crop_paste import overlap
 from .encode import run_reference as encode
 from .encode_call import EncodeCall
 from .way_up_pack import Layer, PackedWayUp
@@ -66,18 +67,11 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
         stream[slot], codes[slot] = 0, empty[0, 0]
         shift = (0, 0) if call.shift is None else call.shift[slot].tolist()
         on_tile, on_patch = zip(
-            *(_overlap(*axis) for axis in zip(shift, call.size, shape[2:], strict=True)),
+            *(overlap(*axis) for axis in zip(shift, call.size, shape[2:], strict=True)),
             strict=True,
         )  # fmt: skip
         for output, content in ((stream, patch), (codes, made)):
             output[(slot, slice(None), *on_tile)] = content[(slot, slice(None), *on_patch)]
-
-
-def _overlap(shift: int, tile: int, patch: int) -> tuple[slice, slice]:
-    """Returns where tile and patch overlap along an axis, in either's pixels."""
-    start, end = max(0, -shift), max(0, min(tile, patch - shift))
-    start = min(start, end)
-    return slice(start, end), slice(start + shift, end + shift)
 
 
 def _convolve(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,8 +197,7 @@ def lower_features(
 def _level(net: PackedUNet, group: Group, index: int) -> Level:
     channels = net.channels[index]
     size = group.size[0] >> index, group.size[1] >> index
-    widths = net.stages[index].blocks[0].first.packed.num_bits
-    planes = 2 if max(widths) > 8 else 1
+    planes = 2 if max(net.stages[index].widths) > 8 else 1
     last = index == len(net.stages) - 1
     return Level(
         group.stream(channels, size), group.planes(planes, channels, size),
@@ -213,15 +212,14 @@ def _lower_entry(
 ) -> Moments:  # fmt: skip
     """Appends the convolution before a stage: its stream, its moments and its guessed codes."""
     first, guess = stage.blocks[0], stage.guess
-    if guess:
-        moments = group.conv(
-            name, conv, input, num_bits=num_bits, stream=level.stream, affine=first.affine,
-            relu=True, target=first.first, target_bits=guess, codes=level.codes[:1], moments=True,
-        )  # fmt: skip
-    else:
-        moments = group.conv(
-            name, conv, input, num_bits=num_bits, stream=level.stream, moments=True
-        )
+    codes: dict[str, Any] = {
+        "affine": first.affine, "relu": True, "target": first.first, "target_bits": guess,
+        "codes": level.codes[:1],
+    }  # fmt: skip
+    moments = group.conv(
+        name, conv, input, num_bits=num_bits, stream=level.stream, moments=True,
+        **(codes if guess else {}),
+    )  # fmt: skip
     assert moments is not None, "they were asked for"
     return moments
 
