@@ -6,6 +6,7 @@ is decorated.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from meddanet.kernels import use_backend
 
@@ -30,6 +32,123 @@ def backend() -> Iterator[str]:
     name = "triton" if INTERPRETING else "reference"
     with use_backend(name):
         yield name
+
+
+class Memory:
+    """What a launch has read and written, byte by byte; refuses what a GPU may do otherwise.
+
+    Programs run in any order and the threads of each side by side, so nothing that a launch writes
+    may be touched a second time, nor be read by another program than the one that writes it.
+
+    Args:
+        tensors: The launch's arguments: nothing beside them may be touched.
+
+    Attributes:
+        starts: int64 [n], the addresses of the memory that they lie in, overlaps joined.
+        readers: For each an int32 [bytes]: 0, the program that has read it, or -1 for several.
+        written: For each a bool [bytes].
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        spans: list[tuple[int, int]] = []
+        for tensor in sorted(tensors, key=Tensor.data_ptr):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            end = start + length * tensor.element_size()
+            if spans and start < spans[-1][1]:
+                spans[-1] = spans[-1][0], max(spans[-1][1], end)
+            elif tensor.numel():
+                spans.append((start, end))
+        self.starts = np.array([start for start, _ in spans])
+        self.readers = [np.zeros(end - start, np.int32) for start, end in spans]
+        self.written = [np.zeros(end - start, bool) for start, end in spans]
+
+    def touch(self, pointers, mask, size: int, program: int, stores: bool) -> None:
+        """Notes an access of `size` bytes at each of `pointers` by a program, numbered from 1."""
+        first = pointers[mask].astype(np.int64)
+        if not first.size:
+            return
+        index = np.searchsorted(self.starts, first.min(), "right") - 1
+        assert index >= 0, "an address before all arguments"
+        readers, written = self.readers[index], self.written[index]
+        first -= self.starts[index]
+        past = first.max() + size - len(written)
+        assert past <= 0, f"{past} bytes past an argument of {len(written)}"
+        touched = first[:, None] + np.arange(size)
+        assert not written[touched].any(), "touched again after it was written"
+        before = readers[touched]
+        alone = (before == 0) | (before == program)
+        if stores:
+            assert alone.all(), "written where another program reads"
+            written[touched] = True
+            assert len(np.unique(first)) == len(first), "written twice"
+        else:
+            readers[touched] = np.where(alone, program, -1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def watch() -> list[Memory]:
+    """Watches what interpreted kernels do to memory, launch by launch."""
+    launches: list[Memory] = []
+    if not INTERPRETING:
+        return launches
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    def watched_call(self, *args, **kwargs):
+        leaves = tree_leaves((args, kwargs))
+        launches.append(Memory([leaf for leaf in leaves if isinstance(leaf, Tensor)]))
+        return call(self, *args, **kwargs)
+
+    def watched_access(theirs, stores):
+        def access(self, pointers, *args):
+            mask = args[1 if stores else 0].data
+            (x, y, z), (_, height, depth) = self.grid_idx, self.grid_dim
+            program = 1 + (x * height + y) * depth + z
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            launches[-1].touch(pointers.data, mask, size, program, stores)
+            return theirs(self, pointers, *args)
+
+        return access
+
+    call, builder = GridExecutor.__call__, InterpreterBuilder
+    GridExecutor.__call__ = watched_call
+    builder.create_masked_load = watched_access(builder.create_masked_load, stores=False)
+    builder.create_masked_store = watched_access(builder.create_masked_store, stores=True)
+    return launches
+
+
+@pytest.fixture(autouse=True)
+def launched(watch) -> list[Memory]:
+    """The memory of what the test has launched so far, interpreted."""
+    watch.clear()
+    return watch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_a_third_of_the_time() -> None:
+    """Spares the interpreter what it does for nothing."""
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    # a look for overflows of which it does not tell
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # changes to triton.language, made once more for every function that a kernel calls
+    theirs, changed = interpreter._patch_lang, set()
+
+    def patch_lang(function):
+        module = id(function.__globals__)
+        if module in changed:
+            return None
+        scope = theirs(function)
+        if not changed:  # the launch's own: what its functions changed stays, as ever
+            scope.restore = lambda restore=scope.restore: (changed.clear(), restore())
+        changed.add(module)
+        return scope
+
+    interpreter._patch_lang = patch_lang
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
+from itertools import islice, permutations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,6 +351,36 @@ def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kern
     # not even routing makes a number of its own
     assert outside_networks == 0
     assert torch.equal(plan.labels.cpu(), mixed.labels[:CAPACITY])
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="only interpreted kernels tell what they touch")
+def test_groups_side_by_side_share_nothing(engine, mixed, launched):
+    """Their launches are on streams of their own: none writes what another group's touches."""
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
+    plan.images.copy_(MIXED[:CAPACITY])
+    labels = plan.labels.data_ptr() + np.arange(plan.labels.numel())
+    for launch in islice(plan.launches, 4):  # up to the routing
+        launch.run()
+
+    def addresses(parts):
+        found = [
+            memory.starts[index] + part.nonzero()[0]
+            for memory in launched
+            for index, part in enumerate(parts(memory))
+        ]
+        return np.unique(np.concatenate(found))
+
+    read, written = [], []
+    for group in plan.groups:
+        launched.clear()
+        for launch in group.launches:
+            launch.run()
+        read.append(addresses(lambda memory: memory.readers))
+        written.append(addresses(lambda memory: memory.written))
+        assert np.intersect1d(written[-1], labels).size, "this group had no slice"
+    for own, other in permutations(range(len(plan.groups)), 2):
+        touched = np.union1d(read[other], written[other])
+        assert not np.intersect1d(written[own], touched).size, (own, other)
 
 
 def test_units_in_float_are_one_kernel_each(engine):
