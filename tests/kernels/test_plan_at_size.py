@@ -1,0 +1,53 @@
+"""The shipped model's plan on a real volume's slices, interpreted, launch by launch.
+
+What it reads and writes is watched (`conftest.py`); labels are the model's own layers'.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from meddanet import VolumePredictor, load_model, load_volume
+from meddanet.data import to_slices
+from meddanet.engine.triton_engine import TritonEngine
+from meddanet.kernels import use_backend
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="tests/test_gpu_plan.py runs it on a GPU"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model().eval()
+
+
+@pytest.fixture(scope="module")
+def slices(model, real_data) -> torch.Tensor:
+    """One slice for each crop size, [2, 4, 240, 240]."""
+    volume = load_volume(real_data / "brats2021" / "BraTS2021_00024")
+    predictor = VolumePredictor(model, "cpu", executor="eager")
+    slices = predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    with torch.no_grad(), use_backend("reference"):
+        decisions = model.decide(slices).argmax(1)
+    return slices[[int((decisions == route).nonzero()[5]) for route in (1, 2)]]
+
+
+@pytest.fixture
+def engine(model):
+    return TritonEngine(model, torch.device("cpu"), capacities=(2,))
+
+
+def test_crops_of_both_sizes(model, engine, slices, tolerances):
+    found = engine.segment(slices)
+    with torch.no_grad(), use_backend("reference"):
+        own = model.segment(slices)
+    assert found.decisions.tolist() == [1, 2]
+    assert all(torch.equal(getattr(found, part), getattr(own, part))
+               for part in ("decisions", "offsets", "num_bits"))  # fmt: skip
+    assert all(labels.count_nonzero() > 1000 for labels in own.labels)
+    # a residual stream in half precision turns over some 10 of 57600 voxels (docs/engine.md)
+    tolerances.labels(found.labels.numpy(), own.labels.numpy(), share=5e-4)
