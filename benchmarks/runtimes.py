@@ -70,7 +70,7 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
         ov = require("openvino")
     from openvino import opset13 as ops
 
-    from meddanet.engine.openvino_networks import to_labels
+    from meddanet.engine.openvino_graphs import to_labels
     from meddanet.engine.opset import translate
 
     network = static_network(model)

@@ -80,6 +80,21 @@ def cpu_kernels(results: Results) -> str:
     return markdown(header, rows) if rows else "None has been measured yet."
 
 
+def bank(results: Results) -> str:
+    """V1's members in the engine."""
+    rows = []
+    for level, part in results.speed.items():
+        if not level.startswith("bank "):
+            continue
+        slices = part["shape"][0]
+        times = {name: 1e3 * found["seconds"] / slices for name, found in part["times"].items()}
+        eager = times.pop("eager slice by slice")
+        cells = [f"{ms:.1f} ({eager / ms:.1f}x)" for ms in times.values()]
+        rows.append((level.removeprefix("bank "), f"{eager:.1f}", *cells))
+    header = ["ms a slice", "eager, slice by slice", "engine, float32", "engine, 8 bit"]
+    return markdown(header, rows) if rows else "None has been measured yet."
+
+
 def files(results: Results) -> str:
     """Files to files."""
     part = results.speed["end to end"]
@@ -298,7 +313,7 @@ def _ablation(found: Content) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "speed": speed, "speed-cases": speed_cases, "files": files,
-    "cpu-kernels": cpu_kernels,
+    "cpu-kernels": cpu_kernels, "bank": bank,
     "headline": lambda results: headline(results.accuracy),
     "accuracy": lambda results: accuracy(results.accuracy),
     "accuracy-cases": lambda results: accuracy_cases(results.accuracy),

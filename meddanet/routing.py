@@ -58,6 +58,7 @@ class RoutedSegmenter(nn.Module, ABC):
         stride: Sides of slices are multiples of it.
         smallest_side: Slices are at least this large, in pixels.
         num_stages: Encoder stages S whose width is chosen.
+        decision_scale: Slices are decided on shrunk by this factor.
         config: Arguments of the builder that makes the same architecture.
         metadata: What a weights file says of itself.
     """
@@ -68,6 +69,7 @@ class RoutedSegmenter(nn.Module, ABC):
     stride: int
     smallest_side: int
     num_stages: int = 0
+    decision_scale: int = 1
     config: dict[str, object]
     metadata: dict[str, Any]
 

@@ -18,11 +18,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meddanet.build import build_decision_network, build_med_danet, build_med_danet_v2
-from meddanet.engine import SliceEngine, compile_engine
+from meddanet.build import (
+    build_decision_network,
+    build_med_danet,
+    build_med_danet_v2,
+    build_segmenter,
+)
+from meddanet.data import normalize
+from meddanet.data.phantom import make_phantom
+from meddanet.engine import compile_engine
 from meddanet.engine.decisions import frozen
 from meddanet.engine.packed_unet import PackedUNet
-from meddanet.engine.routing import Tile, _single_threaded_workers, holds_signal, shrink
+from meddanet.engine.routing import CropEngine, Tile
+from meddanet.engine.slices import holds_signal, shrink, single_threaded_workers
 from meddanet.engine.unreported import unreported
 from meddanet.kernels import affine_paste, forward_way, use_backend
 from meddanet.kernels.onednn import is_exact
@@ -33,8 +41,10 @@ from meddanet.layers import (
     quantized_layers,
     set_quantization,
 )
+from meddanet.med_danet import MedDANet
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.routing import channels_last
+from meddanet.weights import load_model
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch"]
@@ -236,7 +246,7 @@ def test_the_first_of_equal_logits_is_the_label(classes):
         ov = pytest.importorskip("openvino", reason="the executor is an extra")
     from openvino import opset13 as ops
 
-    from meddanet.engine.openvino_networks import to_labels
+    from meddanet.engine.openvino_graphs import to_labels
 
     logits = torch.randint(-1, 2, (1, classes, 16, 24), generator=torch.manual_seed(0)).float()
     logits[..., 0] = 3.0
@@ -274,7 +284,7 @@ def test_the_tile_answers_as_the_whole_canvas(executor, segmenter, side, toleran
     model.eval()
     channels = model.segmenter.stage_channels[0]
     networks = _last_stage_only(model, executor)
-    engine = SliceEngine(model, networks, executor, threads=1, callers=1)
+    engine = CropEngine(model, networks, executor, threads=1, callers=1)
     lasts = [length - 16 for length in side]
     ends = [{0, 1, 3, 4, 5, last - 5, last - 1, last} & {*range(last + 1)} for last in lasts]
     for y, x in itertools.product(*map(sorted, ends)):
@@ -374,7 +384,7 @@ def test_workers_use_one_core_each_from_their_first_operation_on():
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        pool = _single_threaded_workers(2)
+        pool = single_threaded_workers(2)
         assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
         assert torch.get_num_threads() == 3
     finally:
@@ -437,6 +447,85 @@ def test_the_uninterrupted_way_answers_to_the_bit(widths, monkeypatch):
         assert torch.equal(one, other)
 
 
+# transformers and banks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_transformer(executor, tolerances):
+    """Its learnt positions, of another size than the slices' map, are resized as the model does."""
+    torch.manual_seed(0)
+    model = build_med_danet_v2("transbts-light", 2, 3, (16,))
+    torch.nn.init.normal_(model.segmenter.transformer.position_embedding)
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.policy = MeanPolicy(2, 3)
+    slices = slices_for([1, 2], (32, 40))
+    found = compile_engine(model.eval(), "cpu", executor).segment(slices)
+    assert_as_exact_as_the_model(found.labels, model, slices, tolerances)
+
+
+def build_bank(quantize: bool) -> MedDANet:
+    torch.manual_seed(0)
+    model = build_med_danet(("unet-4", "unet-12", "transbts-light"), 2, 3)
+    model.decision = MeanPolicy(2, 4)
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=quantize, update_range=False)
+    return model.eval()
+
+
+@torch.no_grad()
+def exact_member(model: MedDANet, member: int, slices: torch.Tensor) -> torch.Tensor:
+    return deepcopy(model.bank[member]).double()(slices.double()).argmax(1)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_bank(executor, tolerances):
+    """Every member gets the slices that are its own, whole; a blank slice gets none."""
+    model, decisions = build_bank(quantize=False), [0, 3, 1, 2, 2, 3, 0]
+    slices = slices_for([*decisions[:-1], 2])
+    slices[-1] = 0
+    found, own = compile_engine(model, "cpu", executor).segment(slices), model.segment(slices)
+    assert found.decisions.tolist() == own.decisions.tolist() == decisions
+    assert torch.equal(found.offsets, own.offsets) and torch.equal(found.num_bits, own.num_bits)
+    for index, route in enumerate(decisions):
+        exact = exact_member(model, route - 1, slices[[index]])[0] if route else own.labels[index]
+        assert route == 0 or len(exact.unique()) > 1
+        tolerances.labels(found.labels[index].numpy(), exact.numpy(), share=1e-3)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_trained_member_on_the_grid(executor, tolerances):
+    """Beside one in float; a trained network has few ties for codes to turn over at."""
+    member = load_model().segmenter
+    bank, decision = torch.nn.ModuleList([build_segmenter("unet-4"), member]), MeanPolicy(4, 3)
+    with torch.no_grad():
+        decision.linear.weight.zero_()
+        decision.linear.bias[2] = 1
+    model = MedDANet(bank=bank, decision=decision, in_channels=4, num_classes=4).eval()
+    slices = normalize(make_phantom(0, (160, 160, 100)).data)[..., 50:52].transpose(3, 0, 1, 2)
+    slices = torch.from_numpy(slices.copy())
+    found = compile_engine(model, "cpu", executor).segment(slices)
+    assert found.decisions.tolist() == [2, 2] and len(found.labels.unique()) > 1
+    tolerances.labels(found.labels.numpy(), exact_member(model, 1, slices).numpy(), share=1e-3)
+
+
+@needs_openvino
+def test_the_members_of_a_bank_multiply_bytes():
+    from meddanet.engine.openvino_bank import OpenVINOBank
+
+    bank = OpenVINOBank(build_bank(True), 1)
+    for member in range(3):
+        graph = bank.compiled(("member", member), (1, 2, 40, 48)).get_runtime_model()
+        facts = [operation.get_rt_info() for operation in graph.get_ops()]
+        found = Counter(
+            fact["runtimePrecision"].astype(str) for fact in facts
+            if fact["layerType"].astype(str) in ("Convolution", "Deconvolution", "FullyConnected")
+        )
+        assert set(found) <= {"u8", "i8"} and found.total() > 25, found
+
+
 # integers --------------------------------------------------------------------------------------
 
 
@@ -492,9 +581,9 @@ def test_a_stage_is_exact(executor, num_bits):
 @needs_openvino
 def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
     """A cohort in which every volume has another size: old ones go, one that returns is right."""
-    from meddanet.engine import openvino_networks
+    from meddanet.engine import openvino_graphs
 
-    monkeypatch.setattr(openvino_networks, "KEPT", 9)
+    monkeypatch.setattr(openvino_graphs, "KEPT", 9)
     engine = compile_engine(model, "cpu", "openvino")
     engine._callers = engine._pool  # every caller keeps its own
     small, large = slices_for([3, 0], (40, 48)), slices_for([3], (48, 48))
@@ -588,16 +677,12 @@ def test_a_layer_without_a_range_is_named():
 
 @needs_openvino
 def test_what_openvino_cannot_run_goes_to_pytorch(tolerances):
-    torch.manual_seed(0)
-    model = build_med_danet_v2("transbts-light", 2, 3, (16,))
-    for layer in quantized_layers(model).values():
-        layer.input_amax.fill_(4.0)
-    set_quantization(model, quantize=True, update_range=False)
-    model.policy = MeanPolicy(2, 3)
-    with pytest.raises(ValueError, match="cannot be recorded|no translation"):
-        compile_engine(model.eval(), "cpu", "openvino")
+    model = build(crop_sizes=(16,))
+    model.segmenter.dec2.relu = torch.nn.Softplus()
+    with pytest.raises(ValueError, match="Softplus has no translation"):
+        compile_engine(model, "cpu", "openvino")
     engine = compile_engine(model, "cpu")
-    assert engine.executor == "torch"
+    assert engine.executor == "torch" and "Softplus has no translation" in engine.passed_over
     slices = slices_for([1, 2], (32, 32))
     assert_as_exact_as_the_model(engine.segment(slices).labels, model, slices, tolerances)
 
@@ -683,6 +768,7 @@ def test_a_segmenter_of_ones_own():
 
 def test_a_plan_runs_v2_alone():
     bank = build_med_danet(("unet-8",), 2, 3)
+    set_quantization(bank, quantize=False, update_range=False)
     with pytest.raises(ValueError, match="executor triton runs MedDANetV2 only; use auto or eager"):
         compile_engine(bank, "cpu", "triton")
 

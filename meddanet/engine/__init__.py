@@ -11,9 +11,12 @@ from torch import Tensor
 from ..devices import resolve_device
 from ..kernels.backend import chosen_backend, import_fault, triton_fault
 from ..layers import quantized_layers
+from ..med_danet import MedDANet
 from ..med_danet_v2 import MedDANetV2
 from ..routing import RoutedSegmenter, Segmentation, channels_last
-from .routing import SliceEngine
+from .bank import BankEngine
+from .routing import CropEngine
+from .slices import SliceEngine
 from .unreported import unreported
 
 EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
@@ -64,9 +67,9 @@ def compile_engine(
         executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
             float32), "eager" (the model's own layers), or "auto": the first of these that this
             machine, installation and model allow. On a GPU "triton" (a recorded plan of this
-            package's integer kernels; compute capability 8.0, U-Net segmenters, every layer of
-            theirs quantised), "eager", or "auto", likewise. V1's bank, and a segmenter without the
-            parts of `UNet`, run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
+            package's integer kernels; compute capability 8.0, V2 with U-Net segmenters, every layer
+            of theirs quantised), "eager", or "auto", likewise. V2 with a segmenter without the
+            parts of `UNet` runs in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
             too, very slowly, for tests.
 
     What `use_backend` says is read here by "torch", which takes oneDNN's int8 under "auto" and
@@ -96,7 +99,7 @@ def compile_engine(
         return EagerEngine(model.to(place), place)
     if misfit:
         return _instead(EagerEngine(model.to(place), place), f"any other executor {misfit}")
-    assert isinstance(model, MedDANetV2), "all others are misfits"
+    assert isinstance(model, (MedDANet, MedDANetV2)), "all others are misfits"
     _check_ranges(model)
     if executor == "triton":
         return _triton_engine(model, place)
@@ -121,20 +124,24 @@ def _instead(engine: Engine, reason: object) -> Engine:
 
 def _misfit(model: RoutedSegmenter) -> str:
     """Returns why no executor but eager runs a model; "" if others may."""
+    if isinstance(model, MedDANet):
+        return ""
     if not isinstance(model, MedDANetV2):
-        return "runs MedDANetV2 only"
+        return "runs MedDANet and MedDANetV2 only"
     missing = [name for name in SEGMENTER_PARTS if not hasattr(model.segmenter, name)]
     return f"needs a segmenter with {', '.join(missing)}" if missing else ""
 
 
-def _gpu_engine(model: MedDANetV2, place: torch.device) -> Engine:
+def _gpu_engine(model: MedDANet | MedDANetV2, place: torch.device) -> Engine:
     try:
         return _triton_engine(model, place)
     except ValueError as error:
         return _instead(EagerEngine(model.to(place), place), error)
 
 
-def _triton_engine(model: MedDANetV2, place: torch.device) -> Engine:
+def _triton_engine(model: MedDANet | MedDANetV2, place: torch.device) -> Engine:
+    if isinstance(model, MedDANet):
+        raise ValueError("executor triton runs MedDANetV2 only; use auto or eager")
     check_triton(place)
     from .triton_engine import TritonEngine
 
@@ -165,24 +172,29 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(f"executor triton: {fault}")
 
 
-def _openvino_engine(model: MedDANetV2) -> SliceEngine:
+def _openvino_engine(model: MedDANet | MedDANetV2) -> SliceEngine:
     with unreported():
         fault = import_fault("openvino", '"meddanet[cpu]"')
     if fault:
         raise ValueError(f"executor openvino, the fastest on a CPU: {fault}")
+    from .openvino_bank import OpenVINOBank
     from .openvino_networks import OpenVINONetworks
 
     threads = torch.get_num_threads()
-    networks = OpenVINONetworks(model, threads)
     # the graphs have threads of their own; one caller for each leaves these idle in between
-    return SliceEngine(model, networks, "openvino", threads, callers=2 * threads)
+    options = "openvino", threads, 2 * threads
+    if isinstance(model, MedDANet):
+        return BankEngine(model, OpenVINOBank(model, threads), *options)
+    return CropEngine(model, OpenVINONetworks(model, threads), *options)
 
 
-def _torch_engine(model: MedDANetV2) -> SliceEngine:
-    from .torch_networks import TorchNetworks
+def _torch_engine(model: MedDANet | MedDANetV2) -> SliceEngine:
+    from .torch_networks import TorchBank, TorchNetworks
 
     threads = torch.get_num_threads()
-    return SliceEngine(model, TorchNetworks(model), "torch", threads, callers=threads)
+    if isinstance(model, MedDANet):
+        return BankEngine(model, TorchBank(model), "torch", threads, threads)
+    return CropEngine(model, TorchNetworks(model), "torch", threads, threads)
 
 
 def _check_ranges(model: MedDANetV2) -> None:

@@ -1,33 +1,24 @@
-"""The networks as compiled OpenVINO graphs: one per part, image size and bit width.
+"""Med-DANet V2's networks as OpenVINO graphs: one per part, image size and bit width.
 
-Each graph takes one slice and runs on one thread; as many streams as threads run side by side.
 Between graphs lie float32 maps [1, H, W, C], channels last as OpenVINO's convolutions keep them.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import nn
 
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
+from .openvino_graphs import Graphs, Part, to_labels
 from .opset import Node, channels_last, constant, integers, translate
+from .slices import Array
 from .unreported import unreported
 
 with unreported():
-    import openvino as ov  # type: ignore[import-untyped]
-    from openvino import opset13 as ops
-
-Array = np.ndarray
-Part = tuple[Any, ...]  # name, and where there are several: index, bit width
-
-# graphs that a thread keeps: those of crops and of some three sizes of whole slices
-KEPT = 96
+    from openvino import opset13 as ops  # type: ignore[import-untyped]
 
 
 class _Stage(nn.Module):
@@ -54,7 +45,7 @@ class _Decoder(nn.Module):
         return self.follower(self.segmenter.decode(input, [first, second, third]))
 
 
-class OpenVINONetworks:
+class OpenVINONetworks(Graphs):
     """Implements `routing.Networks`.
 
     Args:
@@ -62,24 +53,17 @@ class OpenVINONetworks:
         threads: How many calls run at a time; others wait.
 
     Raises:
-        ValueError: If a part of the model has no translation.
+        ValueError: If a part has no translation, or this CPU's int8 sums are not exact.
     """
 
     def __init__(self, model: MedDANetV2, threads: int) -> None:
+        super().__init__(threads)
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
-        self._threads = threads
         layers = quantized_layers(self._model.segmenter).values()
         self._integers = all(
             layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
         )
-        self._core = ov.Core()
-        if not is_exact(self._core):
-            raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
-        self._lock = threading.Lock()
-        # a graph lives as long as a thread has a request of it
-        self._graphs: WeakValueDictionary[tuple, ov.CompiledModel] = WeakValueDictionary()
-        self._local = threading.local()
         self._check()
 
     def _check(self) -> None:
@@ -141,38 +125,6 @@ class OpenVINONetworks:
 
     # graphs ------------------------------------------------------------------------------------
 
-    def _run(self, part: Part, *inputs: Array) -> list[Array]:
-        inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
-        key = (part, *(x.shape for x in inputs))
-        requests = self._local.__dict__.setdefault("requests", OrderedDict())
-        if key not in requests:
-            graph = self.compiled(*key)
-            request = graph.create_infer_request()
-            requests[key] = graph, request, [tensor.data for tensor in request.output_tensors]
-            if len(requests) > KEPT:
-                requests.popitem(last=False)
-        requests.move_to_end(key)
-        _, request, outputs = requests[key]
-        for index, value in enumerate(inputs):
-            request.set_input_tensor(index, ov.Tensor(value, shared_memory=True))
-        request.infer()
-        return outputs
-
-    def compiled(self, part: Part, *shapes: tuple[int, ...]) -> ov.CompiledModel:
-        """Returns the compiled graph of a part, made where no thread has it."""
-        with self._lock:
-            graph = self._graphs.get((part, shapes))
-            if graph is None:
-                graph = self._graphs[part, shapes] = self._core.compile_model(
-                    self.graph(part, *shapes), "CPU", _configuration(self._threads)
-                )
-            return graph
-
-    def graph(self, part: Part, *shapes: tuple[int, ...]) -> ov.Model:
-        """Builds a part's graph for inputs of these shapes."""
-        inputs = [ops.parameter(list(shape), np.float32) for shape in shapes]
-        return ov.Model(self._outputs(part, inputs), inputs, "-".join(map(str, part)))
-
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
         model, (name, *rest) = self._model, part
         segmenter = model.segmenter
@@ -224,34 +176,6 @@ class OpenVINONetworks:
         return [to_labels(result) if finish else channels_last(result), gradients, *spreads]
 
 
-def is_exact(core: ov.Core) -> bool:
-    """Tells, by trying codes of +-127, whether int8 sums come out exact on this machine."""
-    image = ops.parameter([1, 32, 6, 6], np.float32)
-    ends = constant(-128), constant(127)
-    kernel = np.where(np.arange(32 * 8 * 9) % 3 == 1, -127, 127).reshape(8, 32, 3, 3)
-    weight = ops.convert(ops.constant(kernel.astype(np.int8)), "f32")
-    pads = [0, 0]
-    sums = ops.convolution(
-        ops.fake_quantize(image, *ends, *ends, 256), ops.multiply(weight, constant(1)),
-        [1, 1], pads, pads, [1, 1],
-    )
-    compiled = core.compile_model(ov.Model([sums], [image]), "CPU", _configuration(1))
-    exact = 127 * kernel.sum((1, 2, 3))[:, None, None]
-    return all(
-        np.array_equal(compiled([np.full((1, 32, 6, 6), value, np.float32)])[0][0] / sign,
-                       np.broadcast_to(exact, (8, 4, 4)))
-        for sign, value in ((1, 127), (-1, -127))
-    )
-
-
-def _configuration(threads: int) -> dict[str, Any]:
-    return {
-        "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
-        # the residual stream stays float32; a pinned thread waits while others use its core
-        "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False,
-    }
-
-
 def _copy(input: Node) -> Node:
     """A clamp that changes nothing: a float convolution's sum is slow to transpose by itself."""
     largest = float(np.finfo(np.float32).max)
@@ -275,13 +199,3 @@ def _gradients(input: Node, channels: int) -> Node:
     response = ops.convolution(padded, constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
     means = ops.reduce_mean(ops.abs(response), integers(2, 3), False)
     return ops.slice(means, integers(0), integers(2 * channels), integers(1), integers(1))
-
-
-def to_labels(logits: Node) -> Node:
-    """Returns the first of the largest logits, uint8 [1, H, W], of logits [1, K, H, W]."""
-    classes, height, width = list(logits.get_output_shape(0))[1:]
-    # class after class whole vectors are compared, pixel by pixel it takes twenty times as long
-    planes = ops.reshape(logits, integers(1, classes, height * width), False)
-    k = ops.constant(np.int64(1))
-    best = ops.topk(planes, k, 1, "max", "value", "i32", stable=True).output(1)
-    return ops.convert(ops.reshape(best, integers(1, height, width), False), "u8")

@@ -25,6 +25,8 @@ from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 from ..networks.heatmap import EDGE, HeatCentre, play_shares
+from ..networks.transbts import as_map, positions_for
+from ..networks.unet import check_input
 from .unreported import unreported
 
 with unreported():
@@ -98,6 +100,9 @@ class _Translation:
         self.values[node] = value
 
     def _translate(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.values[node] = self._parameter(node)
+            return
         module = self._module(node)
         if isinstance(module, QuantizedInput):
             return self._keep(node, self._quantized(node, module))
@@ -129,7 +134,8 @@ class _Translation:
             gain, shift = _affine(norm)
         codes = self._on_grid(source, layer, str(node.target), input_num_bits)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
-        result = _LAYERS[type(layer)](codes, layer, _weight(layer, num_bits, gain))
+        weight = _weight(layer, num_bits, gain, tokens=_rank(codes) == 3)
+        result = _LAYERS[type(layer)](codes, layer, weight)
         offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
         if offset.any():
             trailing = 0 if isinstance(layer, QuantLinear) else 2
@@ -152,6 +158,10 @@ class _Translation:
         if node in self.last:
             return channels_first(on_grid(self.last[node], *options))
         return on_grid(self.values[node], *options)
+
+    def _parameter(self, node: fx.Node) -> np.ndarray:
+        owner, _, name = str(node.target).rpartition(".")
+        return getattr(self.modules[owner], name).detach().numpy()
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -217,10 +227,18 @@ def _out_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, QuantConvTranspose2d) else 0
 
 
-def _weight(layer: Any, num_bits: int, gain: np.ndarray) -> Node:
-    """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised."""
+def _rank(node: Node) -> int:
+    return len(node.get_output_shape(0))
+
+
+def _weight(layer: Any, num_bits: int, gain: np.ndarray, tokens: bool) -> Node:
+    """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised.
+
+    A linear layer's are those of a matrix product where its inputs are `tokens`, [N, L, C], and of
+    a 1x1 convolution otherwise.
+    """
     axis, weight = _out_axis(layer), layer.weight.detach().float()
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, QuantLinear) and not tokens:
         weight = weight[:, :, None, None]
     shape = [-1 if index == axis else 1 for index in range(weight.dim())]
     scale = np.broadcast_to(gain, layer.weight.shape[axis]).reshape(shape)
@@ -258,7 +276,9 @@ def _transposed(input: Node, layer: QuantConvTranspose2d, weight: Node) -> Node:
 
 
 def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
-    """[N, Cin] -> [N, Cout], as a convolution: OpenVINO's matrix product of one row is slow."""
+    """[..., Cin] -> [..., Cout]; of single rows [N, Cin] OpenVINO's matrix product is slow."""
+    if _rank(input) == 3:
+        return ops.matmul(input, weight, False, True)
     image = ops.reshape(input, integers(0, 0, 1, 1), True)
     sums = ops.convolution(image, weight, [1, 1], [0, 0], [0, 0], [1, 1])
     return ops.reshape(sums, integers(0, 0), True)
@@ -281,6 +301,19 @@ def _relu(module: nn.ReLU, input: Node, axis: int = 1) -> Node:
     return ops.relu(input)
 
 
+def _layer_norm(module: nn.LayerNorm, input: Node) -> Node:
+    """Over the last axis."""
+    if len(module.normalized_shape) != 1 or module.bias is None:
+        raise ValueError("a layer norm of several axes or without a shift has no translation")
+    unit = ops.mvn(input, integers(-1), True, module.eps, "inside_sqrt")
+    gain, shift = (constant(part.detach().numpy()) for part in (module.weight, module.bias))
+    return ops.add(ops.multiply(unit, gain), shift)
+
+
+def _gelu(module: nn.GELU, input: Node) -> Node:
+    return ops.gelu(input, "erf" if module.approximate == "none" else "tanh")
+
+
 def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
     kernel, stride, padding = (
         [value, value] if isinstance(value, int) else list(value)
@@ -291,6 +324,47 @@ def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
 
 def _mean(input: Node, axes: Sequence[int], keepdim: bool = False) -> Node:
     return ops.reduce_mean(input, integers(*axes), keepdim)
+
+
+def _transpose(input: Node, first: int, second: int) -> Node:
+    order = list(range(_rank(input)))
+    order[first], order[second] = order[second], order[first]
+    return ops.transpose(input, integers(*order))
+
+
+def _flatten(input: Node, start: int) -> Node:
+    """Joins the axes from `start` on."""
+    return ops.reshape(input, integers(*[0] * start, -1), True)
+
+
+def _unflatten(input: Node, axis: int, sizes: Sequence[int]) -> Node:
+    if axis not in (-1, _rank(input) - 1):
+        raise ValueError(f"unflatten of axis {axis} has no translation")
+    kept = list(input.get_output_shape(0))[:-1]
+    return ops.reshape(input, integers(*kept, *sizes), False)
+
+
+def _unbind(input: Node, axis: int) -> list[Node]:
+    parts = ops.split(input, ops.constant(np.int64(axis)), input.get_output_shape(0)[axis])
+    return [ops.squeeze(part, integers(axis)) for part in parts.outputs()]
+
+
+def _attention(query: Node, key: Node, value: Node, dropout_p: float = 0.0) -> Node:
+    return ops.scaled_dot_product_attention(query, key, value)
+
+
+def _positions_for(embedding: np.ndarray, input: Node) -> Node:
+    shape = torch.empty(tuple(input.get_output_shape(0)), device="meta")
+    return constant(positions_for(torch.from_numpy(embedding), shape).numpy())
+
+
+def _as_map(tokens: Node, input: Node) -> Node:
+    size = list(input.get_output_shape(0))[2:]
+    return _unflatten(_transpose(tokens, 1, 2), 2, size)
+
+
+def _item(input: Node | list[Node], index: Any) -> Node:
+    return input[index] if isinstance(input, list) else _channels(input, index)
 
 
 def _channels(input: Node, index: Any) -> Node:
@@ -328,6 +402,8 @@ _LAYERS: dict[type, Callable[..., Node]] = {
 }
 _OPERATIONS: dict[Any, Callable[..., Node]] = {
     nn.BatchNorm2d: _norm,
+    nn.GELU: _gelu,
+    nn.LayerNorm: _layer_norm,
     nn.MaxPool2d: _max_pool,
     nn.ReLU: _relu,
     nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
@@ -335,11 +411,19 @@ _OPERATIONS: dict[Any, Callable[..., Node]] = {
     nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
     operator.add: lambda a, b: ops.add(a, b),
     operator.mul: lambda a, b: ops.multiply(a, b),
-    operator.getitem: _channels,
+    operator.getitem: _item,
     torch.cat: lambda inputs, axis: ops.concat(list(inputs), axis),
     F.hardsigmoid: _hard_sigmoid,
+    F.scaled_dot_product_attention: _attention,
+    as_map: _as_map,
+    check_input: lambda input, *expected: input,  # the engine has looked
+    positions_for: _positions_for,
+    "flatten": _flatten,
     "relu": lambda input: ops.relu(input),
     "mean": _mean,
+    "transpose": _transpose,
+    "unbind": _unbind,
+    "unflatten": _unflatten,
 }
 _ELEMENTWISE = (nn.BatchNorm2d, nn.ReLU)
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, "relu", F.hardsigmoid)

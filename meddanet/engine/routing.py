@@ -1,21 +1,15 @@
-"""One slice's way through the networks, whatever executes them, and many slices at a time.
+"""One slice's way through Med-DANet V2, whatever executes its networks.
 
-    seen? -> decide -> locate + crop -> begin, stages, decode -> paste -> last stage -> labels
+    locate + crop -> begin, stages, decode -> paste -> last stage -> labels
 
-The small decision networks see slices by eights, always eight, blank ones making up the number.
-After that every thread takes one slice at a time through the whole way: no barriers, activations
-stay in the core's cache. An executor with threads of its own has two callers for each, so that none
-idles while Python prepares the next slice. Where nearly all slices chose the same widths so far,
-the next one runs with them uninterrupted and its selectors are asked afterwards; another answer
-sends it through the stages one by one. No result depends on a slice's neighbours.
+Where nearly all slices chose the same widths so far, the next one runs with them uninterrupted and
+its selectors are asked afterwards; another answer sends it through the stages one by one.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -25,26 +19,20 @@ from torch import Tensor, nn
 
 from ..med_danet_v2 import MedDANetV2, place
 from ..routing import Segmentation
+from .slices import Array, Deciding, SliceEngine
 
-Array = np.ndarray
-
-
-DECISIONS = 8  # slices that are decided on at a time
 # an uninterrupted run saves a seventh of the way, a wrong guess costs all of it
 _SURE = 0.9
 # labels of empty canvases that are kept: one per crop size and size of slices
 _BACKGROUNDS = 16
 
 
-class Networks(Protocol):
+class Networks(Deciding, Protocol):
     """The networks of one model as an executor runs them.
 
     Images are float32 [C, H, W], maps between the parts are the executor's own; what it returns may
     be overwritten by the same thread's next call.
     """
-
-    def decide(self, images: Array) -> Array:
-        """Returns route logits [8, R] of images [8, C, h, w] at the decision scale."""
 
     def locate(self, images: Array) -> Array:
         """Returns the logits [8, 2] of the crops' places, images as for `decide`."""
@@ -99,66 +87,29 @@ class Tile(NamedTuple):
         return cls(start, stop, first, stop - halo if stop < length else length)
 
 
-class SliceEngine:
-    """Segments slices as `MedDANetV2.segment` does; see `compile_engine`.
-
-    Attributes:
-        executor: What runs the networks.
-        passed_over: As for `Engine`.
-        threads: How many cores are at work.
-    """
-
-    passed_over = ""
+class CropEngine(SliceEngine):
+    """Segments slices as `MedDANetV2.segment` does; see `SliceEngine`."""
 
     def __init__(
         self, model: MedDANetV2, networks: Networks, executor: str, threads: int, callers: int
     ) -> None:
-        self.executor, self.threads = executor, threads
-        self._model: Any = model
-        self._networks = networks
+        super().__init__(model, networks, executor, threads, callers)
         self._selectors = [_selector(selector) for selector in self._model.bit_selectors]
         # how many slices chose which widths; at first the narrowest are expected
         self._chosen = Counter([tuple(min(widths) for _, _, widths in self._selectors)])
         self._halos = [halo(stage) for stage in model.crop_last_stages]
-        self._pool = _single_threaded_workers(threads)
-        self._callers = self._pool if callers == threads else _single_threaded_workers(callers)
         self._background = lru_cache(_BACKGROUNDS)(self._label_background)
 
-    def segment(self, slices: Tensor) -> Segmentation:
-        """Routes every slice and labels it.
-
-        Args:
-            slices: [N, C, H, W] on the CPU, H and W multiples of the stride, at least the largest
-                crop; of any memory layout, contiguous float32 ones are not copied.
-
-        Returns:
-            A `Segmentation`.
-
-        Raises:
-            ValueError: If the shape does not fit.
-        """
-        self._model.check(slices)
-        result = Segmentation.skipped(slices, len(self._selectors))
-        images = slices.detach().float().contiguous().numpy()
-        seen = np.flatnonzero(list(self._pool.map(holds_signal, images)))
-        if not len(seen):
-            return result
-        views = self._views(images, seen)
-        routes = self._in_batches(self._networks.decide, views, np.arange(len(seen))).argmax(1)
-        result.decisions[seen] = torch.from_numpy(routes)
+    def _locate(
+        self, views: Sequence[Array], routes: Array, seen: Array, result: Segmentation
+    ) -> None:
+        """Fills in the offsets of the slices that are cropped."""
         cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
         if cropped.any():
             places = self._in_batches(self._networks.locate, views, np.flatnonzero(cropped))
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
-            result.offsets[seen[cropped]] = self._offsets(places, sizes, images.shape[2:])
-        labels, decisions, offsets, num_bits = (part.numpy() for part in result)
-
-        def run(index: int) -> None:
-            route, (y, x) = decisions[index], offsets[index].astype(int)
-            self._segment(images[index], labels[index], route, (y, x), num_bits[index])
-
-        list(self._callers.map(run, seen[routes > 0]))
-        return result
+            image = result.labels.shape[1:]
+            result.offsets[seen[cropped]] = self._offsets(places, sizes, image)
 
     def _offsets(self, places: Array, sizes: Array, image: tuple[int, int]) -> Tensor:
         """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset`."""
@@ -166,39 +117,14 @@ class SliceEngine:
         position = torch.from_numpy(places).sigmoid()
         return place(position, smallest, size, position.new_tensor(image)).round()
 
-    def _views(self, images: Array, indices: Array) -> Sequence[Array]:
-        """Returns what the decision networks see of the images at N indices, N of [C, h, w]."""
-        scale = self._model.decision_scale
-        if scale == 1:
-            return [images[index] for index in indices]
-        return list(self._pool.map(lambda index: shrink(images[index], scale), indices))
-
-    def _in_batches(
-        self, network: Callable[[Array], Array], views: Sequence[Array], chosen: Array
-    ) -> Array:
-        """Returns a decision network's logits [N, K] of N chosen views [C, h, w]."""
-
-        def run(start: int) -> Array:
-            some = [views[index] for index in chosen[start : start + DECISIONS]]
-            batch = np.zeros((DECISIONS, *some[0].shape), np.float32)
-            np.stack(some, out=batch[: len(some)])
-            return network(batch)[: len(some)].copy()
-
-        return np.concatenate(list(self._callers.map(run, range(0, len(chosen), DECISIONS))))
-
     def _segment(
-        self,
-        image: Array,
-        labels: Array,
-        route: int,
-        offset: tuple[int, int],
-        num_bits: Array,
+        self, image: Array, labels: Array, route: int, offset: Array, num_bits: Array
     ) -> None:
         """Fills in labels and widths of one slice that is not skipped."""
         if route == len(self._model.routes) - 1:
             labels[...] = self._run(image, num_bits, finish=True)
             return
-        (y, x), size = offset, self._model.crop_sizes[route - 1]
+        (y, x), size = offset.astype(int), self._model.crop_sizes[route - 1]
         crop = np.ascontiguousarray(image[:, y : y + size, x : x + size])
         self._paste(labels, self._run(crop, num_bits, finish=False), (y, x), route - 1)
 
@@ -271,44 +197,6 @@ class SliceEngine:
         channels = self._model.segmenter.stage_channels[0]
         zeros = np.zeros((height, width, channels), np.float32)
         return self._networks.last(index, zeros).copy()
-
-
-def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
-    """Starts threads inside of which PyTorch uses one core; outside nothing changes."""
-    usual = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
-
-    def start() -> None:
-        # a thread that has not asked before takes the process's number at its first operation
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="meddanet", initializer=start)
-    for _ in range(count):
-        pool.submit(started.wait)
-    started.wait()
-    started.wait()
-    # the worker's call reached threads that are started later as well
-    torch.set_num_threads(usual)
-    return pool
-
-
-def holds_signal(image: Array) -> bool:
-    """Tells whether anything of an image [C, H, W] is not zero."""
-    # the middle rows answer for nearly all slices without reading the rest
-    return bool(image[:, image.shape[1] // 2].any() or image.any())
-
-
-def shrink(image: Array, scale: int) -> Array:
-    """Averages [C, H, W] over squares of `scale` pixels."""
-    if scale == 1:
-        return image
-    channels, height, width = image.shape
-    rows = image.reshape(channels, height // scale, scale, width)
-    summed = sum(rows[:, :, index] for index in range(1, scale)) + rows[:, :, 0]
-    columns = [summed[..., index::scale] for index in range(scale)]
-    return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
 
 
 def _selector(selector: Any) -> tuple[Array, Array, list[int]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,18 +26,18 @@ from ..layers import (
     quantized_layers,
     spread_of,
 )
+from ..med_danet import MedDANet
 from ..med_danet_v2 import MedDANetV2
 from ..routing import channels_last, to_memory_format
 from . import onednn
-
-Array = np.ndarray
+from .slices import Array
 
 # shapes and widths for which a layer's weights stay packed: crops and a few sizes of whole slices
 KEPT = 8
 
 
 class TorchNetworks:
-    """Implements `routing.Networks` for any model.
+    """Implements `routing.Networks` for any model of V2.
 
     Args:
         model: In `eval()`, on the CPU, every quantised layer with a range; these layers are
@@ -46,12 +45,7 @@ class TorchNetworks:
     """
 
     def __init__(self, model: MedDANetV2) -> None:
-        self._model: Any = to_memory_format(model, torch.channels_last)
-        integer = onednn_runs(torch.empty(0))
-        for name, layer in quantized_layers(self._model).items():
-            if layer.quantize:
-                parent, _, own = name.rpartition(".")
-                setattr(self._model.get_submodule(parent), own, _Frozen(layer, integer))
+        self._model: Any = _freeze(model)
 
     @torch.inference_mode()
     def decide(self, images: Array) -> Array:
@@ -99,6 +93,37 @@ class TorchNetworks:
         """Returns labels [H, W]."""
         batch = torch.from_numpy(features).permute(2, 0, 1)[None]
         return _labels(self._model.crop_last_stages[index](batch))
+
+
+class TorchBank:
+    """Implements `bank.BankNetworks` for any bank.
+
+    Args:
+        model: As for `TorchNetworks`.
+    """
+
+    def __init__(self, model: MedDANet) -> None:
+        self._model: Any = _freeze(model)
+
+    @torch.inference_mode()
+    def decide(self, images: Array) -> Array:
+        """Returns route logits [8, 1 + n]."""
+        return self._model.decision(channels_last(torch.from_numpy(images))).numpy()
+
+    @torch.inference_mode()
+    def member(self, index: int, image: Array) -> Array:
+        """Returns the labels [H, W]."""
+        return _labels(self._model.bank[index](_batch(image)))
+
+
+def _freeze(model: nn.Module) -> nn.Module:
+    """Fixes the quantised layers of a model, in place, and lays its weights out channels last."""
+    integer = onednn_runs(torch.empty(0))
+    for name, layer in quantized_layers(model).items():
+        if layer.quantize:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _Frozen(layer, integer))
+    return to_memory_format(model, torch.channels_last)
 
 
 class _Frozen(nn.Module):

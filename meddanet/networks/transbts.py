@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..layers import QuantConv2d, QuantLinear
 from .unet import UNet
@@ -110,13 +110,25 @@ class Transformer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [N, C, H, W] to the same shape, one token per pixel."""
-        size = input.shape[2:]
-        position: Tensor = self.position_embedding
-        if position.shape[2:] != size:
-            position = F.interpolate(position, size, mode="bicubic", align_corners=False)
-        tokens = self.dropout(self.project(input) + position).flatten(2).transpose(1, 2)
+        embedded = self.project(input) + positions_for(self.position_embedding, input)
+        tokens = self.dropout(embedded).flatten(2).transpose(1, 2)
         tokens = self.norm(self.layers(tokens))  # [N, H * W, embedding]
-        return self.refine(self.reduce(tokens.transpose(1, 2).unflatten(2, size)))
+        return self.refine(self.reduce(as_map(tokens, input)))
+
+
+@fx.wrap
+def positions_for(embedding: Tensor, input: Tensor) -> Tensor:
+    """Resizes a position embedding [1, E, h, w] to a map [N, C, H, W]: [1, E, H, W]."""
+    size = input.shape[2:]
+    if embedding.shape[2:] == size:
+        return embedding
+    return F.interpolate(embedding, size, mode="bicubic", align_corners=False)
+
+
+@fx.wrap
+def as_map(tokens: Tensor, input: Tensor) -> Tensor:
+    """Lays tokens [N, H * W, E] out as the map [N, C, H, W] that they come from: [N, E, H, W]."""
+    return tokens.transpose(1, 2).unflatten(2, input.shape[2:])
 
 
 class TransBTS(UNet):

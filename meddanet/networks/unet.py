@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..layers import QuantConv2d, QuantConvTranspose2d
 
@@ -162,6 +162,7 @@ class UNet(nn.Module):
         return self.last_stage(self.features(input))
 
 
+@fx.wrap
 def check_input(input: Tensor, in_channels: int, stride: int) -> None:
     """Raises ValueError, with the cure, unless `input` is [N, in_channels, H, W] on the stride."""
     if input.dim() != 4 or input.shape[1] != in_channels:
