@@ -40,21 +40,6 @@ def require(name: str) -> Any:
         raise Unavailable(f"{name} is not installed") from error
 
 
-class _Recordable(nn.Module):
-    """The forward pass of a `UNet` without the check of its input, which asks for sizes."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, slices):
-        x, skips = self.network.init(slices), []
-        for stage in self.network.encoder:
-            skip, x = stage(x)
-            skips.append(skip)
-        return self.network.last_stage(self.network.decode(x, skips))
-
-
 def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run:
     """OpenVINO, one slice per stream, no stream idle; 8 bit by this package's codes and ranges.
 
@@ -71,13 +56,13 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
     from openvino import opset13 as ops
 
     from meddanet.engine.openvino_graphs import to_labels
-    from meddanet.engine.opset import translate
+    from meddanet.engine.opset import record, translate
 
     network = static_network(model)
     if num_bits == 8:
         set_quantization(network, quantize=True, update_range=False)
     image = ops.parameter([1, *slices.shape[1:]], np.float32)
-    (logits,) = translate(_Recordable(network), [image])
+    (logits,) = translate(record(network), [image])
     labels = to_labels(logits)
     threads = torch.get_num_threads()
     compiled = ov.Core().compile_model(

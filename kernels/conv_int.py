@@ -24,6 +24,7 @@ A NaN has no code: the stream carries it, the codes are 0 there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def _say_once(message: str) -> None:
 
 
 def _run(call: ConvCall, stream: Tensor | None, codes: Tensor | None) -> None:
+    run: Callable[..., None]
     if triton_runs(call.input):
         from .conv_int_triton import run, supports
     elif onednn_runs(call.input):

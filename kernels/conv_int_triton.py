@@ -42,7 +42,7 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
 
 def blocks(
     conv: PackedConv, pixels: int, light: bool, heavy: bool, moments: bool = False
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Returns the block sizes and warps for one class of shapes.
 
     Sums of up to 18 steps of 8-bit codes read through L1, which serves the nine taps' overlap;
@@ -94,9 +94,8 @@ def _stride(amax: Tensor | None) -> int:
 def _launch_facts(call: ConvCall, codes: Tensor | None, moments: bool) -> tuple[bool, bool, dict]:
     """Returns whether inputs may have at most 8 bits, whether they may have more, and `blocks`."""
     conv = call.conv
-    several = isinstance(call.num_bits, Tensor)
-    mixed = several and len(call.input) == 2
-    wide = mixed or (not several and call.num_bits > 8)
+    mixed = isinstance(call.num_bits, Tensor) and len(call.input) == 2
+    wide = mixed if isinstance(call.num_bits, Tensor) else call.num_bits > 8
     light = mixed or not wide
     heavy = wide or (codes is not None and len(codes) == 2)
     height, width = call.input.shape[3:] if conv.transposed else call.output_size

@@ -8,6 +8,8 @@ and oneDNN for two bytes, run as in `quant_conv2d`; for one byte oneDNN's own ep
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,7 @@ def conv_on_codes(
         (pad_y, pad_x), (dilation_y, dilation_x), groups, False,
     )  # fmt: skip
     call = ConvCall(even_planes(planes), conv, amax.float(), num_bits)
+    run: Callable[..., None]
     if triton_runs(planes):
         from .conv_int_triton import run
     else:

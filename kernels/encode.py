@@ -132,10 +132,11 @@ def _checked(
     if offset is not None:
         check_offset(offset, samples)
     widths = num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
+    offset, slots, count = integers(offset, slots, count)
     return EncodeCall(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
         (input.shape[2], input.shape[3]) if size is None else as_pair(size), widths,
-        split_affine(affine, channels), relu, *integers(offset, slots, count),
+        split_affine(affine, channels), relu, offset, slots, count,
     )  # fmt: skip
 
 

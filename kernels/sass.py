@@ -90,7 +90,9 @@ def _following(listed: list[Instruction], place: int) -> list[int]:
     """Returns where it may go on after an instruction."""
     name, always, target, _ = listed[place]
     found = [] if name in ("BRA", "RET", "EXIT") and always else [place + 1]
-    return [following for following in (*found, target) if following in range(len(listed))]
+    if target is not None:
+        found.append(target)
+    return [following for following in found if following in range(len(listed))]
 
 
 def _reached(start: int, onwards: list[list[int]]) -> set[int]:

@@ -66,10 +66,10 @@ class MeanPolicy(torch.nn.Module):
         return self.linear(slices.mean((2, 3)))
 
 
-def build(**changes) -> MedDANetV2:
+def build(segmenter="unet-12", **changes) -> MedDANetV2:
     torch.manual_seed(0)
     options = {"num_classes": 3, "in_channels": 2, "crop_sizes": (16, 24), **changes}
-    model = build_med_danet_v2("unet-12", **options)
+    model = build_med_danet_v2(segmenter, **options)
     for layer in quantized_layers(model).values():
         layer.input_amax.fill_(4.0)
     set_quantization(model, quantize=True, update_range=False)
@@ -410,10 +410,13 @@ def test_neighbours_and_threads_change_nothing(model, executor):
 
 
 @needs_openvino
-@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (4, 8, 4, 4), (16, 8, 8, 8), None])
-def test_the_uninterrupted_way_answers_to_the_bit(widths, monkeypatch):
+@pytest.mark.parametrize(("widths", "segmenter"), [
+    ((8, 8, 8, 8), "unet-12"), ((4, 8, 4, 4), "unet-12"), ((16, 8, 8, 8), "unet-12"),
+    (None, "unet-12"), ((8, 8, 8, 8), "transbts-light"),
+])  # fmt: skip
+def test_the_uninterrupted_way_answers_to_the_bit(widths, segmenter, monkeypatch):
     """Usual widths run in one graph; all others, and none in float, stage by stage."""
-    model = build(num_bits=(4, 8, 16))
+    model = build(segmenter, num_bits=(4, 8, 16))
     slices = slices_for([1, 3, 2, 3, 1, 2] * 5)
     if widths is None:  # the first stage's differ from slice to slice
         selector = model.bit_selectors[0].linear
@@ -453,15 +456,10 @@ def test_the_uninterrupted_way_answers_to_the_bit(widths, monkeypatch):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_transformer(executor, tolerances):
     """Its learnt positions, of another size than the slices' map, are resized as the model does."""
-    torch.manual_seed(0)
-    model = build_med_danet_v2("transbts-light", 2, 3, (16,))
+    model = build("transbts-light", crop_sizes=(16,))
     torch.nn.init.normal_(model.segmenter.transformer.position_embedding)
-    for layer in quantized_layers(model).values():
-        layer.input_amax.fill_(4.0)
-    set_quantization(model, quantize=True, update_range=False)
-    model.policy = MeanPolicy(2, 3)
     slices = slices_for([1, 2], (32, 40))
-    found = compile_engine(model.eval(), "cpu", executor).segment(slices)
+    found = compile_engine(model, "cpu", executor).segment(slices)
     assert_as_exact_as_the_model(found.labels, model, slices, tolerances)
 
 
@@ -526,6 +524,124 @@ def test_the_members_of_a_bank_multiply_bytes():
         assert set(found) <= {"u8", "i8"} and found.total() > 25, found
 
 
+@needs_openvino
+def test_a_bank_keeps_graphs_of_three_sizes():
+    engine = compile_engine(build_bank(quantize=False), "cpu", "openvino")
+    engine._callers = engine._pool  # every caller keeps its own
+    for height in range(16, 64, 8):
+        engine.segment(slices_for([1, 2, 3], (height, 24)))
+    assert len(engine._networks._graphs) == 3 * 4
+
+
+def test_a_member_says_what_it_cannot_take():
+    model = build_bank(quantize=False)
+    model.stride = 4
+    for executor in ("openvino", "torch"):
+        engine = compile_engine(model, "cpu", executor)
+        with pytest.raises(ValueError, match="must be multiples of 8, got 36x44; pad to 40x48"):
+            engine.segment(slices_for([1], (36, 44)))
+
+
+class OwnMember(torch.nn.Module):
+    def forward(self, slices):
+        return slices[:, :1].expand(-1, 3, -1, -1)
+
+
+class OwnBank(MedDANet):
+    def decide(self, slices):
+        return -super().decide(slices)
+
+
+def test_what_a_bank_may_be_of():
+    """What other executors would run only in part, or from several threads, runs in eager."""
+    decision = MeanPolicy(2, 2)
+    parts = {"decision": decision, "in_channels": 2, "num_classes": 3}
+    other = MedDANet(bank=torch.nn.ModuleList([OwnMember()]), **parts).eval()
+    own = OwnBank(bank=build_bank(quantize=False).bank[:1], **parts).eval()
+    slices = slices_for([0, 1])
+    for model, reason in (
+        (other, "runs banks of UNet and TransBTS only, not of OwnMember"),
+        (own, "runs MedDANet and MedDANetV2 only"),
+    ):
+        engine = compile_engine(model, "cpu")
+        assert engine.executor == "eager" and engine.passed_over == f"any other executor {reason}"
+        assert torch.equal(engine.segment(slices).labels, model.segment(slices).labels)
+        with pytest.raises(ValueError, match=f"executor torch {reason}; use auto or eager"):
+            compile_engine(model, "cpu", "torch")
+
+
+def graphs_of(module: torch.nn.Module):
+    """Returns graphs of one part, the module."""
+    from meddanet.engine.openvino_graphs import Graphs
+    from meddanet.engine.opset import record, translate
+
+    class One(Graphs):
+        def _outputs(self, part, inputs):
+            return translate(record(module.eval()), inputs)
+
+    return One(1, 1)
+
+
+@needs_openvino
+@pytest.mark.parametrize("widths", [(8, 8), (8, 16), (16, 8), (4, 12), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 64), (1, 50, 64)], ids=["rows", "tokens"])
+def test_linear_layers_of_any_widths(widths, shape):
+    """Of weights and inputs, in the layer or given: neither takes the other's."""
+    layer = QuantLinear(64, 32, num_bits=widths[0], input_num_bits=widths[1])
+    layer.input_amax.fill_(3.0)
+    layer.update_range = False
+
+    class Given(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, input):
+            first, second = widths
+            return self.layer(input), self.layer(input, first, input_num_bits=second)
+
+    input = torch.randn(shape)
+    exact = deepcopy(Given()).double().eval()(input.double())[0].detach().numpy()
+    compiled = graphs_of(Given()).compiled(("one",), shape)
+    for found in compiled([input.numpy()]).values():
+        differing = np.abs(found - exact) > 1e-5 * np.abs(exact).max()
+        # a code that a tie decides moves the 32 sums of its row
+        assert differing.mean() <= 0.02, differing.mean()
+
+
+class Overwriting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = torch.nn.ReLU(inplace=True)
+
+    def forward(self, slices):
+        twice = slices + slices
+        return self.relu(twice) + twice
+
+
+class Hooked(torch.nn.ReLU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(lambda module, given, result: -result)
+
+
+class Meaning(torch.nn.Module):
+    def forward(self, slices):
+        return slices.mean(dim=(2, 3), keepdim=False, dtype=torch.float64)
+
+
+@needs_openvino
+@pytest.mark.parametrize(("module", "message"), [
+    (Overwriting(), "relu overwrites what others read"),
+    (Meaning(), "Meaning has no translation to OpenVINO"),
+    (torch.nn.Sequential(torch.nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode, dilation, indices"),
+    (Hooked(), "Hooked has hooks, which OpenVINO would not call"),
+])  # fmt: skip
+def test_what_would_be_translated_wrongly(module, message):
+    with pytest.raises(ValueError, match=message):
+        graphs_of(module).graph(("one",), (1, 2, 8, 8))
+
+
 # integers --------------------------------------------------------------------------------------
 
 
@@ -581,9 +697,9 @@ def test_a_stage_is_exact(executor, num_bits):
 @needs_openvino
 def test_graphs_of_few_image_sizes_are_kept(model, monkeypatch, tolerances):
     """A cohort in which every volume has another size: old ones go, one that returns is right."""
-    from meddanet.engine import openvino_graphs
+    from meddanet.engine import openvino_networks
 
-    monkeypatch.setattr(openvino_graphs, "KEPT", 9)
+    monkeypatch.setattr(openvino_networks, "KEPT", 9)
     engine = compile_engine(model, "cpu", "openvino")
     engine._callers = engine._pool  # every caller keeps its own
     small, large = slices_for([3, 0], (40, 48)), slices_for([3], (48, 48))

@@ -13,6 +13,8 @@ from ..kernels.backend import chosen_backend, import_fault, triton_fault
 from ..layers import quantized_layers
 from ..med_danet import MedDANet
 from ..med_danet_v2 import MedDANetV2
+from ..networks.transbts import TransBTS
+from ..networks.unet import UNet
 from ..routing import RoutedSegmenter, Segmentation, channels_last
 from .bank import BankEngine
 from .routing import CropEngine
@@ -69,8 +71,9 @@ def compile_engine(
             machine, installation and model allow. On a GPU "triton" (a recorded plan of this
             package's integer kernels; compute capability 8.0, V2 with U-Net segmenters, every layer
             of theirs quantised), "eager", or "auto", likewise. V2 with a segmenter without the
-            parts of `UNet` runs in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the CPU
-            too, very slowly, for tests.
+            parts of `UNet`, V1 with members other than `UNet` and `TransBTS`, V1 on a GPU and
+            subclasses of either run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the
+            CPU too, very slowly, for tests.
 
     What `use_backend` says is read here by "torch", which takes oneDNN's int8 under "auto" and
     "onednn" alone, and by "triton", which runs under "auto" and "triton" alone; by "eager" whenever
@@ -89,7 +92,7 @@ def compile_engine(
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
     place = resolve_device(device)
-    misfit = _misfit(model)
+    misfit = _misfit(model, place.type != "cpu" or executor == "triton")
     if misfit and executor not in ("auto", "eager"):
         raise ValueError(f"executor {executor} {misfit}; use auto or eager")
     if place.type != "cpu" and executor in ("openvino", "torch"):
@@ -99,7 +102,6 @@ def compile_engine(
         return EagerEngine(model.to(place), place)
     if misfit:
         return _instead(EagerEngine(model.to(place), place), f"any other executor {misfit}")
-    assert isinstance(model, (MedDANet, MedDANetV2)), "all others are misfits"
     _check_ranges(model)
     if executor == "triton":
         return _triton_engine(model, place)
@@ -122,29 +124,38 @@ def _instead(engine: Engine, reason: object) -> Engine:
     return engine
 
 
-def _misfit(model: RoutedSegmenter) -> str:
-    """Returns why no executor but eager runs a model; "" if others may."""
-    if isinstance(model, MedDANet):
-        return ""
-    if not isinstance(model, MedDANetV2):
-        return "runs MedDANet and MedDANetV2 only"
+def _misfit(model: RoutedSegmenter, in_plan: bool) -> str:
+    """Returns why no executor but eager runs a model, in a plan or slice by slice; "" if one may.
+
+    What others run part by part must be no more than these parts: not a subclass.
+    """
+    if type(model) is MedDANet and not in_plan:
+        return _misfit_in_bank(model)
+    if type(model) is not MedDANetV2:
+        return f"runs {'' if in_plan else 'MedDANet and '}MedDANetV2 only"
     missing = [name for name in SEGMENTER_PARTS if not hasattr(model.segmenter, name)]
     return f"needs a segmenter with {', '.join(missing)}" if missing else ""
 
 
-def _gpu_engine(model: MedDANet | MedDANetV2, place: torch.device) -> Engine:
+def _misfit_in_bank(model: MedDANet) -> str:
+    for member in model.bank:
+        if type(member) not in (UNet, TransBTS):
+            return f"runs banks of UNet and TransBTS only, not of {type(member).__name__}"
+    return ""
+
+
+def _gpu_engine(model: RoutedSegmenter, place: torch.device) -> Engine:
     try:
         return _triton_engine(model, place)
     except ValueError as error:
         return _instead(EagerEngine(model.to(place), place), error)
 
 
-def _triton_engine(model: MedDANet | MedDANetV2, place: torch.device) -> Engine:
-    if isinstance(model, MedDANet):
-        raise ValueError("executor triton runs MedDANetV2 only; use auto or eager")
+def _triton_engine(model: RoutedSegmenter, place: torch.device) -> Engine:
     check_triton(place)
     from .triton_engine import TritonEngine
 
+    assert isinstance(model, MedDANetV2), "all others are misfits"
     return TritonEngine(model, place)
 
 
@@ -172,7 +183,7 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(f"executor triton: {fault}")
 
 
-def _openvino_engine(model: MedDANet | MedDANetV2) -> SliceEngine:
+def _openvino_engine(model: RoutedSegmenter) -> SliceEngine:
     with unreported():
         fault = import_fault("openvino", '"meddanet[cpu]"')
     if fault:
@@ -185,19 +196,21 @@ def _openvino_engine(model: MedDANet | MedDANetV2) -> SliceEngine:
     options = "openvino", threads, 2 * threads
     if isinstance(model, MedDANet):
         return BankEngine(model, OpenVINOBank(model, threads), *options)
+    assert isinstance(model, MedDANetV2), "all others are misfits"
     return CropEngine(model, OpenVINONetworks(model, threads), *options)
 
 
-def _torch_engine(model: MedDANet | MedDANetV2) -> SliceEngine:
+def _torch_engine(model: RoutedSegmenter) -> SliceEngine:
     from .torch_networks import TorchBank, TorchNetworks
 
     threads = torch.get_num_threads()
     if isinstance(model, MedDANet):
         return BankEngine(model, TorchBank(model), "torch", threads, threads)
+    assert isinstance(model, MedDANetV2), "all others are misfits"
     return CropEngine(model, TorchNetworks(model), "torch", threads, threads)
 
 
-def _check_ranges(model: MedDANetV2) -> None:
+def _check_ranges(model: RoutedSegmenter) -> None:
     for name, layer in quantized_layers(model).items():
         if layer.quantize and not 0 < float(layer.input_amax) < float("inf"):
             raise ValueError(

@@ -120,12 +120,12 @@ class Group:
         `target` is the one that reads what it stores as codes; `skip` the one that reads the sum
         itself, and where its codes go.
         """
+        skip_amax, skip_bits = (None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)
         call = ConvCall(
             input, conv.packed, conv.amax, conv.num_bits if num_bits is None else num_bits,
             residual, affine, relu, None if target is None else target.amax,
             8 if target is None else target.num_bits if target_bits is None else target_bits,
-            None, self.count, *((None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)),
-            mild=True,
+            None, self.count, skip_amax, skip_bits, mild=True,
         )  # fmt: skip
         found = Moments(*conv_kernel.new_moments(call)) if moments else None
         self.add(

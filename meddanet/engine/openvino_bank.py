@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ..med_danet import MedDANet
 from .openvino_graphs import Graphs, Part, to_labels
-from .opset import Node, translate
+from .opset import Node, record, translate
 from .slices import DECISIONS, Array
+
+# sizes of slices whose graphs are kept; one of the largest member holds 137 MB of weights
+SIZES = 3
 
 
 class OpenVINOBank(Graphs):
@@ -20,8 +23,9 @@ class OpenVINOBank(Graphs):
     """
 
     def __init__(self, model: MedDANet, threads: int) -> None:
-        super().__init__(threads)
-        self._model = model
+        super().__init__(threads, SIZES * (1 + len(model.bank)))
+        self._decision = record(model.decision)
+        self._members = [record(member) for member in model.bank]
         # built for small images, so that what cannot be translated says so now
         image = model.in_channels, 4 * model.stride, 4 * model.stride
         self.graph(("decide",), (DECISIONS, *image))
@@ -39,6 +43,6 @@ class OpenVINOBank(Graphs):
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
         name, *rest = part
         if name == "decide":
-            return translate(self._model.decision, inputs)
-        (logits,) = translate(self._model.bank[rest[0]], inputs)
+            return translate(self._decision, inputs)
+        (logits,) = translate(self._members[rest[0]], inputs)
         return [to_labels(logits)]

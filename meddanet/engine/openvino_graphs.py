@@ -23,22 +23,20 @@ with unreported():
 
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
 
-# graphs that a thread keeps: those of crops and of some three sizes of whole slices
-KEPT = 96
-
 
 class Graphs(ABC):
     """Builds, compiles, keeps and runs the graphs of one model.
 
     Args:
         threads: How many calls run at a time; others wait.
+        kept: How many graphs a thread keeps.
 
     Raises:
         ValueError: If this CPU's int8 sums are not exact.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, kept: int) -> None:
+        self._threads, self._kept = threads, kept
         self._core = ov.Core()
         if not is_exact(self._core):
             raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
@@ -59,7 +57,7 @@ class Graphs(ABC):
             graph = self.compiled(*key)
             request = graph.create_infer_request()
             requests[key] = graph, request, [tensor.data for tensor in request.output_tensors]
-            if len(requests) > KEPT:
+            if len(requests) > self._kept:
                 requests.popitem(last=False)
         requests.move_to_end(key)
         _, request, outputs = requests[key]
@@ -109,6 +107,8 @@ def _configuration(threads: int) -> dict[str, Any]:
         "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
         # the residual stream stays float32; a pinned thread waits while others use its core
         "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False,
+        # int8 weights say nothing of inputs that have more than 8 bits
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
 
 

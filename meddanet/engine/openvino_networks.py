@@ -13,12 +13,15 @@ from torch import nn
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
 from .openvino_graphs import Graphs, Part, to_labels
-from .opset import Node, channels_last, constant, integers, translate
+from .opset import Node, Recorded, channels_last, constant, integers, record, translate
 from .slices import Array
 from .unreported import unreported
 
 with unreported():
     from openvino import opset13 as ops  # type: ignore[import-untyped]
+
+# graphs that a thread keeps: those of crops and of some three sizes of whole slices
+KEPT = 96
 
 
 class _Stage(nn.Module):
@@ -57,17 +60,22 @@ class OpenVINONetworks(Graphs):
     """
 
     def __init__(self, model: MedDANetV2, threads: int) -> None:
-        super().__init__(threads)
+        super().__init__(threads, KEPT)
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         layers = quantized_layers(self._model.segmenter).values()
         self._integers = all(
             layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
         )
+        self._recorded: dict[Part, Recorded] = {}
         self._check()
 
     def _check(self) -> None:
-        """Builds every graph for small images, so that what cannot be translated says so now."""
+        """Records all parts and builds graphs for small images: what has no translation says so."""
+        for index, selector in enumerate(self._model.bit_selectors):
+            for width in selector.widths.tolist():
+                self._part("stage", index, int(width))
+        self._part("decode")
         model, stride = self._model, self._model.stride
         image = (1, model.in_channels, 4 * stride, 4 * stride)
         maps = [
@@ -125,54 +133,66 @@ class OpenVINONetworks(Graphs):
 
     # graphs ------------------------------------------------------------------------------------
 
+    def _part(self, *part: Any) -> Recorded:
+        if part not in self._recorded:
+            self._recorded[part] = record(self._module(*part))
+        return self._recorded[part]
+
+    def _module(self, name: str, *rest: int) -> nn.Module:
+        model, segmenter = self._model, self._model.segmenter
+        if name == "stage":
+            index, num_bits = rest
+            return _Stage(segmenter.encoder[index], num_bits)
+        if name == "last":
+            return model.crop_last_stages[rest[0]]
+        return {
+            "decide": lambda: model.policy,
+            "locate": lambda: model.position,
+            "begin": lambda: nn.Sequential(segmenter.init, segmenter.dropout),
+            "decode": lambda: _Decoder(segmenter, nn.Identity()),
+            "finish": lambda: _Decoder(segmenter, segmenter.last_stage),
+        }[name]()
+
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
-        model, (name, *rest) = self._model, part
-        segmenter = model.segmenter
-        if name == "decide":
-            return translate(model.policy, inputs)
-        if name == "locate":
-            return translate(model.position, inputs)
+        name, *rest = part
+        if name in ("decide", "locate"):
+            return translate(self._part(name), inputs)
         if name == "begin":
             feature, gradients = self._begin(inputs)
             return [channels_last(feature), _spread(feature), gradients]
         if name == "at once":
             widths, finish = rest
             return self._whole_way(widths, finish, inputs)
+        results = translate(self._part(*part), inputs, channels_last=True)
         if name == "stage":
-            index, num_bits = rest
-            stage = segmenter.encoder[index]
-            skip, feature = translate(_Stage(stage, num_bits), inputs, channels_last=True)
-            if num_bits > 8:
-                skip = _copy(skip)
-            if stage.down is None:
-                return [channels_last(skip)]
-            return [channels_last(skip), channels_last(feature), _spread(feature)]
-        if name == "last":
-            (logits,) = translate(model.crop_last_stages[rest[0]], inputs, channels_last=True)
-            return [to_labels(logits)]
-        follower = nn.Identity() if name == "decode" else segmenter.last_stage
-        (result,) = translate(_Decoder(segmenter, follower), inputs, channels_last=True)
-        return [channels_last(result) if name == "decode" else to_labels(result)]
+            return self._stage(*rest, *results)
+        return [channels_last(results[0]) if name == "decode" else to_labels(results[0])]
+
+    def _stage(self, index: int, num_bits: int, skip: Node, feature: Node) -> list[Node]:
+        """A skip, and what the next stage and its selector need."""
+        if num_bits > 8:
+            skip = _copy(skip)
+        if self._model.segmenter.encoder[index].down is None:
+            return [channels_last(skip)]
+        return [channels_last(skip), channels_last(feature), _spread(feature)]
 
     def _begin(self, inputs: list[Node]) -> tuple[Node, Node]:
         """The input of the first stage and the image's gradients."""
-        segmenter = self._model.segmenter
-        (feature,) = translate(nn.Sequential(segmenter.init, segmenter.dropout), inputs)
+        (feature,) = translate(self._part("begin"), inputs)
         return feature, _gradients(inputs[0], self._model.in_channels)
 
     def _whole_way(
         self, widths: tuple[int, ...], finish: bool, inputs: list[Node]
     ) -> list[Node]:
         """Features or labels, the image's gradients and the spreads, in one graph."""
-        segmenter = self._model.segmenter
         feature, gradients = self._begin(inputs)
         skips, spreads = [], []
-        for stage, num_bits in zip(segmenter.encoder, widths, strict=True):
+        for index, num_bits in enumerate(widths):
             spreads.append(_spread(feature))
-            skip, feature = translate(_Stage(stage, num_bits), [feature])
+            skip, feature = translate(self._part("stage", index, num_bits), [feature])
             skips.append(skip)
-        follower = segmenter.last_stage if finish else nn.Identity()
-        (result,) = translate(_Decoder(segmenter, follower), [feature, *skips[:-1]])
+        end = self._part("finish" if finish else "decode")
+        (result,) = translate(end, [feature, *skips[:-1]])
         return [to_labels(result) if finish else channels_last(result), gradients, *spreads]
 
 

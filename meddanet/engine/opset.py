@@ -6,15 +6,16 @@ sides, with the layer's own range, which is the form OpenVINO runs as int8:
     weights      int8 codes -> float -> * step (* gain of the norm that follows)
     activations  clamp to the range -> FakeQuantize with the grid's step
 
-A width beyond 8 runs in float32 on the values of the same grid. No converter is involved:
-OpenVINO's own one reports usage.
+Where weights or inputs have more than 8 bits a layer runs in float32 on the values of the same
+grid. No converter is involved: OpenVINO's own one reports usage.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,13 +43,40 @@ class _Tracer(fx.Tracer):
         return whole or super().is_leaf_module(module, name)
 
 
+class Recorded(NamedTuple):
+    """A module in `eval()` and what its forward pass does."""
+
+    module: nn.Module
+    graph: fx.Graph
+
+
+# while torch.fx records it changes what every module of the process does when it is called
+_recording = threading.Lock()
+
+
+def record(module: nn.Module) -> Recorded:
+    """Records a module's forward pass, once for inputs of any size.
+
+    Raises:
+        ValueError: If the pass depends on values or sizes, or a layer has hooks.
+    """
+    name = type(module).__name__
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        raise ValueError(f"{name} has hooks, which OpenVINO would not call")
+    try:
+        with _recording:
+            return Recorded(module, _Tracer().trace(module))
+    except Exception as error:  # the forward pass sees stand-ins for tensors: anything may fail
+        raise ValueError(f"{name} cannot be recorded for OpenVINO ({error})") from error
+
+
 def translate(
-    module: nn.Module, inputs: Sequence[Node], channels_last: bool = False
+    recorded: Recorded, inputs: Sequence[Node], channels_last: bool = False
 ) -> list[Node]:
     """Adds a module's forward pass to an OpenVINO graph.
 
     Args:
-        module: In `eval()`; its forward takes as many tensors as there are inputs.
+        recorded: Its forward takes as many tensors as there are inputs.
         inputs: Nodes of static shape, [N, C, H, W] each.
         channels_last: The inputs are [N, H, W, C] instead; outputs are [N, C, H, W] all the same.
 
@@ -59,11 +87,12 @@ def translate(
         ValueError: If the forward pass holds an operation without translation.
     """
     try:
-        graph = _Tracer().trace(module)
-    except fx.proxy.TraceError as error:
-        name = type(module).__name__
-        raise ValueError(f"{name} cannot be recorded for OpenVINO ({error})") from error
-    return _Translation(module, graph, channels_last).run(inputs)
+        return _Translation(*recorded, channels_last).run(inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # arguments that a translation, or OpenVINO, does not take
+        name = type(recorded.module).__name__
+        raise ValueError(f"{name} has no translation to OpenVINO ({error})") from error
 
 
 class _Translation:
@@ -112,6 +141,8 @@ class _Translation:
         if _keeps_sign(node, what, self.non_negative):
             self.non_negative.add(node)
         source: Any = node.args[0]
+        if getattr(module, "inplace", False) and len(source.users) > 1:
+            raise ValueError(f"{node.target} overwrites what others read: no translation")
         if what in _ELEMENTWISE and source in self.last:
             return self._keep(node, _OPERATIONS[what](module, self.last[source], -1), True)
         arguments = self._arguments(node.args)
@@ -125,8 +156,11 @@ class _Translation:
     def _quantized(self, node: fx.Node, layer: Any) -> Node:
         """A quantised layer; a norm that alone follows it becomes part of its scale and shift."""
         source, *rest = node.args
-        widths: Any = [width for width in rest if width is not None]
-        num_bits, input_num_bits = widths or (layer.num_bits, layer.input_num_bits)
+        names = "num_bits", "input_num_bits"
+        given: Any = {**dict(zip(names, rest, strict=False)), **node.kwargs}
+        num_bits, input_num_bits = (
+            getattr(layer, name) if given.get(name) is None else given[name] for name in names
+        )
         gain, shift = np.ones(1), np.zeros(1)
         users = list(node.users)
         norm = self._module(users[0]) if len(users) == 1 else None
@@ -134,7 +168,9 @@ class _Translation:
             gain, shift = _affine(norm)
         codes = self._on_grid(source, layer, str(node.target), input_num_bits)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
-        weight = _weight(layer, num_bits, gain, tokens=_rank(codes) == 3)
+        # int8 weights of floats would make OpenVINO round the floats to 8 bits as well
+        integer = layer.quantize and max(num_bits, input_num_bits) <= 8
+        weight = _weight(layer, num_bits, gain, integer, tokens=_rank(codes) == 3)
         result = _LAYERS[type(layer)](codes, layer, weight)
         offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
         if offset.any():
@@ -231,8 +267,8 @@ def _rank(node: Node) -> int:
     return len(node.get_output_shape(0))
 
 
-def _weight(layer: Any, num_bits: int, gain: np.ndarray, tokens: bool) -> Node:
-    """Weights as int8 codes times their scale, as float32 beyond 8 bit or unquantised.
+def _weight(layer: Any, num_bits: int, gain: np.ndarray, integer: bool, tokens: bool) -> Node:
+    """Weights as int8 codes times their scale, or as float32.
 
     A linear layer's are those of a matrix product where its inputs are `tokens`, [N, L, C], and of
     a 1x1 convolution otherwise.
@@ -251,7 +287,7 @@ def _weight(layer: Any, num_bits: int, gain: np.ndarray, tokens: bool) -> Node:
         full = (groups, weight.shape[0] // groups, *weight.shape[1:])
         weight, scale = weight.reshape(full), scale.repeat(len(weight) // len(scale), 0)
         scale = scale.reshape(*full[:2], *[1] * (len(full) - 2))
-    if not layer.quantize or num_bits > 8:
+    if not integer:
         return constant(weight.double().numpy() * scale)
     codes = ops.constant(weight.numpy().astype(np.int8))
     return ops.multiply(ops.convert(codes, "f32"), constant(scale))
@@ -276,7 +312,7 @@ def _transposed(input: Node, layer: QuantConvTranspose2d, weight: Node) -> Node:
 
 
 def _linear(input: Node, layer: QuantLinear, weight: Node) -> Node:
-    """[..., Cin] -> [..., Cout]; of single rows [N, Cin] OpenVINO's matrix product is slow."""
+    """[N, Cin] or [N, L, Cin]; of single rows OpenVINO's matrix product is slow."""
     if _rank(input) == 3:
         return ops.matmul(input, weight, False, True)
     image = ops.reshape(input, integers(0, 0, 1, 1), True)
@@ -315,6 +351,8 @@ def _gelu(module: nn.GELU, input: Node) -> Node:
 
 
 def _max_pool(module: nn.MaxPool2d, input: Node) -> Node:
+    if module.ceil_mode or module.dilation not in (1, (1, 1)) or module.return_indices:
+        raise ValueError("ceil_mode, dilation, indices of a pooling: no translation")
     kernel, stride, padding = (
         [value, value] if isinstance(value, int) else list(value)
         for value in (module.kernel_size, module.stride, module.padding)
@@ -349,13 +387,21 @@ def _unbind(input: Node, axis: int) -> list[Node]:
     return [ops.squeeze(part, integers(axis)) for part in parts.outputs()]
 
 
-def _attention(query: Node, key: Node, value: Node, dropout_p: float = 0.0) -> Node:
+def _attention(query: Node, key: Node, value: Node, *, dropout_p: float) -> Node:
     return ops.scaled_dot_product_attention(query, key, value)
 
 
+def _like(input: Node) -> torch.Tensor:
+    """A tensor of a node's shape that holds nothing."""
+    return torch.empty(tuple(input.get_output_shape(0)), device="meta")
+
+
+def _check_input(input: Node, in_channels: int, stride: int) -> None:
+    check_input(_like(input), in_channels, stride)
+
+
 def _positions_for(embedding: np.ndarray, input: Node) -> Node:
-    shape = torch.empty(tuple(input.get_output_shape(0)), device="meta")
-    return constant(positions_for(torch.from_numpy(embedding), shape).numpy())
+    return constant(positions_for(torch.from_numpy(embedding), _like(input)).numpy())
 
 
 def _as_map(tokens: Node, input: Node) -> Node:
@@ -393,6 +439,10 @@ def _heat_centre(module: HeatCentre, heat: Node, image: Node) -> Node:
     return ops.log(ops.divide(position, ops.subtract(constant(1), position)))
 
 
+def _value(value: Node | float) -> Node:
+    return constant(value) if isinstance(value, (int, float)) else value
+
+
 def _same(module: nn.Module, input: Node) -> Node:
     return input
 
@@ -409,14 +459,14 @@ _OPERATIONS: dict[Any, Callable[..., Node]] = {
     nn.ReLU6: lambda module, input: ops.clamp(input, 0.0, 6.0),
     HeatCentre: _heat_centre,
     nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same,
-    operator.add: lambda a, b: ops.add(a, b),
-    operator.mul: lambda a, b: ops.multiply(a, b),
+    operator.add: lambda a, b: ops.add(_value(a), _value(b)),
+    operator.mul: lambda a, b: ops.multiply(_value(a), _value(b)),
     operator.getitem: _item,
     torch.cat: lambda inputs, axis: ops.concat(list(inputs), axis),
     F.hardsigmoid: _hard_sigmoid,
     F.scaled_dot_product_attention: _attention,
     as_map: _as_map,
-    check_input: lambda input, *expected: input,  # the engine has looked
+    check_input: _check_input,
     positions_for: _positions_for,
     "flatten": _flatten,
     "relu": lambda input: ops.relu(input),

@@ -108,8 +108,8 @@ class CropEngine(SliceEngine):
         if cropped.any():
             places = self._in_batches(self._networks.locate, views, np.flatnonzero(cropped))
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
-            image = result.labels.shape[1:]
-            result.offsets[seen[cropped]] = self._offsets(places, sizes, image)
+            height, width = result.labels.shape[1:]
+            result.offsets[seen[cropped]] = self._offsets(places, sizes, (height, width))
 
     def _offsets(self, places: Array, sizes: Array, image: tuple[int, int]) -> Tensor:
         """Turns logits of places [N, 2] into whole pixels [N, 2], as `MedDANetV2.offset`."""

@@ -118,8 +118,9 @@ class SliceEngine(ABC):
 
         def run(start: int) -> Array:
             some = [views[index] for index in chosen[start : start + DECISIONS]]
-            batch = np.zeros((DECISIONS, *some[0].shape), np.float32)
+            batch = np.empty((DECISIONS, *some[0].shape), np.float32)
             np.stack(some, out=batch[: len(some)])
+            batch[len(some) :] = 0
             return network(batch)[: len(some)].copy()
 
         return np.concatenate(list(self._callers.map(run, range(0, len(chosen), DECISIONS))))
@@ -157,7 +158,11 @@ def shrink(image: Array, scale: int) -> Array:
     if scale == 1:
         return image
     channels, height, width = image.shape
-    rows = image.reshape(channels, height // scale, scale, width)
-    summed = sum(rows[:, :, index] for index in range(1, scale)) + rows[:, :, 0]
-    columns = [summed[..., index::scale] for index in range(scale)]
-    return sum(columns[1:], columns[0]) * np.float32(1 / scale**2)
+    # rows in one pass over the image; then columns, which numpy adds faster than it reduces them
+    rows = image.reshape(channels, height // scale, scale, width).sum(2)
+    columns = rows.reshape(channels, height // scale, width // scale, scale)
+    summed = columns[..., 0] + columns[..., 1]
+    for index in range(2, scale):
+        summed += columns[..., index]
+    summed *= np.float32(1 / scale**2)
+    return summed

@@ -38,14 +38,15 @@ class Memory:
     """What a launch has read and written, byte by byte; refuses what a GPU may do otherwise.
 
     Programs run in any order and the threads of each side by side, so nothing that a launch writes
-    may be touched a second time, nor be read by another program than the one that writes it.
+    may be touched a second time, nor be read elsewhere than at the same place of the same program.
 
     Args:
         tensors: The launch's arguments: nothing beside them may be touched.
 
     Attributes:
         starts: int64 [n], the addresses of the memory that they lie in, overlaps joined.
-        readers: For each an int32 [bytes]: 0, the program that has read it, or -1 for several.
+        readers: For each an int64 [bytes]: 0, the program and place that have read it, or -1 for
+            several.
         written: For each a bool [bytes].
     """
 
@@ -61,30 +62,36 @@ class Memory:
             elif tensor.numel():
                 spans.append((start, end))
         self.starts = np.array([start for start, _ in spans])
-        self.readers = [np.zeros(end - start, np.int32) for start, end in spans]
+        self.readers = [np.zeros(end - start, np.int64) for start, end in spans]
         self.written = [np.zeros(end - start, bool) for start, end in spans]
 
     def touch(self, pointers, mask, size: int, program: int, stores: bool) -> None:
         """Notes an access of `size` bytes at each of `pointers` by a program, numbered from 1."""
-        first = pointers[mask].astype(np.int64)
-        if not first.size:
-            return
-        index = np.searchsorted(self.starts, first.min(), "right") - 1
-        assert index >= 0, "an address before all arguments"
-        readers, written = self.readers[index], self.written[index]
-        first -= self.starts[index]
+        addresses = pointers[mask].astype(np.int64)
+        # places are those of a tile: which thread has which is up to the compiler
+        readers = (program << 32) + np.flatnonzero(mask)
+        spans = np.searchsorted(self.starts, addresses, "right") - 1
+        assert (spans >= 0).all(), "an address before all arguments"
+        for span in np.unique(spans):
+            here = spans == span
+            self._touch(span, addresses[here], size, readers[here, None], stores)
+
+    def _touch(self, span: int, addresses, size: int, reader, stores: bool) -> None:
+        readers, written = self.readers[span], self.written[span]
+        first = addresses - self.starts[span]
         past = first.max() + size - len(written)
         assert past <= 0, f"{past} bytes past an argument of {len(written)}"
         touched = first[:, None] + np.arange(size)
         assert not written[touched].any(), "touched again after it was written"
         before = readers[touched]
-        alone = (before == 0) | (before == program)
+        alone = (before == 0) | (before == reader)
+        readers[touched] = reader
+        alone &= readers[touched] == reader  # where an address is there twice, the last one is left
         if stores:
-            assert alone.all(), "written where another program reads"
+            assert alone.all(), "written twice, or where another program or thread reads"
             written[touched] = True
-            assert len(np.unique(first)) == len(first), "written twice"
         else:
-            readers[touched] = np.where(alone, program, -1)
+            readers[touched[~alone]] = -1
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -111,10 +118,14 @@ def watch() -> list[Memory]:
 
         return access
 
+    def unwatched(self, *args):
+        raise NotImplementedError("atomic operations are not watched")
+
     call, builder = GridExecutor.__call__, InterpreterBuilder
     GridExecutor.__call__ = watched_call
     builder.create_masked_load = watched_access(builder.create_masked_load, stores=False)
     builder.create_masked_store = watched_access(builder.create_masked_store, stores=True)
+    builder.create_atomic_cas = builder.create_atomic_rmw = unwatched
     return launches
 
 

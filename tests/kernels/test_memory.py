@@ -33,6 +33,29 @@ def twice_kernel(x):
     tl.store(x + tl.arange(0, 4) // 2, 1.0)
 
 
+@triton.jit
+def turn_kernel(x):
+    at = tl.arange(0, 4)
+    tl.store(x + at, tl.load(x + (at + 1) % 4))
+
+
+@triton.jit
+def spread_kernel(x):
+    at = tl.arange(0, 4)
+    tl.store(x + at, tl.load(x + at * 0), mask=at == 0)
+
+
+@triton.jit
+def either_kernel(x, y, out):
+    at = tl.arange(0, 4)
+    tl.store(out + at, tl.load(tl.where(at < 2, x + at, y + at)))
+
+
+@triton.jit
+def count_kernel(x):
+    tl.atomic_add(x, 1.0)
+
+
 def copied(x, y, shift=0, stride=4):
     copy_kernel[(2,)](x, y, 7, shift, stride, SIZE=4)
     return y
@@ -64,14 +87,28 @@ def test_two_programs_write_the_same():
 
 def test_written_where_another_program_reads():
     x = torch.zeros(12)
-    with pytest.raises(InterpreterError, match="written where another program reads"):
+    with pytest.raises(InterpreterError, match="where another program or thread reads"):
         copied(x[4:], x[:7])
 
 
-@pytest.mark.parametrize(
-    "kernel, wrong", [(back_kernel, "touched again"), (twice_kernel, "written twice")]
-)
+@pytest.mark.parametrize(("kernel", "wrong"), [
+    (back_kernel, "touched again"),
+    (twice_kernel, "written twice, or where another"),
+    (turn_kernel, "written twice, or where another program or thread reads"),
+    (spread_kernel, "written twice, or where another program or thread reads"),
+])  # fmt: skip
 def test_threads_of_one_program(kernel, wrong):
-    """Their order is the compiler's: what one stores, another cannot read back."""
+    """Their order is the compiler's: none may write what another one reads or writes."""
     with pytest.raises(InterpreterError, match=wrong):
         kernel[(1,)](torch.zeros(4))
+
+
+def test_one_load_of_two_arguments():
+    x, y, out = torch.arange(4.0), torch.arange(4.0, 8), torch.zeros(4)
+    either_kernel[(1,)](x, y, out)
+    assert out.tolist() == [0, 1, 6, 7]
+
+
+def test_atomics_are_refused():
+    with pytest.raises(InterpreterError, match="atomic operations are not watched"):
+        count_kernel[(1,)](torch.zeros(1))
