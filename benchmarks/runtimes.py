@@ -16,7 +16,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from torch import nn
 
 from meddanet.bench import static_network
 from meddanet.data import MODALITIES, Case, from_classes
