@@ -36,8 +36,8 @@ def shuffle_stem_kernel(
 
     k = tl.arange(0, BLOCK_K)
     tap, channel = k // CHANNELS, k % CHANNELS
-    # far above the image where there is no tap
-    dy, dx = tl.where(tap < 9, tap // 3 - 1, -(1 << 30)), tap % 3 - 1
+    # above the image where there is no tap
+    dy, dx = tl.where(tap < 9, tap // 3 - 1, -2 - height_in), tap % 3 - 1
     out_channel = tl.arange(0, BLOCK_O)
     weight = tl.load(weight_ptr + k[:, None] * BLOCK_O + out_channel[None, :])
     bias = tl.load(bias_ptr + out_channel)[None, :]
@@ -47,7 +47,7 @@ def shuffle_stem_kernel(
     for place in tl.range(0, 9):
         between_y, between_x = 2 * row + place // 3 - 1, 2 * column + place % 3 - 1
         inside = used & within(between_y, rows_between) & within(between_x, columns_between)
-        y, x = tl.where(inside, 2 * between_y, -(1 << 29))[:, None] + dy[None, :], 2 * between_x
+        y, x = tl.where(inside, 2 * between_y, -2)[:, None] + dy[None, :], 2 * between_x
         x = x[:, None] + dx[None, :]
         offs = (y * width_in + x) * CHANNELS + channel[None, :]
         mask = within(y, height_in) & within(x, width_in)

@@ -143,9 +143,9 @@ def in_a_third_of_the_time() -> None:
         return
     from triton.runtime import interpreter
 
-    # a look for overflows of which it does not tell
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # a look for integer overflows of which it does not tell unless it is asked to
+    builder, asked = interpreter.interpreter_builder, os.environ.get("MEDDANET_OVERFLOWS") == "1"
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=asked, debug=asked)
     # changes to triton.language, made once more for every function that a kernel calls
     theirs, changed = interpreter._patch_lang, set()
 

@@ -1,0 +1,86 @@
+"""What OpenVINO makes of a module: the right numbers, or a refusal."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from meddanet.layers import QuantLinear
+
+if not find_spec("openvino"):
+    pytest.skip("OpenVINO is not installed", allow_module_level=True)
+
+from meddanet.engine import openvino_graphs, opset  # noqa: E402
+
+
+def graphs_of(module: nn.Module) -> openvino_graphs.Graphs:
+    """Returns graphs of one part, the module."""
+
+    class One(openvino_graphs.Graphs):
+        def _outputs(self, part, inputs):
+            return opset.translate(opset.record(module.eval()), inputs)
+
+    return One(1, 1)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 16), (16, 8), (4, 12), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 64), (1, 50, 64)], ids=["rows", "tokens"])
+def test_linear_layers_of_any_widths(widths, shape):
+    """Of weights and inputs, in the layer or given: neither takes the other's."""
+    layer = QuantLinear(64, 32, num_bits=widths[0], input_num_bits=widths[1])
+    layer.input_amax.fill_(3.0)
+    layer.update_range = False
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, input):
+            first, second = widths
+            return self.layer(input), self.layer(input, first, input_num_bits=second)
+
+    input = torch.randn(shape)
+    exact = deepcopy(Given()).double().eval()(input.double())[0].detach().numpy()
+    compiled = graphs_of(Given()).compiled(("one",), shape)
+    for found in compiled([input.numpy()]).values():
+        differing = np.abs(found - exact) > 1e-5 * np.abs(exact).max()
+        # a code that a tie decides moves the 32 sums of its row
+        assert differing.mean() <= 0.02, differing.mean()
+
+
+class Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, slices):
+        twice = slices + slices
+        return self.relu(twice) + twice
+
+
+class Hooked(nn.ReLU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(lambda module, given, result: -result)
+
+
+class Meaning(nn.Module):
+    def forward(self, slices):
+        return slices.mean(dim=(2, 3), keepdim=False, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("module", "message"), [
+    (Overwriting(), "relu overwrites what others read"),
+    (Meaning(), "Meaning has no translation to OpenVINO"),
+    (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode, dilation, indices"),
+    (Hooked(), "Hooked has hooks, which OpenVINO would not call"),
+])  # fmt: skip
+def test_what_would_be_translated_wrongly(module, message):
+    with pytest.raises(ValueError, match=message):
+        graphs_of(module).graph(("one",), (1, 2, 8, 8))
