@@ -65,17 +65,23 @@ def speed_cases(results: Results) -> str:
     )  # fmt: skip
 
 
+def _levels(results: Results, prefix: str) -> list[tuple[str, Content]]:
+    """Returns the measured levels of a kind, by what follows the prefix in their names."""
+    return [
+        (level.removeprefix(prefix), part)
+        for level, part in results.speed.items() if level.startswith(prefix)
+    ]  # fmt: skip
+
+
 def cpu_kernels(results: Results) -> str:
     """Every kernel on the CPU beside its peers."""
     rows = []
-    for level, part in results.speed.items():
-        if not level.startswith("kernel "):
-            continue
+    for kernel, part in _levels(results, "kernel "):
         ours = part["providers"][part["ours"]]["wall_ms"]["median"]
         peers = [f"{name} {ratios['wall_ms']:.1f}x" for name, ratios in part["ratios"].items()]
         peers += [f"{name} did not run" for name, found in part["providers"].items()
                   if "failed" in found]  # fmt: skip
-        rows.append((level.removeprefix("kernel "), part["ours"], f"{ours:.2f}", "; ".join(peers)))
+        rows.append((kernel, part["ours"], f"{ours:.2f}", "; ".join(peers)))
     header = ["eight slices", "ours", "ms", "peers' time over ours"]
     return markdown(header, rows) if rows else "None has been measured yet."
 
@@ -83,14 +89,12 @@ def cpu_kernels(results: Results) -> str:
 def bank(results: Results) -> str:
     """V1's members in the engine."""
     rows = []
-    for level, part in results.speed.items():
-        if not level.startswith("bank "):
-            continue
+    for member, part in _levels(results, "bank "):
         slices = part["shape"][0]
         times = {name: 1e3 * found["seconds"] / slices for name, found in part["times"].items()}
         eager = times.pop("eager slice by slice")
         cells = [f"{ms:.1f} ({eager / ms:.1f}x)" for ms in times.values()]
-        rows.append((level.removeprefix("bank "), f"{eager:.1f}", *cells))
+        rows.append((member, f"{eager:.1f}", *cells))
     header = ["ms a slice", "eager, slice by slice", "engine, float32", "engine, 8 bit"]
     return markdown(header, rows) if rows else "None has been measured yet."
 

@@ -509,18 +509,23 @@ def test_a_trained_member_on_the_grid(executor, tolerances):
     tolerances.labels(found.labels.numpy(), exact_member(model, 1, slices).numpy(), share=1e-3)
 
 
+def multiplied(compiled) -> Counter[str]:
+    """Returns how often a compiled graph multiplies numbers of which precision."""
+    operations = compiled.get_runtime_model().get_ops()
+    facts = [operation.get_rt_info() for operation in operations]
+    return Counter(
+        fact["runtimePrecision"].astype(str) for fact in facts
+        if fact["layerType"].astype(str) in ("Convolution", "Deconvolution", "FullyConnected")
+    )
+
+
 @needs_openvino
 def test_the_members_of_a_bank_multiply_bytes():
     from meddanet.engine.openvino_bank import OpenVINOBank
 
     bank = OpenVINOBank(build_bank(True), 1)
     for member in range(3):
-        graph = bank.compiled(("member", member), (1, 2, 40, 48)).get_runtime_model()
-        facts = [operation.get_rt_info() for operation in graph.get_ops()]
-        found = Counter(
-            fact["runtimePrecision"].astype(str) for fact in facts
-            if fact["layerType"].astype(str) in ("Convolution", "Deconvolution", "FullyConnected")
-        )
+        found = multiplied(bank.compiled(("member", member), (1, 2, 40, 48)))
         assert set(found) <= {"u8", "i8"} and found.total() > 25, found
 
 
@@ -578,23 +583,14 @@ def test_openvino_runs_the_widths_for_real(model):
     """Convolutions up to 8 bit multiply bytes, beyond 8 bit floats; weights are codes."""
     from meddanet.engine.openvino_networks import OpenVINONetworks
 
-    networks = OpenVINONetworks(model, 1)
-
-    def multiplied(*key) -> Counter[str]:
-        operations = networks.compiled(*key).get_runtime_model().get_ops()
-        facts = [operation.get_rt_info() for operation in operations]
-        return Counter(
-            fact["runtimePrecision"].astype(str) for fact in facts
-            if fact["layerType"].astype(str) in ("Convolution", "Deconvolution")
-        )
-
-    assert set(multiplied(("stage", 0, 8), (1, 40, 48, 12))) <= {"u8", "i8"}
-    assert multiplied(("stage", 0, 16), (1, 40, 48, 12)).keys() == {"f32"}
-    assert set(multiplied(("last", 0), (1, 24, 24, 12))) <= {"u8", "i8"}
-    assert set(multiplied(("locate",), (1, 2, 40, 48))) <= {"u8", "i8"}
+    compiled = OpenVINONetworks(model, 1).compiled
+    assert set(multiplied(compiled(("stage", 0, 8), (1, 40, 48, 12)))) <= {"u8", "i8"}
+    assert multiplied(compiled(("stage", 0, 16), (1, 40, 48, 12))).keys() == {"f32"}
+    assert set(multiplied(compiled(("last", 0), (1, 24, 24, 12)))) <= {"u8", "i8"}
+    assert set(multiplied(compiled(("locate",), (1, 2, 40, 48)))) <= {"u8", "i8"}
     maps = (1, 5, 6, 96), (1, 40, 48, 12), (1, 20, 24, 24), (1, 10, 12, 48)
-    assert set(multiplied(("decode",), *maps)) <= {"u8", "i8"}
-    whole_way = multiplied(("at once", (8,) * 4, True), (1, 2, 40, 48))
+    assert set(multiplied(compiled(("decode",), *maps))) <= {"u8", "i8"}
+    whole_way = multiplied(compiled(("at once", (8,) * 4, True), (1, 2, 40, 48)))
     assert whole_way["f32"] == 1, "the image's gradients"
     assert set(whole_way) <= {"u8", "i8", "f32"} and whole_way["u8"] > 10
 
@@ -812,7 +808,6 @@ def test_a_segmenter_of_ones_own():
 
 def test_a_plan_runs_v2_alone():
     bank = build_med_danet(("unet-8",), 2, 3)
-    set_quantization(bank, quantize=False, update_range=False)
     with pytest.raises(ValueError, match="executor triton runs MedDANetV2 only; use auto or eager"):
         compile_engine(bank, "cpu", "triton")
 
