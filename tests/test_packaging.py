@@ -26,7 +26,7 @@ names = [m.name for m in pkgutil.walk_packages(meddanet.__path__, "meddanet.")]
 names = [name for name in names if not name.endswith("__main__")]
 if "openvino" in sys.argv:
     # these are asked for once OpenVINO is found
-    for name in ("opset", "openvino_bank", "openvino_graphs", "openvino_networks"):
+    for name in ("operations", "opset", "openvino_bank", "openvino_graphs", "openvino_networks"):
         names.remove(f"meddanet.engine.{name}")
 print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
 """

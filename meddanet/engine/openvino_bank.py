@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..med_danet import MedDANet
 from .openvino_graphs import Graphs, Part, to_labels
-from .opset import Node, record, translate
+from .operations import Node
+from .opset import record, translate
 from .slices import DECISIONS, Array
 
 # sizes of slices whose graphs are kept; one of the largest member holds 137 MB of weights

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from .opset import Node, constant, integers
+from .operations import Node, constant, integers
 from .slices import Array
 from .unreported import unreported
 

@@ -13,7 +13,8 @@ from torch import nn
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
 from .openvino_graphs import Graphs, Part, to_labels
-from .opset import Node, Recorded, channels_last, constant, integers, record, translate
+from .operations import Node, channels_last, constant, integers
+from .opset import Recorded, record, translate
 from .slices import Array
 from .unreported import unreported
 
