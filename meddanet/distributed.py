@@ -15,6 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+# before any group is there: its functions have the group of that moment as default arguments,
+# which would keep that group's threads until Python ends, and abort it by chance
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from .devices import resolve_device
