@@ -38,6 +38,7 @@ from meddanet.layers import (
     BitSelector,
     QuantConv2d,
     QuantLinear,
+    image_gradients,
     quantized_layers,
     set_quantization,
 )
@@ -591,7 +592,7 @@ def test_openvino_runs_the_widths_for_real(model):
     maps = (1, 5, 6, 96), (1, 40, 48, 12), (1, 20, 24, 24), (1, 10, 12, 48)
     assert set(multiplied(compiled(("decode",), *maps))) <= {"u8", "i8"}
     whole_way = multiplied(compiled(("at once", (8,) * 4, True), (1, 2, 40, 48)))
-    assert whole_way["f32"] == 1, "the image's gradients"
+    assert whole_way["f32"] == 2, "the image's gradients: their convolution, the order of means"
     assert set(whole_way) <= {"u8", "i8", "f32"} and whole_way["u8"] > 10
 
 
@@ -616,6 +617,17 @@ def test_a_stage_is_exact(executor, num_bits):
         assert differing.mean() <= 1e-3
     deviation = exact[1].reshape(24, -1).std(1)
     np.testing.assert_allclose(spread, deviation, rtol=1e-3)
+
+
+@needs_openvino
+@pytest.mark.parametrize("shape", [(2, 40, 48), (2, 24, 104)])
+def test_gradients_are_those_of_the_layers(model, shape):
+    """Which the graph computes half by half; the halves differ in scale, as channels do."""
+    image = torch.randn(shape) * torch.linspace(1, 9, shape[1])[:, None]
+    image *= torch.tensor([1.0, 0.01])[:, None, None]
+    found = compile_engine(model, "cpu", "openvino")._networks.begin(image.numpy())[2]
+    expected = image_gradients(image[None].double())[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @needs_openvino

@@ -210,13 +210,24 @@ def _spread(input: Node) -> Node:
 
 
 def _gradients(input: Node, channels: int) -> Node:
-    """`layers.image_gradients`, [1, 2 * C], as a dense convolution: grouped ones are slower."""
-    rows = np.arange(2 * channels)
-    # whole vectors of channels are faster, empty ones included
-    kernel = np.zeros((-(-2 * channels // 16) * 16, channels, 3, 3), np.float32)
-    kernel[rows, rows // 2] = sobel_kernel(channels)[:, 0]
+    """`layers.image_gradients`, [1, 2 * C], as a depthwise convolution.
+
+    Upper and lower half lie side by side in the channels, once for each of the two kernels: four
+    modalities fill a vector of 16.
+    """
+    half = input.get_output_shape(0)[2] // 2  # heights are multiples of the stride
     edge = integers(0, 0, 1, 1)
     padded = ops.pad(input, edge, edge, "edge")
-    response = ops.convolution(padded, constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
+    upper, lower = (
+        ops.slice(padded, integers(start), integers(start + half + 2), integers(1), integers(2))
+        for start in (0, half)
+    )
+    kernels = sobel_kernel(channels).view(channels, 2, 1, 1, 3, 3).transpose(0, 1).flatten(0, 1)
+    response = ops.group_convolution(
+        ops.concat([upper, upper, lower, lower], 1), constant(kernels.repeat(2, 1, 1, 1, 1)),
+        [1, 1], [0, 0], [0, 0], [1, 1],
+    )
     means = ops.reduce_mean(ops.abs(response), integers(2, 3), False)
-    return ops.slice(means, integers(0), integers(2 * channels), integers(1), integers(1))
+    # the mean of both halves, a channel's two kernels beside each other
+    order = np.eye(2 * channels).reshape(channels, 2, -1).swapaxes(0, 1).reshape(2 * channels, -1)
+    return ops.matmul(means, constant(np.tile(order, (2, 1)) / 2), False, False)
