@@ -117,7 +117,7 @@ case $part in
 test)
   need pytest hypothesis numpy triton nibabel isal safetensors
   tests tests/kernels/test_devices.py tests/kernels/test_plan.py tests/test_gpu_plan.py \
-    tests/kernels/test_aot.py "$@" || status=1
+    tests/test_on_device.py tests/kernels/test_aot.py "$@" || status=1
   ;;
 
 sanitize)

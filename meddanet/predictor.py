@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from .data import (
     to_slices,
     window_origins,
 )
+from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
 from .routing import RoutedSegmenter, Segmentation, channels_last, to_memory_format
@@ -135,8 +137,7 @@ class VolumePredictor:
         # few voxels tell that a scan is not empty
         if not volume.data[..., ::8, ::8, ::8].any() and not volume.data.any():
             warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=2)
-        threads = torch.get_num_threads()
-        slices = torch.from_numpy(to_slices(self.ordered(volume), threads, self.window_hu))
+        slices = self._slices(self.ordered(volume))
         height, width = slices.shape[2:]
         fitting = self.pad(slices)
         normalised = time.perf_counter()
@@ -174,6 +175,14 @@ class VolumePredictor:
     def _has_brain_labels(self, volume: Volume) -> bool:
         """Tells whether the naming says what labels mean; the Decathlon names ten tasks alike."""
         return volume.convention in LABELS and set(volume.modalities) <= set(MODALITIES)
+
+    def _slices(self, volume: Volume) -> Tensor:
+        """Returns the normalised slices [D, C, H, W] of a volume, where the networks run."""
+        if self.device.type != "cpu":
+            # a volume for which the device has no room twice is uploaded in parts
+            with suppress(torch.OutOfMemoryError):
+                return to_slices_on(self.device, volume, self.window_hu)
+        return torch.from_numpy(to_slices(volume, torch.get_num_threads(), self.window_hu))
 
     def _segment(self, slices: Tensor) -> Segmentation:
         """Segments slices of a size that the network takes; the result is on the CPU."""
@@ -261,14 +270,17 @@ class VolumePredictor:
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
-        if self.window is None:
+        if self.window is None and slices.device.type == "cpu":
+            # an image is left at its first value that is not 0
             return torch.tensor([image.any() for image in slices.numpy()])
+        if self.window is None:
+            return slices.flatten(1).any(1).cpu()
         signal = (slices != 0).any(1)
         views = [
             signal[:, y : y + self.window, x : x + self.window].flatten(1).any(1)
             for y, x in self._windows(*slices.shape[2:])
         ]
-        return torch.stack(views, 1)
+        return torch.stack(views, 1).cpu()
 
     def _table(self, shape: tuple[int, ...], convention: str) -> CostTable:
         key = (shape, convention)

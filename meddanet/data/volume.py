@@ -50,15 +50,15 @@ class Volume:
         return float(h), float(w), float(d)
 
 
-def _orientation(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Returns (the voxel axis along each world axis, the direction of each: +1 or -1)."""
+def lps_axes(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns (the voxel axis along each axis of LPS order, the direction of each: +1 or -1)."""
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     # the closest rotation, so that sheared axes are matched by what remains after unshearing
     left, _, right = np.linalg.svd(directions)
     rotation = left @ right
     world = np.arange(3)
     axes = max(permutations(range(3)), key=lambda p: np.abs(rotation[world, list(p)]).sum())
-    return axes, np.where(rotation[world, list(axes)] < 0, -1, 1)
+    return axes, np.where(rotation[world, list(axes)] < 0, -1, 1) * _LPS
 
 
 def _flip(array: np.ndarray, signs: np.ndarray) -> np.ndarray:
@@ -76,17 +76,17 @@ def canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     Returns:
         A view whose last three indices grow toward Left, Posterior and Superior.
     """
-    axes, signs = _orientation(affine)
+    axes, signs = lps_axes(affine)
     lead = array.ndim - 3
     moved = array.transpose(*range(lead), *(lead + axis for axis in axes))
-    return _flip(moved, signs * _LPS)
+    return _flip(moved, signs)
 
 
 def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Undoes `canonical`: views an LPS array [..., H, W, D] in the voxel order of `affine`."""
-    axes, signs = _orientation(affine)
+    axes, signs = lps_axes(affine)
     lead = array.ndim - 3
-    flipped = _flip(array, signs * _LPS)
+    flipped = _flip(array, signs)
     return flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(axes)))
 
 
@@ -104,7 +104,7 @@ def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
     Returns:
         float32 [C, H, W, D], in the memory order of `data`.
     """
-    order = _memory_order(data)
+    order = memory_order(data)
     result = np.zeros([data.shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
     _normalize_into(result, data, threads)
     return result
@@ -145,14 +145,14 @@ def to_slices(
     return slices
 
 
-def _memory_order(data: np.ndarray) -> tuple[int, ...]:
+def memory_order(data: np.ndarray) -> tuple[int, ...]:
     """Returns the axes of [C, H, W, D] as they lie in memory, channels first."""
     return (0, *sorted((1, 2, 3), key=lambda axis: -abs(data.strides[axis])))
 
 
 def _normalize_into(target: np.ndarray, data: np.ndarray, threads: int) -> None:
     """Fills zeros [C, H, W, D] of any memory layout with the normalised `data`, slab by slab."""
-    order = _memory_order(data)
+    order = memory_order(data)
     sources, targets = (np.moveaxis(a.transpose(order), 1, 0) for a in (data, target))
     with ThreadPoolExecutor(threads) as pool:
         masks = list(pool.map(_masked_box, sources))

@@ -39,7 +39,10 @@ class Engine(Protocol):
     passed_over: str
 
     def segment(self, slices: Tensor) -> Segmentation:
-        """Segments slices [N, C, H, W] float32 on the CPU; see `RoutedSegmenter.segment`."""
+        """Segments slices [N, C, H, W] float32, on the CPU or where the networks run.
+
+        See `RoutedSegmenter.segment`; what it returns is on the CPU.
+        """
 
 
 class EagerEngine:
@@ -52,7 +55,7 @@ class EagerEngine:
         self._model, self._device = model, device
 
     def segment(self, slices: Tensor) -> Segmentation:
-        """Segments slices [N, C, H, W] on the CPU; see `RoutedSegmenter.segment`."""
+        """Segments slices [N, C, H, W] on any device; see `Engine.segment`."""
         chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
         parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
         return Segmentation.joined(parts)

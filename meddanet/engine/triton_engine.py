@@ -2,7 +2,8 @@
 
 On a GPU chunks are uploaded on a stream of their own from pinned memory, each while the one before
 is computed, and labels go back without waiting; the host waits once, for the last of them. A volume
-of a single chunk, as a head is, is uploaded to where it is computed, before that begins.
+of a single chunk, as a head is, is uploaded to where it is computed, before that begins. Slices
+that lie on the GPU already go the same way without pinned memory.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class TritonEngine:
         """Routes every slice and labels it.
 
         Args:
-            slices: [N, C, H, W] on the CPU, H and W multiples of the stride, at least the largest
-                crop.
+            slices: [N, C, H, W] on the CPU or on the GPU, H and W multiples of the stride, at least
+                the largest crop.
 
         Returns:
             A `Segmentation` on the CPU.
@@ -170,7 +171,8 @@ class TritonEngine:
                     upload.wait_event(done)
                     # a piece is copied into pinned memory while the last one is uploaded
                     for onto, piece in zip(stage.split(PIECE), chunk.split(PIECE), strict=False):
-                        onto[: len(piece)].copy_(piece.pin_memory(), non_blocking=True)
+                        source = piece if piece.is_cuda else piece.pin_memory()
+                        onto[: len(piece)].copy_(source, non_blocking=True)
                     stage[len(chunk) :].zero_()
                 compute.wait_stream(upload)
                 with torch.cuda.stream(compute):
