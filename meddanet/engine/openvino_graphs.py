@@ -18,7 +18,7 @@ from .slices import Array
 from .unreported import unreported
 
 with unreported():
-    import openvino as ov  # type: ignore[import-untyped]
+    import openvino as ov
     from openvino import opset13 as ops
 
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width

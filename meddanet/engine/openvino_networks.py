@@ -19,7 +19,7 @@ from .slices import Array
 from .unreported import unreported
 
 with unreported():
-    from openvino import opset13 as ops  # type: ignore[import-untyped]
+    from openvino import opset13 as ops
 
 # graphs that a thread keeps: those of crops and of some three sizes of whole slices
 KEPT = 96

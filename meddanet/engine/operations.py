@@ -17,7 +17,7 @@ from ..networks.unet import check_input
 from .unreported import unreported
 
 with unreported():
-    from openvino import opset1  # type: ignore[import-untyped]
+    from openvino import opset1
     from openvino import opset13 as ops
 
 Node = Any

@@ -39,7 +39,7 @@ from .operations import (
 from .unreported import unreported
 
 with unreported():
-    from openvino import opset13 as ops  # type: ignore[import-untyped]
+    from openvino import opset13 as ops
 
 
 class _Tracer(fx.Tracer):
