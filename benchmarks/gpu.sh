@@ -161,12 +161,15 @@ network)
   launches=$(result gpu_launches)
   # of BraTS2021_00000: gpu_launches_CARD_00000.json
   [[ -n ${MEDDANET_CASE:-} ]] && launches=${launches%.json}_${MEDDANET_CASE##*[_/]}.json
-  [[ -n $dry_run ]] ||
+  if [[ -n $dry_run ]]; then
+    launches=
+  else
     limited "$python" benchmarks/plan_launches.py "$launches" "${case_of[@]}" || status=1
+  fi
   cold=$(result cold_start)
   limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
     status=1
-  say "results: $MEDDANET_RESULTS ${dry_run:-$launches} $cold"
+  say "results: $MEDDANET_RESULTS $launches $cold"
   ;;
 
 tuned)
