@@ -1,5 +1,9 @@
 """What one forward pass computes: multiply-adds, seen at PyTorch's dispatcher, part by part.
 
+Products are counted and not computed: zeros of the right shape stand for them. On the device "meta"
+nothing would be computed at all, but its first use imports half of PyTorch's compiler, more than a
+second of a command that segments a case in one.
+
 Two conventions. "mac" counts true multiply-adds: convolutions, transposed convolutions on their
 input positions, matrix products (a functional attention's included). "paper" counts as both papers
 did, with fvcore <= 0.1.5: transposed convolutions on their *output* positions, norms as 5 per
@@ -9,13 +13,15 @@ element. Activations, pooling, additions and biases are 0 in both.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CONVENTIONS = ("mac", "paper")
@@ -51,9 +57,15 @@ class _Counter(TorchDispatchMode):
         self.layer_bits: int | None = None
         self.work: dict[str, Work] = defaultdict(Work)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keeps PyTorch from importing its compiler to say that it must not compile this."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        macs = self._macs(func.overloadpacket.__name__, args, output)
+        name = func.overloadpacket.__name__
+        output = _product(name, args) if name in _PRODUCTS else func(*args, **(kwargs or {}))
+        macs = self._macs(name, args, output)
         if macs:
             work = self.work[self.part]
             work.macs += macs
@@ -75,6 +87,38 @@ class _Counter(TorchDispatchMode):
         return 0
 
 
+_PRODUCTS = ("convolution", "mm", "bmm", "addmm", "baddbmm")
+
+
+def _product(name: str, args: tuple) -> Tensor:
+    """Returns zeros in place of what a product of matrices, or a convolution, gives."""
+    if name != "convolution":
+        left, right = args[-2:] if name in ("mm", "bmm") else args[1:3]
+        return left.new_zeros(*left.shape[:-1], right.shape[-1])
+    input, weight, _, strides, paddings, dilations, transposed, output_paddings, groups = args
+    taps, sides = weight.shape[2:], input.shape[2:]
+    along = zip(sides, taps, strides, paddings, dilations, output_paddings, strict=True)
+    if transposed:
+        channels = weight.shape[1] * groups
+        sides = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in along]
+    else:
+        channels = weight.shape[0]
+        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in along]
+    return input.new_zeros(len(input), channels, *sides)
+
+
+@contextmanager
+def _in_single_operations() -> Iterator[None]:
+    """Has attention and transformer layers run as the products they are made of."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 # in inference mode composite operations reach the dispatcher whole and would count as nothing
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -87,7 +131,8 @@ def count_work(
 ) -> dict[str, dict[str, Work]]:
     """Counts one or several ways of running a model in `eval()`: run -> part -> work.
 
-    Runs a copy that holds no data, in float: fake quantisation is no work.
+    Runs a copy on the CPU, in float: fake quantisation is no work. Models on "meta" are run there,
+    and recurrent ones, whose products a CPU's layers hide.
 
     Args:
         model: Any module.
@@ -101,7 +146,10 @@ def count_work(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'mac' or 'paper', got {convention!r}")
-    copy = deepcopy(model).to("meta").eval()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    on_meta = recurrent or any(weight.is_meta for weight in model.parameters())
+    place = "meta" if on_meta else "cpu"
+    copy = deepcopy(model).to(place).eval()
     counter = _Counter(convention)
 
     def label(module: nn.Module, attribute: str, inside: object, outside: object) -> None:
@@ -118,7 +166,7 @@ def count_work(
     counted = {}
     for name, run in runs.items():
         counter.work = defaultdict(Work)
-        with counter:
-            run(copy, torch.zeros(input_shape, device="meta"))
+        with _in_single_operations(), counter:
+            run(copy, torch.zeros(input_shape, device=place))
         counted[name] = dict(counter.work)
     return counted

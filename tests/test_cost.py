@@ -1,5 +1,7 @@
 """Costs against PyTorch's own counter and arithmetic by hand; the papers' tables have a file."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,13 +34,19 @@ class Functional(nn.Module):
         pytest.param(nn.Linear(5, 7), (2, 3, 4, 5), id="linear"),
         pytest.param(nn.Linear(5, 7, bias=False), (2, 5), id="linear without bias"),
         pytest.param(nn.TransformerEncoderLayer(16, 2, 24), (5, 2, 16), id="transformer layer"),
+        pytest.param(
+            nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), (2, 5, 16), id="batch first"
+        ),
+        pytest.param(nn.LSTM(6, 5, batch_first=True), (2, 7, 6), id="recurrent"),
         pytest.param(Functional(), (2, 3, 5, 4), id="functional"),
     ],
 )
 def test_true_macs_are_half_of_pytorchs_flops(model, shape):
+    on_meta = deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.to("meta")(torch.zeros(shape, device="meta"))
+        on_meta(torch.zeros(shape, device="meta"))
     assert 2 * count_macs(model, shape, "mac") == counter.get_total_flops() > 0
+    assert count_macs(model.eval(), shape) == count_macs(on_meta, shape)
 
 
 @pytest.mark.parametrize(
