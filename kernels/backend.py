@@ -14,12 +14,14 @@ autograd's threads must see it.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from subprocess import CalledProcessError
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .precompiled import install
@@ -90,19 +92,28 @@ def import_fault(package: str, requirement: str) -> str:
 
 
 @cache
-def triton_fault() -> str:
-    """Returns why Triton launches no kernel on this machine's GPU, with the cure; "" if it does."""
+def triton_fault(device: torch.device) -> str:
+    """Returns why Triton launches no kernel on a GPU, with the cure; "" if it does."""
     fault = import_fault("triton", "triton")
+    if fault:
+        return fault
+    faults: tuple[type[Exception], ...] = (RuntimeError, OSError, *build_errors())
     try:
-        if not fault:
-            _launch()
-    except (RuntimeError, OSError, CalledProcessError) as error:
+        _launch(device)
+    except faults as error:
         told = " ".join(str(error).split())
         return f"triton launches nothing here ({told}); it needs a C compiler and Python's headers"
     return fault
 
 
-def _launch() -> None:
+def build_errors() -> tuple[type[Exception], ...]:
+    """Returns what Triton raises where it cannot build a kernel, or a GPU has no room for it."""
+    from triton.errors import TritonError
+
+    return TritonError, CalledProcessError
+
+
+def _launch(device: torch.device) -> None:
     """Launches a kernel that does nothing, for which Triton builds its launcher."""
     import triton
 
@@ -110,7 +121,9 @@ def _launch() -> None:
     def nothing():
         pass
 
-    nothing[(1,)]()
+    # not on the first GPU, which may be full, or too old
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        nothing[(1,)]()
 
 
 def triton_runs(input: Tensor) -> bool:
@@ -120,7 +133,7 @@ def triton_runs(input: Tensor) -> bool:
         ValueError: If "triton" was asked for and cannot run here.
     """
     if _chosen == "auto":
-        return input.is_cuda and not triton_fault()
+        return input.is_cuda and not triton_fault(input.device)
     if _chosen != "triton":
         return False
     if fault := import_fault("triton", "triton"):

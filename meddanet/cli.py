@@ -170,6 +170,11 @@ def _running_on(predictor: Any) -> str:
     engine, place = predictor.engine, predictor.device
     where = f"{torch.get_num_threads()} threads" if place.type == "cpu" else str(place)
     reason = f"; {engine.passed_over}" if engine.passed_over else ""
+    if engine.executor == "triton":
+        reason += (
+            "; kernels that neither this installation nor Triton's cache holds are compiled at the "
+            "first volume, which takes longer (see meddanet info --kernels)"
+        )
     return f"running on {engine.executor}, {where}{reason}"
 
 

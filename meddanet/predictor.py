@@ -28,6 +28,7 @@ from .data import (
 from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
+from .engine.slices import holds_signal
 from .routing import RoutedSegmenter, Segmentation, channels_last, to_memory_format
 
 
@@ -138,24 +139,26 @@ class VolumePredictor:
         if not volume.data[..., ::8, ::8, ::8].any() and not volume.data.any():
             warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=2)
         slices = self._slices(self.ordered(volume))
-        height, width = slices.shape[2:]
-        fitting = self.pad(slices)
+        channels, height, width = slices.shape[1:]
+        seen = self._seen(slices)
+        slices = self.pad(slices)
         normalised = time.perf_counter()
-        result = self._segment(fitting)
+        result = self._segment(slices)
         result = result._replace(labels=result.labels[:, :height, :width])
         labelled = time.perf_counter()
         convention, values = self._label_values(volume)
         labels = from_classes(from_slices(result.labels.numpy(), volume), values)
+        cost = self._cost((1, channels, *self._sides(height, width)), seen, result)
         finished = time.perf_counter()
         return Prediction(
             labels=labels,
             label_convention=convention,
             routes=self.model.routes,
-            windows=self._windows(*slices.shape[2:]),
+            windows=self._windows(height, width),
             decisions=result.decisions.numpy(),
             offsets=result.offsets.numpy(),
             num_bits=result.num_bits.numpy(),
-            cost=self._cost(slices, result),
+            cost=cost,
             timings={
                 "normalise": normalised - began,
                 "network": labelled - normalised,
@@ -179,13 +182,25 @@ class VolumePredictor:
     def _slices(self, volume: Volume) -> Tensor:
         """Returns the normalised slices [D, C, H, W] of a volume, where the networks run."""
         if self.device.type != "cpu":
-            # a volume for which the device has no room twice is uploaded in parts
+            # what the device has no room for is uploaded in parts
             with suppress(torch.OutOfMemoryError):
                 return to_slices_on(self.device, volume, self.window_hu)
         return torch.from_numpy(to_slices(volume, torch.get_num_threads(), self.window_hu))
 
     def _segment(self, slices: Tensor) -> Segmentation:
-        """Segments slices of a size that the network takes; the result is on the CPU."""
+        """Segments slices of a size that the network takes; the result is on the CPU.
+
+        Where they lie on the device and leave no room for the work there, they are taken away.
+        """
+        if slices.device.type != "cpu":
+            with suppress(torch.OutOfMemoryError):
+                return self._segment_there(slices)
+            held, slices = slices, slices.cpu()
+            # whoever still refers to them
+            held.untyped_storage().resize_(0)
+        return self._segment_there(slices)
+
+    def _segment_there(self, slices: Tensor) -> Segmentation:
         if self.window is None:
             return self.engine.segment(slices)
         parts = []
@@ -254,14 +269,19 @@ class VolumePredictor:
                 stacklevel=3,
             )
 
-    def _cost(self, slices: Tensor, result: Segmentation) -> dict[str, float]:
-        """Adds up what every slice (or window) took; one without signal took nothing."""
-        sides = (self.window,) * 2 if self.window else self._padded(*slices.shape[2:])
-        seen = self._seen(slices).flatten()
+    def _sides(self, height: int, width: int) -> list[int]:
+        """Returns the sides of what the network takes at a time."""
+        return [self.window] * 2 if self.window else self._padded(height, width)
+
+    def _cost(
+        self, shape: tuple[int, ...], seen: Tensor, result: Segmentation
+    ) -> dict[str, float]:
+        """Adds up what every slice (or window) of a shape took; one without signal took nothing."""
+        seen = seen.flatten()
         route, bits = result.decisions.flatten(), result.num_bits.flatten(0, -2).float()
         cost: dict[str, float] = {}
         for convention in CONVENTIONS:
-            table = self._table((1, slices.shape[1], *sides), convention)
+            table = self._table(shape, convention)
             macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
             cost[f"static_{convention}"] = float(table.static_macs() * len(route))
@@ -271,8 +291,7 @@ class VolumePredictor:
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
         if self.window is None and slices.device.type == "cpu":
-            # an image is left at its first value that is not 0
-            return torch.tensor([image.any() for image in slices.numpy()])
+            return torch.tensor([holds_signal(image) for image in slices.numpy()])
         if self.window is None:
             return slices.flatten(1).any(1).cpu()
         signal = (slices != 0).any(1)

@@ -841,7 +841,7 @@ def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, fault, found
     pytest.importorskip("triton")
     monkeypatch.setattr("meddanet.engine.resolve_device", lambda name: SomeGpu())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    monkeypatch.setattr("meddanet.engine.triton_fault", lambda: fault)
+    monkeypatch.setattr("meddanet.engine.triton_fault", lambda device: fault)
     monkeypatch.setattr(MedDANetV2, "to", lambda self, device: self)
     from meddanet.engine import triton_engine
 
@@ -855,6 +855,21 @@ def test_who_runs_on_a_gpu(model, monkeypatch, capability, backend, fault, found
             assert engine.passed_over == str(told.value)
         else:
             assert engine.passed_over == ""
+
+
+def test_a_kernel_that_a_gpu_does_not_take_is_one_line(model, monkeypatch):
+    """As where a model of one's own needs more shared memory than an SM has."""
+    errors = pytest.importorskip("triton").runtime.errors
+    from meddanet.engine import triton_engine
+
+    def no_room(*arguments):
+        raise errors.OutOfResources(120_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(triton_engine, "PlannedModel", lambda model, device: None)
+    monkeypatch.setattr(triton_engine, "Plan", no_room)
+    engine = triton_engine.TritonEngine(model, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="not .*shared memory.* 120000.*; use executor eager"):
+        engine.segment(slices_for([0, 1]))
 
 
 class NoStream:
@@ -899,15 +914,22 @@ class EchoPlan:
             answer.copy_(value)
 
 
+@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize(
     ("capacity", "stages", "seen"),
     [(2, 2, [[1, 2], [3, 4], [5, 6], [7, 0]]), (5, 2, [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]),
      (8, 0, [[1, 2, 3, 4, 5, 6, 7, 0]])],
 )
-def test_chunks_go_to_a_gpu_and_back(capacity, stages, seen, cuda_at_once, monkeypatch):
-    """Each slice once, piece by piece, what is left of a chunk zero, and answers at their place."""
+def test_chunks_go_to_a_gpu_and_back(
+    capacity, stages, seen, resident, cuda_at_once, monkeypatch
+):
+    """Each slice once, piece by piece, what is left of a chunk zero, and answers at their place.
+
+    What lies on the GPU already needs no place to be staged.
+    """
     from meddanet.engine import triton_engine
 
+    monkeypatch.setattr(torch.Tensor, "is_cuda", resident)
     monkeypatch.setattr(triton_engine, "PIECE", 2)
     engine = object.__new__(triton_engine.TritonEngine)
     engine._model = SimpleNamespace(num_stages=3)
@@ -916,7 +938,7 @@ def test_chunks_go_to_a_gpu_and_back(capacity, stages, seen, cuda_at_once, monke
     made, empty_like = [], torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda like: made.append(like) or empty_like(like))
     found = engine._segment_on_gpu(images, plan, plan.run)
-    assert plan.seen == seen and len(made) == stages
+    assert plan.seen == seen and len(made) == (0 if resident else stages)
     assert torch.equal(found.labels, images[:, 0].byte())
     assert torch.equal(found.decisions, numbers)
     assert torch.equal(found.offsets, numbers.float()[:, None].expand(7, 2))

@@ -115,9 +115,43 @@ def test_a_volume_is_normalised_where_it_is_segmented(engine):
     phantom = make_phantom(0, (240, 240, 48))
     raw = phantom.data.round().clip(0)
     volume = Volume(raw, phantom.affine, None, phantom.modalities, "brats2021", "phantom")
-    found = VolumePredictor(load_model(), "cuda").predict(volume)
+    predictor = VolumePredictor(load_model(), "cuda")
+    assert predictor._slices(volume).is_cuda
+    found = predictor.predict(volume)
     expected = engine.segment(torch.from_numpy(to_slices(volume)))
     labels = from_classes(from_slices(expected.labels.numpy(), volume), "brats2021")
     assert (found.decisions == expected.decisions.numpy()).all() and labels.any()
     # a normalised value may differ in its last bit
     assert (found.labels != labels).mean() <= 1e-4
+
+
+@pytest.mark.parametrize("executor", ["triton", "eager"])
+def test_slices_on_the_gpu_are_segmented_as_those_on_the_cpu(slices, executor):
+    """In one chunk, in many, and where a chunk needs more room than most do."""
+    model = load_model().eval()
+    engines = [compile_engine(model, "cuda", executor)]
+    if executor == "triton":
+        engines.append(TritonEngine(model, torch.device("cuda"), capacities=(8,)))
+    for engine in engines:
+        for some in (slices, slices[20:23].repeat(11, 1, 1, 1)):
+            there, here = engine.segment(some.cuda()), engine.segment(some)
+            assert all(part.device.type == "cpu" for part in there)
+            assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+
+
+def test_slices_give_way_to_the_work(slices, monkeypatch):
+    """Where both have no room, the slices go to the CPU, and their memory is given back."""
+    predictor = VolumePredictor(load_model(), "cuda")
+    segment, tried = predictor.engine.segment, []
+
+    def short_of_memory(images):
+        tried.append((images.device.type, torch.cuda.memory_allocated()))
+        if images.is_cuda:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return segment(images)
+
+    monkeypatch.setattr(predictor.engine, "segment", short_of_memory)
+    result = predictor._segment(slices.cuda())
+    (_, before), (place, after) = tried
+    assert place == "cpu" and before - after >= slices.numel() * slices.element_size()
+    assert torch.equal(result.labels, segment(slices).labels)

@@ -74,6 +74,19 @@ def test_voxels_outside_the_mask_are_zero_and_constants_too(device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_what_is_not_finite_is_not_hidden(device: str) -> None:
+    """`load_volume` refuses it; arrays of one's own make their modality NaN, as on the CPU."""
+    for value in (np.nan, np.inf):
+        volume = volume_of(scan())
+        volume.data[1, 4, 3, 20] = value
+        found = to_slices_on(torch.device(device), volume).isnan().cpu().numpy()
+        with np.errstate(invalid="ignore"):
+            expected = np.isnan(to_slices(volume))
+        assert found[:, 1].any() and expected[:, 1].any()
+        assert not found[:, [0, 2]].any() and not expected[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_hounsfield_window_is_that_of_the_cpu(device: str) -> None:
     volume = volume_of(np.random.default_rng(0).normal(0, 400, (1, 6, 5, 4)), "RAS")
     found = to_slices_on(torch.device(device), volume, (-160, 240.7))

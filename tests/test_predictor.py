@@ -59,7 +59,7 @@ class Predictor(VolumePredictor):
     def __init__(self, model, device, **options) -> None:
         super().__init__(model, device, executor="eager", **options)
 
-    def _cost(self, slices, result):
+    def _cost(self, shape, seen, result):
         return {}
 
 

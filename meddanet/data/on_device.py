@@ -13,8 +13,8 @@ from .volume import Volume, lps_axes, memory_order
 
 # what is copied into pinned memory while the piece before is uploaded
 _PIECE = 1 << 22  # values
-# slices whose float64 arithmetic is in memory at a time
-_SLAB = 16
+# slices whose float64 arithmetic is in memory at a time: an L2 cache's worth
+_SLAB = 8
 
 
 def to_slices_on(
@@ -32,7 +32,7 @@ def to_slices_on(
         in which float64 sums are made.
 
     Raises:
-        torch.OutOfMemoryError: If the device has no room for the volume twice.
+        torch.OutOfMemoryError: If the device has no room for the volume two and a half times.
         ValueError: If the window does not ascend.
     """
     slices = _axial(_uploaded(volume.data, device), volume)
@@ -60,33 +60,41 @@ def _axial(raw: Tensor, volume: Volume) -> Tensor:
     axes, signs = lps_axes(volume.affine)
     height, width, depth = (1 + axis for axis in axes)
     slices = raw.permute(depth, 0, height, width)
-    return slices.flip([dim for dim, sign in zip((2, 3, 0), signs, strict=True) if sign < 0])
+    reversed_dims = [dim for dim, sign in zip((2, 3, 0), signs, strict=True) if sign < 0]
+    return slices.flip(reversed_dims) if reversed_dims else slices
 
 
 def _normalized(slices: Tensor) -> Tensor:
-    # channel after channel, as numpy adds them: what is positive must not hang on the order
-    total = sum(slices.unbind(1)[1:], start=slices[:, 0])
-    mask = (total > 0)[:, None]
-    result = torch.zeros(slices.shape, device=slices.device)
+    mask, result = _mask(slices), torch.zeros(slices.shape, device=slices.device)
     count = mask.sum(dtype=torch.float64)
     if not count:
         return result
-    inside = int(mask.flatten().byte().argmax())
-    size = mask[0].numel()
+    inside, size = int(mask.flatten().view(torch.uint8).argmax()), mask[0].numel()
     # sums about a value of the modality itself lose nothing to a large offset
     origin = slices[inside // size].flatten(1)[:, inside % size].double()[:, None, None]
+    seen = mask.flatten(1).any(1).tolist()
+    parts = zip(slices.split(_SLAB), mask.split(_SLAB), result.split(_SLAB), strict=True)
+    slabs = [part for number, part in enumerate(parts) if any(seen[number * _SLAB :][:_SLAB])]
     sums = torch.zeros(2, slices.shape[1], dtype=torch.float64, device=slices.device)
-    slabs = list(zip(slices.split(_SLAB), mask.split(_SLAB), result.split(_SLAB), strict=True))
     for slab, inside_slab, _ in slabs:
-        values = torch.where(inside_slab, slab.double() - origin, 0.0)
+        values = slab.double().sub_(origin).mul_(inside_slab)
         sums += torch.stack([values.sum((0, 2, 3)), values.square_().sum((0, 2, 3))])
     mean, square = sums / count
     spread = (square - mean**2).clamp_min(0).sqrt()
-    gain = torch.where(spread > 0, 1 / spread, 0.0)[:, None, None]
+    gain = torch.where(spread == 0, 0.0, 1 / spread)[:, None, None]
     mean = mean[:, None, None] + origin
     for slab, inside_slab, target in slabs:
-        target.copy_(torch.where(inside_slab, (slab.double() - mean) * gain, 0.0))
+        target.copy_(slab.double().sub_(mean).mul_(gain).mul_(inside_slab))
     return result
+
+
+def _mask(slices: Tensor) -> Tensor:
+    """Returns where the sum over channels is positive, [D, 1, H, W]."""
+    # channel after channel, as numpy adds them: what is positive must not hang on the order
+    total = slices[:, 0].clone()
+    for channel in slices.unbind(1)[1:]:
+        total += channel
+    return (total > 0)[:, None]
 
 
 def _windowed(slices: Tensor, low: float, high: float) -> Tensor:
@@ -94,4 +102,4 @@ def _windowed(slices: Tensor, low: float, high: float) -> Tensor:
         raise ValueError(f"window_hu is {low:g}, {high:g}; expected ascending Hounsfield values")
     # by a tensor: a number's reciprocal would be multiplied by
     width = torch.tensor(high - low, device=slices.device)
-    return ((slices.contiguous() - low) / width).clamp_(0, 1)
+    return slices.clone(memory_format=torch.contiguous_format).sub_(low).div_(width).clamp_(0, 1)

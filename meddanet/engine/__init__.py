@@ -182,7 +182,7 @@ def check_triton(place: torch.device) -> None:
         raise ValueError(
             f"executor triton needs compute capability 8.0, this GPU has {major}.{minor}; use eager"
         )
-    if place.type == "cuda" and (fault := triton_fault()):
+    if place.type == "cuda" and (fault := triton_fault(place)):
         raise ValueError(f"executor triton: {fault}")
 
 

@@ -215,7 +215,9 @@ def _gradients(input: Node, channels: int) -> Node:
     Upper and lower half lie side by side in the channels, once for each of the two kernels: four
     modalities fill a vector of 16.
     """
-    half = input.get_output_shape(0)[2] // 2  # heights are multiples of the stride
+    half, odd = divmod(input.get_output_shape(0)[2], 2)
+    if odd:
+        raise ValueError("images of odd height, a stride of an odd number of pixels, have no graph")
     edge = integers(0, 0, 1, 1)
     padded = ops.pad(input, edge, edge, "edge")
     upper, lower = (

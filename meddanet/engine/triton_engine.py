@@ -3,7 +3,7 @@
 On a GPU chunks are uploaded on a stream of their own from pinned memory, each while the one before
 is computed, and labels go back without waiting; the host waits once, for the last of them. A volume
 of a single chunk, as a head is, is uploaded to where it is computed, before that begins. Slices
-that lie on the GPU already go the same way without pinned memory.
+that lie on the GPU already are copied into the plan's buffer between the runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.backend import build_errors
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
 from .plan import Plan, PlannedModel, overflows
@@ -135,6 +136,12 @@ class TritonEngine:
         except torch.OutOfMemoryError:
             if not smaller and not self._plans:
                 raise
+        except build_errors() as error:
+            told = " ".join(str(error).split())
+            raise RuntimeError(
+                f"executor triton: this GPU, or its compiler, takes a kernel not ({told}); use "
+                "executor eager"
+            ) from error
         plan = None
         # what is missing may be what other plans hold
         shrink = not self._plans
@@ -157,8 +164,10 @@ class TritonEngine:
         """The next chunk's upload beside this one's work; a single chunk needs no staging."""
         empty = Segmentation.skipped(images, self._model.num_stages)
         result = Segmentation(*(part.pin_memory() for part in empty))
-        compute, upload = torch.cuda.Stream(), torch.cuda.Stream()
-        several = len(images) > plan.capacity
+        compute = torch.cuda.Stream()
+        # what lies on the GPU is copied between the runs
+        upload = compute if images.is_cuda else torch.cuda.Stream()
+        several = len(images) > plan.capacity and not images.is_cuda
         staged = [torch.empty_like(plan.images) for _ in range(2)] if several else [plan.images]
         taken = [torch.cuda.Event() for _ in staged]
         compute.wait_stream(torch.cuda.current_stream())

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from triton.errors import TritonError
 
 from meddanet.kernels import backend as chooser
 from meddanet.kernels import bilinear_crop, fake_quantize, use_backend
@@ -30,7 +31,7 @@ def install(monkeypatch, package):
     """Makes triton look installed or not, whatever this machine has."""
     fault = "" if package else "triton is not installed; pip install triton"
     monkeypatch.setattr(chooser, "import_fault", lambda *names: fault)
-    monkeypatch.setattr(chooser, "triton_fault", lambda: fault)
+    monkeypatch.setattr(chooser, "triton_fault", lambda device: fault)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,14 @@ def asked_anew():
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("Failed to find\nC compiler."), subprocess.CalledProcessError(1, ["gcc"])],
+    [RuntimeError("Failed to find\nC compiler."), subprocess.CalledProcessError(1, ["gcc"]),
+     TritonError("no ptxas")],
 )
 def test_auto_does_without_a_triton_that_cannot_launch(monkeypatch, asked_anew, error):
     """As where no C compiler is found, or it fails for want of Python's headers."""
     launches = []
 
-    def launch():
+    def launch(device):
         launches.append(error)
         raise error
 
@@ -109,7 +111,7 @@ def test_auto_does_without_a_triton_that_cannot_launch(monkeypatch, asked_anew, 
     assert not chooser.triton_runs(Cuda()) and not chooser.triton_runs(Cuda())
     assert len(launches) == 1, "it is tried once"
     told = " ".join(str(error).split())
-    assert chooser.triton_fault() == (
+    assert chooser.triton_fault("cuda:0") == (
         f"triton launches nothing here ({told}); it needs a C compiler and Python's headers"
     )
 
@@ -117,11 +119,12 @@ def test_auto_does_without_a_triton_that_cannot_launch(monkeypatch, asked_anew, 
 def test_the_launch_that_is_tried():
     """It runs under the interpreter and on a GPU; where there is neither, Triton has no driver."""
     triton = pytest.importorskip("triton")
-    if triton.knobs.runtime.interpret or torch.cuda.is_available():
-        chooser._launch()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if triton.knobs.runtime.interpret or device.type == "cuda":
+        chooser._launch(device)
     else:
         with pytest.raises(RuntimeError, match="0 active drivers"):
-            chooser._launch()
+            chooser._launch(device)
 
 
 def test_a_setter_and_a_context():
