@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -628,6 +629,41 @@ def test_gradients_are_those_of_the_layers(model, shape):
     found = compile_engine(model, "cpu", "openvino")._networks.begin(image.numpy())[2]
     expected = image_gradients(image[None].double())[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@needs_openvino
+def test_graphs_that_will_be_asked_for_are_compiled_meanwhile(model, monkeypatch):
+    """Each once, whoever comes first; one that cannot be compiled is told when it is asked for."""
+    from meddanet.engine.openvino_graphs import Graphs
+
+    compile_graph, made = Graphs._compile, []
+
+    def noted(graphs, key):
+        made.append((key, threading.current_thread().name))
+        return compile_graph(graphs, key)
+
+    monkeypatch.setattr(Graphs, "_compile", noted)
+    alone = compile_engine(model, "cpu", "openvino")
+    alone._networks._threads = 1
+    expected = alone.segment(slices_for([1, 1, 2, 3])).labels
+    assert not any(name.startswith("meddanet-compile") for _, name in made)
+    for _ in range(5):
+        made.clear()
+        engine = compile_engine(model, "cpu", "openvino")
+        engine._networks._threads = 3  # of which two compile
+        found = engine.segment(slices_for([1, 1, 2, 3])).labels
+        assert torch.equal(found, expected)
+        assert len({key for key, _ in made}) == len(made)
+    parts = {key[0][0] for key, name in made if name.startswith("meddanet-compile")}
+    assert {"at once", "last"} & parts
+
+    def broken(graphs, key):
+        raise RuntimeError(f"no {key[0][0]}")
+
+    engine = compile_engine(model, "cpu", "openvino")
+    monkeypatch.setattr(Graphs, "_compile", broken)
+    with pytest.raises(RuntimeError, match="no decide"):
+        engine.segment(slices_for([1, 1]))
 
 
 @needs_openvino

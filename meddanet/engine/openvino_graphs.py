@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,6 +25,7 @@ with unreported():
     from openvino import opset13 as ops
 
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
+Key = tuple[Part, tuple[tuple[int, ...], ...]]  # a part and the shapes of its inputs
 
 
 class Graphs(ABC):
@@ -40,9 +44,11 @@ class Graphs(ABC):
         self._core = ov.Core()
         if not is_exact(self._core):
             raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
-        self._lock = threading.Lock()
-        # a graph lives as long as a thread has a request of it
-        self._graphs: WeakValueDictionary[tuple, ov.CompiledModel] = WeakValueDictionary()
+        # one per graph, so that several are compiled at a time, each once
+        self._locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
+        # a graph lives as long as a thread has a request of it, or until one asks for it
+        self._graphs: WeakValueDictionary[Key, ov.CompiledModel] = WeakValueDictionary()
+        self._expected: OrderedDict[Key, ov.CompiledModel] = OrderedDict()
         self._local = threading.local()
 
     @abstractmethod
@@ -68,13 +74,39 @@ class Graphs(ABC):
 
     def compiled(self, part: Part, *shapes: tuple[int, ...]) -> ov.CompiledModel:
         """Returns the compiled graph of a part, made where no thread has it."""
-        with self._lock:
-            graph = self._graphs.get((part, shapes))
+        key = part, shapes
+        with self._locks[key]:
+            graph = self._expected.pop(key, None) or self._graphs.get(key)
             if graph is None:
-                graph = self._graphs[part, shapes] = self._core.compile_model(
-                    self.graph(part, *shapes), "CPU", _configuration(self._threads)
-                )
+                graph = self._graphs[key] = self._compile(key)
             return graph
+
+    def _compile(self, key: Key) -> ov.CompiledModel:
+        part, shapes = key
+        return self._core.compile_model(
+            self.graph(part, *shapes), "CPU", _configuration(self._threads)
+        )
+
+    def expect(self, keys: Sequence[Key]) -> None:
+        """Compiles graphs that are likely to be asked for, on the other cores if there are any.
+
+        What fails here fails again, and is told, when it is asked for.
+        """
+
+        def run(key: Key) -> None:
+            with self._locks[key]:
+                if key not in self._graphs:
+                    self._graphs[key] = self._expected[key] = self._compile(key)
+            if len(self._expected) > self._kept:
+                # nobody may ever ask for the oldest
+                with suppress(KeyError):
+                    self._expected.popitem(last=False)
+
+        if self._threads > 1:
+            pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="meddanet-compile")
+            for key in keys:
+                pool.submit(run, key)
+            pool.shutdown(wait=False)
 
     def graph(self, part: Part, *shapes: tuple[int, ...]) -> ov.Model:
         """Builds a part's graph for inputs of these shapes."""

@@ -5,6 +5,7 @@ Between graphs lie float32 maps [1, H, W, C], channels last as OpenVINO's convol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
-from .openvino_graphs import Graphs, Part, to_labels
+from .openvino_graphs import Graphs, Key, Part, to_labels
 from .operations import Node, channels_last, constant, integers
 from .opset import Recorded, record, translate
 from .slices import Array
@@ -92,6 +93,17 @@ class OpenVINONetworks(Graphs):
             self.graph(("last", index), maps[0])
 
     # the interface of routing.Networks ---------------------------------------------------------
+
+    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
+        """Compiles what crops of `crop` pixels are likely to need, beside other work."""
+        widths = tuple(int(min(s.widths)) for s in self._model.bit_selectors)
+        parts: list[Key] = []
+        if self._integers and max(widths) <= 8:
+            image = (1, self._model.in_channels, crop, crop)
+            parts.append((("at once", widths, False), (image,)))
+        channels = self._model.segmenter.stage_channels[0]
+        parts += [(("last", 0), ((1, *tile, channels),)) for tile in tiles]
+        self.expect(parts)
 
     def decide(self, images: Array) -> Array:
         """Returns route logits [8, R]."""

@@ -34,6 +34,14 @@ class Networks(Deciding, Protocol):
     be overwritten by the same thread's next call.
     """
 
+    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
+        """Gets ready for crops of `crop` pixels by the first of the crops' routes, without waiting.
+
+        Args:
+            crop: Their side.
+            tiles: Sizes (height, width) that their last stage will see.
+        """
+
     def locate(self, images: Array) -> Array:
         """Returns the logits [8, 2] of the crops' places, images as for `decide`."""
 
@@ -99,6 +107,16 @@ class CropEngine(SliceEngine):
         self._chosen = Counter([tuple(min(widths) for _, _, widths in self._selectors)])
         self._halos = [halo(stage) for stage in model.crop_last_stages]
         self._background = lru_cache(_BACKGROUNDS)(self._label_background)
+        self._prepared: set[tuple[int, int]] = set()
+
+    def _prepare(self, height: int, width: int) -> None:
+        """Has the executor get ready for the usual crop, its tile and the empty canvas."""
+        if self._model.crop_sizes and (height, width) not in self._prepared:
+            self._prepared.add((height, width))
+            size = self._model.crop_sizes[0]
+            tile = (Tile.around(0, size, side, self._halos[0]) for side in (height, width))
+            rows, columns = (part.stop - part.start for part in tile)
+            self._networks.prepare(size, sorted({(rows, columns), (height, width)}))
 
     def _locate(
         self, views: Sequence[Array], routes: Array, seen: Array, result: Segmentation

@@ -76,6 +76,7 @@ class SliceEngine(ABC):
             ValueError: If the shape does not fit.
         """
         self._model.check(slices)
+        self._prepare(*slices.shape[2:])
         result = Segmentation.skipped(slices, self._model.num_stages)
         images = slices.detach().float().contiguous().numpy()
         seen = np.flatnonzero(list(self._pool.map(holds_signal, images)))
@@ -92,6 +93,9 @@ class SliceEngine(ABC):
 
         list(self._callers.map(run, seen[routes > 0]))
         return result
+
+    def _prepare(self, height: int, width: int) -> None:  # noqa: B027  (nothing by default)
+        """Gets ready for slices of a size, beside other work."""
 
     def _locate(  # noqa: B027  (nothing to do without crops)
         self, views: Sequence[Array], routes: Array, seen: Array, result: Segmentation

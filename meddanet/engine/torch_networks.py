@@ -7,6 +7,7 @@ float32 on the grid's values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -51,6 +52,9 @@ class TorchNetworks:
     def decide(self, images: Array) -> Array:
         """Returns route logits [8, R]."""
         return self._model.policy(channels_last(torch.from_numpy(images))).numpy()
+
+    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
+        """Has nothing to compile."""
 
     @torch.inference_mode()
     def locate(self, images: Array) -> Array:
