@@ -24,39 +24,38 @@ from meddanet.recipe import PhaseConfig, TrainConfig
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
+# a thread of gloo's that lets go of a tensor while Python ends aborts the process now and then
+THREADS = """
+from pathlib import Path
+
+def threads():
+    names = []
+    for task in Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(task.read_text())
+        except OSError:  # it has just ended
+            pass
+    return [name for name in names if "gloo" in name]
+"""
+NONE_LEFT = """
+assert inside and not threads(), (inside, threads())
+"""
+
 TWO_RUNS = """
 import sys
-from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_distributed import learning_run, exact_run
 from meddanet.distributed import process_group
 
 with process_group("cpu"):
+    inside = threads()
     exact_run(Path(sys.argv[1]), Path(sys.argv[2]))
     learning_run(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-# a thread that lets go of a tensor while Python ends aborts the process, once in some fifty runs
-NO_THREADS_LEFT = """
-import time
-
-def threads():
-    found = []
-    for task in Path("/proc/self/task").glob("*/comm"):
-        try:
-            found.append(task.read_text().strip())
-        except OSError:  # it has ended
-            pass
-    return [name for name in found if "gloo" in name]
-
-assert not threads(), threads()
-with process_group("cpu"):
-    assert threads(), "gloo's threads have other names now"
 """
 
 # as on two machines of which each has its own disk
 TWO_DISKS = """
 import sys
-from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_distributed import static_run
 from meddanet.dataset import prepare_dataset
@@ -66,6 +65,7 @@ from meddanet.recipe import TrainConfig
 data, cache, out = map(Path, sys.argv[1:])
 messages = []
 with process_group("cpu"):
+    inside = threads()
     number = rank()
     own = out / f"disk-{{number}}"
     for task in (
@@ -182,7 +182,7 @@ def test_two_processes_make_the_steps_of_one(cache, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    text = (TWO_RUNS + NO_THREADS_LEFT).format(tests=os.path.dirname(__file__))
+    text = THREADS + TWO_RUNS.format(tests=os.path.dirname(__file__)) + NONE_LEFT
     done = subprocess.run(
         [*LAUNCH, script(tmp_path, text), str(cache), str(two)], capture_output=True, text=True
     )
@@ -218,7 +218,7 @@ def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
     for number in range(2):
         (tmp_path / f"disk-{number}").mkdir()
     static_run(cache, tmp_path / "disk-0", 2)
-    text = (TWO_DISKS + NO_THREADS_LEFT).format(tests=os.path.dirname(__file__))
+    text = THREADS + TWO_DISKS.format(tests=os.path.dirname(__file__)) + NONE_LEFT
     done = subprocess.run(
         [*LAUNCH, script(tmp_path, text), str(decathlon), str(cache), str(tmp_path)],
         capture_output=True, text=True, timeout=120,

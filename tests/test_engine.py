@@ -346,8 +346,8 @@ def test_work_follows_the_decisions(model):
     engine.segment(slices)
     # `last` once more: the labels of the empty canvas, which are kept
     assert counting.calls == {
-        "decide": 1, "locate": 1, "at_once": 1, "begin": 3, "stage": 12, "decode": 2, "finish": 1,
-        "last": 3,
+        "prepare": 1, "decide": 1, "locate": 1, "at_once": 1, "begin": 3, "stage": 12, "decode": 2,
+        "finish": 1, "last": 3,
     }
     counting.calls.clear()
     engine.segment(slices_for([0] * 9))
