@@ -94,9 +94,10 @@ class OpenVINONetworks(Graphs):
 
     # the interface of routing.Networks ---------------------------------------------------------
 
-    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
+    def prepare(
+        self, widths: tuple[int, ...], crop: int, tiles: Sequence[tuple[int, int]]
+    ) -> None:
         """Compiles what crops of `crop` pixels are likely to need, beside other work."""
-        widths = tuple(int(min(s.widths)) for s in self._model.bit_selectors)
         parts: list[Key] = []
         if self._integers and max(widths) <= 8:
             image = (1, self._model.in_channels, crop, crop)

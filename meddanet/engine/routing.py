@@ -34,11 +34,14 @@ class Networks(Deciding, Protocol):
     be overwritten by the same thread's next call.
     """
 
-    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
-        """Gets ready for crops of `crop` pixels by the first of the crops' routes, without waiting.
+    def prepare(
+        self, widths: tuple[int, ...], crop: int, tiles: Sequence[tuple[int, int]]
+    ) -> None:
+        """Gets ready for crops on the first of their routes, without waiting for it.
 
         Args:
-            crop: Their side.
+            widths: Of the stages.
+            crop: Side of the crops in pixels.
             tiles: Sizes (height, width) that their last stage will see.
         """
 
@@ -116,7 +119,8 @@ class CropEngine(SliceEngine):
             size = self._model.crop_sizes[0]
             tile = (Tile.around(0, size, side, self._halos[0]) for side in (height, width))
             rows, columns = (part.stop - part.start for part in tile)
-            self._networks.prepare(size, sorted({(rows, columns), (height, width)}))
+            ((widths, _),) = self._chosen.most_common(1)
+            self._networks.prepare(widths, size, sorted({(rows, columns), (height, width)}))
 
     def _locate(
         self, views: Sequence[Array], routes: Array, seen: Array, result: Segmentation

@@ -53,7 +53,9 @@ class TorchNetworks:
         """Returns route logits [8, R]."""
         return self._model.policy(channels_last(torch.from_numpy(images))).numpy()
 
-    def prepare(self, crop: int, tiles: Sequence[tuple[int, int]]) -> None:
+    def prepare(
+        self, widths: tuple[int, ...], crop: int, tiles: Sequence[tuple[int, int]]
+    ) -> None:
         """Has nothing to compile."""
 
     @torch.inference_mode()

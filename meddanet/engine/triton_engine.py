@@ -139,8 +139,8 @@ class TritonEngine:
         except build_errors() as error:
             told = " ".join(str(error).split())
             raise RuntimeError(
-                f"executor triton: this GPU, or its compiler, takes a kernel not ({told}); use "
-                "executor eager"
+                f"executor triton: a kernel cannot be built for this GPU ({told}); use executor "
+                "eager"
             ) from error
         plan = None
         # what is missing may be what other plans hold
