@@ -107,10 +107,12 @@ def triton_fault(device: torch.device) -> str:
 
 
 def build_errors() -> tuple[type[Exception], ...]:
-    """Returns what Triton raises where it cannot build a kernel, or a GPU has no room for it."""
-    from triton.errors import TritonError
-
-    return TritonError, CalledProcessError
+    """Returns what Triton, if it is there, raises where it cannot build or place a kernel."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (CalledProcessError,)
+    return CalledProcessError, TritonError
 
 
 def _launch(device: torch.device) -> None:
