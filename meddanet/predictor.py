@@ -290,9 +290,9 @@ class VolumePredictor:
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
-        if self.window is None and slices.device.type == "cpu":
-            return torch.tensor([holds_signal(image) for image in slices.numpy()])
         if self.window is None:
+            if slices.device.type == "cpu":
+                return torch.tensor([holds_signal(image) for image in slices.numpy()])
             return slices.flatten(1).any(1).cpu()
         signal = (slices != 0).any(1)
         views = [

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .volume import Volume, lps_axes, memory_order
+from .volume import Volume, check_window, lps_axes, memory_order
 
 # what is copied into pinned memory while the piece before is uploaded
 _PIECE = 1 << 22  # values
@@ -98,8 +98,7 @@ def _mask(slices: Tensor) -> Tensor:
 
 
 def _windowed(slices: Tensor, low: float, high: float) -> Tensor:
-    if not low < high:
-        raise ValueError(f"window_hu is {low:g}, {high:g}; expected ascending Hounsfield values")
+    check_window(low, high)
     # by a tensor: a number's reciprocal would be multiplied by
     width = torch.tensor(high - low, device=slices.device)
     return slices.clone(memory_format=torch.contiguous_format).sub_(low).div_(width).clamp_(0, 1)

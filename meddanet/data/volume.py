@@ -122,9 +122,14 @@ def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarr
         ValueError: If the window does not ascend.
     """
     low, high = window
+    check_window(low, high)
+    return ((data.astype(np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+
+
+def check_window(low: float, high: float) -> None:
+    """Raises ValueError where a Hounsfield window does not ascend."""
     if not low < high:
         raise ValueError(f"window_hu is {low:g}, {high:g}; expected ascending Hounsfield values")
-    return ((data.astype(np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
 
 
 def to_slices(
