@@ -44,7 +44,7 @@ from meddanet.arguments import parse_command, train_config
 from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.checkpoint import checkpoint_files, load_checkpoint
-from meddanet.cost import cost_table
+from meddanet.cost import cost_tables
 from meddanet.data.slices import CachedCase, pad
 from meddanet.dataset import Dataset, prepare_dataset
 from meddanet.layers import set_quantization
@@ -219,7 +219,8 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
         regions = {f"class {k}": (k,) for k in range(1, data.num_classes)}
     canvas = data.canvas(8, getattr(model, "smallest_side", 8))
     shape = (1, len(data.modalities), *canvas)
-    true, paper = (cost_table(model, shape, convention) for convention in ("mac", "paper"))
+    tables = cost_tables(model, shape)
+    true, paper = tables["mac"], tables["paper"]
     dice, costs, macs, routes, wanted = {}, [], [], [], []
     for case in data.held_out:
         slices, truth = case_slices(case, canvas)

@@ -28,7 +28,7 @@ from meddanet.batches import Batches
 from meddanet.bench import machine
 from meddanet.build import build_med_danet
 from meddanet.choice import ChoiceMetric, slice_dice
-from meddanet.cost import CONVENTIONS, CostTable, cost_table
+from meddanet.cost import CONVENTIONS, CostTable, cost_tables
 from meddanet.data import Volume, canonical, find_cases, load_labels, load_volume, to_slices
 from meddanet.data.slices import CachedCase, folds, read_cache, write_cache
 from meddanet.med_danet import MedDANet
@@ -144,7 +144,7 @@ def answer(model: MedDANet, cases: dict, names: list[str]) -> dict[str, Answered
         labels = torch.from_numpy(pad(truth, size).astype(np.int64))
         members = [member(slices).argmax(1) for member in model.bank]
         if size not in tables:
-            tables[size] = {c: cost_table(model, (1, 1, *size), c) for c in CONVENTIONS}
+            tables[size] = cost_tables(model, (1, 1, *size))
         answers = torch.stack([torch.zeros_like(labels), *members])
         answered[name] = Answered(volume, slices, labels, answers, tables[size])
     return answered

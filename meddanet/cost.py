@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.volume import window_origins
-from .macs import CONVENTIONS, FLOAT_BITS, Work, count_work
+from .macs import CONVENTIONS, FLOAT_BITS, Counted, Work, count_work
 
 __all__ = ["CONVENTIONS", "CaseCost", "CostTable", "case_cost", "cost_table", "count_macs"]
 
@@ -32,11 +32,17 @@ def count_macs(
     Raises:
         ValueError: If the convention is unknown.
     """
+    _check_convention(convention)
     if hasattr(model, "routes"):
         table = cost_table(model, input_shape, convention)
         return input_shape[0] * max(table.macs(route) for route in table.routes)
-    work = count_work(model, {"forward": lambda m, x: m(x)}, input_shape, convention)["forward"]
+    work = count_work(model, {"forward": lambda m, x: m(x)}, input_shape)[convention]["forward"]
     return sum(part.macs for part in work.values())
+
+
+def _check_convention(convention: str) -> None:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be 'mac' or 'paper', got {convention!r}")
 
 
 class CaseCost(NamedTuple):
@@ -198,11 +204,17 @@ def cost_table(
     Raises:
         ValueError: If the convention is unknown, the model has no stages, or a crop does not fit.
     """
+    _check_convention(convention)
+    return cost_tables(model, input_shape)[convention]
+
+
+def cost_tables(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, CostTable]:
+    """Counts by both conventions at a time: convention -> table, as `cost_table` returns it."""
     shape = (1, *input_shape[1:])
     segmenter: Any = getattr(model, "segmenter", model)
     stages: tuple[str, ...] = ()
     if hasattr(model, "bank"):
-        work = _bank_work(model, shape, convention)
+        counted = _bank_work(model, shape)
     elif not hasattr(segmenter, "encoder"):
         raise ValueError(
             f"{type(model).__name__} has no encoder stages to list; count_macs counts any module"
@@ -210,16 +222,27 @@ def cost_table(
     else:
         stages = tuple(f"enc{i + 1}" for i in range(len(segmenter.encoder)))
         if segmenter is not model:
-            work = _dynamic_work(model, shape, convention)
+            counted = _dynamic_work(model, shape)
         else:
             run = {"whole": lambda m, x: m(x)}
-            work = count_work(model, run, shape, convention, _segmenter_parts(model))
+            counted = count_work(model, run, shape, _segmenter_parts(model))
+    size = shape[2], shape[3]
+    return {c: _table(c, size, stages, work) for c, work in counted.items()}
+
+
+def _table(
+    convention: str,
+    size: tuple[int, int],
+    stages: tuple[str, ...],
+    work: dict[str, dict[str, Work]],
+) -> CostTable:
+    """Makes a table of route -> part -> work."""
 
     def column(value: Callable[[str, Work], int]) -> dict[str, dict[str, int]]:
         return {r: {part: value(part, w) for part, w in row.items()} for r, row in work.items()}
 
     return CostTable(
-        convention, (shape[2], shape[3]), tuple(work), stages,
+        convention, size, tuple(work), stages,
         parts=column(lambda part, w: w.macs),
         staged=column(lambda part, w: w.quantisable if part in stages else 0),
         fixed_bit_operations=column(
@@ -238,10 +261,8 @@ def _segmenter_parts(segmenter: Any, prefix: str = "") -> dict[str, str]:
     return parts
 
 
-def _bank_work(
-    model: Any, shape: tuple[int, ...], convention: str
-) -> dict[str, dict[str, Work]]:
-    """Returns route -> part -> work of a `MedDANet`; a member of foreign make is one part."""
+def _bank_work(model: Any, shape: tuple[int, ...]) -> Counted:
+    """Counts the routes of a `MedDANet`; a member of foreign make is one part."""
     parts = {"decision": "decision"}
     runs: dict[str, Callable[[Any, Tensor], object]] = {"skip": lambda m, x: m.decide(x)}
     for number, (route, member) in enumerate(zip(model.routes[1:], model.bank, strict=True)):
@@ -250,18 +271,19 @@ def _bank_work(
         else:
             parts[f"bank.{number}"] = route
         runs[route] = _member_run(number + 1)
-    work = count_work(model, runs, shape, convention, parts)
-    return {route: {**work["skip"], **row} for route, row in work.items()}
+    counted = count_work(model, runs, shape, parts)
+    return {
+        convention: {route: {**work["skip"], **row} for route, row in work.items()}
+        for convention, work in counted.items()
+    }
 
 
 def _member_run(route: int) -> Callable[[Any, Tensor], object]:
     return lambda model, slices: model.run(route, slices)
 
 
-def _dynamic_work(
-    model: Any, shape: tuple[int, ...], convention: str
-) -> dict[str, dict[str, Work]]:
-    """Returns route -> part -> work of a `MedDANetV2`, its routes in their order."""
+def _dynamic_work(model: Any, shape: tuple[int, ...]) -> Counted:
+    """Counts the routes of a `MedDANetV2` in their order."""
     parts = _segmenter_parts(model.segmenter, "segmenter.")
     parts.update({"policy": "policy", "position": "position"})
     parts.update({f"crop_last_stages.{i}": "last_stage" for i in range(len(model.crop_sizes))})
@@ -271,13 +293,19 @@ def _dynamic_work(
         **{f"crop-{p}": _crop_run(i, p) for i, p in enumerate(model.crop_sizes)},
         "whole": lambda m, x: m.whole_branch(x),
     }
-    work = count_work(model, runs, shape, convention, parts)
+    counted = count_work(model, runs, shape, parts)
+    return {convention: _with_decisions(work) for convention, work in counted.items()}
+
+
+def _with_decisions(work: dict[str, dict[str, Work]]) -> dict[str, dict[str, Work]]:
+    """Returns route -> part -> work, skip first, each with the networks that decide on it."""
     policy, position = work.pop("policy"), work.pop("position")
+    routes = {"skip": policy}
     for route, row in work.items():
         if "rest" in row:
             row["selectors"] = row.pop("rest")
-        work[route] = {**policy, **(position if route != "whole" else {}), **row}
-    return {"skip": policy, **work}
+        routes[route] = {**policy, **(position if route != "whole" else {}), **row}
+    return routes
 
 
 def _crop_run(index: int, size: int) -> Callable[[Any, Tensor], None]:

@@ -44,18 +44,26 @@ class Work:
     bit_operations: int = 0
 
 
+# convention -> run -> part -> work
+Counted = dict[str, dict[str, dict[str, Work]]]
+
+
+def _new_work() -> dict[str, dict[str, Work]]:
+    """Returns convention -> part -> work, nothing yet."""
+    return {convention: defaultdict(Work) for convention in CONVENTIONS}
+
+
 class _Counter(TorchDispatchMode):
-    """Adds up what passes the dispatcher under the name in `part`.
+    """Adds up what passes the dispatcher under the name in `part`, convention by convention.
 
     `layer_bits` is weight bits x input bits of the quantisable layer that runs, None outside one.
     """
 
-    def __init__(self, convention: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.convention = convention
         self.part = "rest"
         self.layer_bits: int | None = None
-        self.work: dict[str, Work] = defaultdict(Work)
+        self.work = _new_work()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -65,26 +73,28 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         output = _product(name, args) if name in _PRODUCTS else func(*args, **(kwargs or {}))
-        macs = self._macs(name, args, output)
-        if macs:
-            work = self.work[self.part]
-            work.macs += macs
-            work.quantisable += 0 if self.layer_bits is None else macs
-            work.bit_operations += macs * (self.layer_bits or FLOAT_BITS**2)
+        for convention, parts in self.work.items():
+            if macs := _macs(convention, name, args, output):
+                work = parts[self.part]
+                work.macs += macs
+                work.quantisable += 0 if self.layer_bits is None else macs
+                work.bit_operations += macs * (self.layer_bits or FLOAT_BITS**2)
         return output
 
-    def _macs(self, name: str, args: tuple, output: Any) -> int:
-        if name == "convolution":
-            input, weight, transposed = args[0], args[1], args[6]
-            counted = input if transposed and self.convention == "mac" else output
-            return counted.numel() * weight[0].numel()
-        if name in ("mm", "bmm"):
-            return args[0].numel() * args[1].shape[-1]
-        if name in ("addmm", "baddbmm"):
-            return args[1].numel() * args[2].shape[-1]
-        if self.convention == "paper" and any(norm in name for norm in NORMS):
-            return 5 * args[0].numel()
-        return 0
+
+def _macs(convention: str, name: str, args: tuple, output: Any) -> int:
+    """Returns what an operation counts."""
+    if name == "convolution":
+        input, weight, transposed = args[0], args[1], args[6]
+        counted = input if transposed and convention == "mac" else output
+        return counted.numel() * weight[0].numel()
+    if name in ("mm", "bmm"):
+        return args[0].numel() * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return args[1].numel() * args[2].shape[-1]
+    if convention == "paper" and any(norm in name for norm in NORMS):
+        return 5 * args[0].numel()
+    return 0
 
 
 _PRODUCTS = ("convolution", "mm", "bmm", "addmm", "baddbmm")
@@ -126,10 +136,9 @@ def count_work(
     model: nn.Module,
     runs: dict[str, Callable[[Any, Tensor], object]],
     input_shape: tuple[int, ...],
-    convention: str,
     parts: dict[str, str] | None = None,
-) -> dict[str, dict[str, Work]]:
-    """Counts one or several ways of running a model in `eval()`: run -> part -> work.
+) -> Counted:
+    """Counts one or several ways of running a model in `eval()`: convention -> run -> part -> work.
 
     Runs a copy on the CPU, in float: fake quantisation is no work. Models on "meta" are run there,
     and recurrent ones, whose products a CPU's layers hide.
@@ -138,19 +147,13 @@ def count_work(
         model: Any module.
         runs: Name -> function, called with the copy and its input.
         input_shape: Shape of the input.
-        convention: "mac" or "paper".
         parts: Submodule's name -> part; work outside all of them is the part "rest".
-
-    Raises:
-        ValueError: If the convention is unknown.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be 'mac' or 'paper', got {convention!r}")
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     on_meta = recurrent or any(weight.is_meta for weight in model.parameters())
     place = "meta" if on_meta else "cpu"
     copy = deepcopy(model).to(place).eval()
-    counter = _Counter(convention)
+    counter = _Counter()
 
     def label(module: nn.Module, attribute: str, inside: object, outside: object) -> None:
         module.register_forward_pre_hook(lambda *_: setattr(counter, attribute, inside))
@@ -163,10 +166,11 @@ def count_work(
         layer.quantize = False
     for name, part in (parts or {}).items():
         label(copy.get_submodule(name), "part", part, "rest")
-    counted = {}
+    counted: Counted = {c: {} for c in CONVENTIONS}
     for name, run in runs.items():
-        counter.work = defaultdict(Work)
+        counter.work = _new_work()
         with _in_single_operations(), counter:
             run(copy, torch.zeros(input_shape, device=place))
-        counted[name] = dict(counter.work)
+        for convention, work in counter.work.items():
+            counted[convention][name] = dict(work)
     return counted

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cost import CONVENTIONS, CostTable, cost_table
+from .cost import CostTable, cost_tables
 from .data import (
     LABELS,
     MODALITIES,
@@ -109,7 +109,7 @@ class VolumePredictor:
         self.engine = compile_engine(model, self.device, "eager" if window else executor)
         self.window = window
         self.labels = labels
-        self._tables: dict[tuple, CostTable] = {}
+        self._tables: dict[tuple, dict[str, CostTable]] = {}
         facts = getattr(model, "metadata", {})
         if labels is not None and "label_values" in facts:
             raise ValueError(
@@ -280,11 +280,13 @@ class VolumePredictor:
         seen = seen.flatten()
         route, bits = result.decisions.flatten(), result.num_bits.flatten(0, -2).float()
         cost: dict[str, float] = {}
-        for convention in CONVENTIONS:
-            table = self._table(shape, convention)
+        if shape not in self._tables:
+            self._tables[shape] = cost_tables(self.model, shape)
+        for convention, table in self._tables[shape].items():
             macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
             cost[f"static_{convention}"] = float(table.static_macs() * len(route))
+        table = self._tables[shape]["paper"]
         cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
         return cost
 
@@ -300,9 +302,3 @@ class VolumePredictor:
             for y, x in self._windows(*slices.shape[2:])
         ]
         return torch.stack(views, 1).cpu()
-
-    def _table(self, shape: tuple[int, ...], convention: str) -> CostTable:
-        key = (shape, convention)
-        if key not in self._tables:
-            self._tables[key] = cost_table(self.model, shape, convention)
-        return self._tables[key]

@@ -53,16 +53,16 @@ def count_once() -> Iterator[None]:
     """Counts the tiny model once instead of once per command."""
     tables = {}
 
-    @functools.wraps(predictor.cost_table)
-    def counted(model, shape, convention):
-        key = (str(model.config), shape, convention)
+    @functools.wraps(predictor.cost_tables)
+    def counted(model, shape):
+        key = (str(model.config), shape)
         if key not in tables:
-            tables[key] = original(model, shape, convention)
+            tables[key] = original(model, shape)
         return tables[key]
 
-    original, predictor.cost_table = predictor.cost_table, counted
+    original, predictor.cost_tables = predictor.cost_tables, counted
     yield
-    predictor.cost_table = original
+    predictor.cost_tables = original
 
 
 @pytest.fixture(scope="module")

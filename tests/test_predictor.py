@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meddanet.build import build_med_danet_v2
+from meddanet.cost import cost_table
 from meddanet.data import Volume, VolumeError
 from meddanet.data.phantom import make_phantom
 from meddanet.layers import quantized_layers, set_quantization
@@ -260,7 +261,7 @@ def test_windows_are_decided_one_by_one(model):
     assert result.windows == tuple((y, x) for y in (0, 8, 16, 24) for x in (0, 8, 16, 24))
     assert result.decisions.shape == (2, 16) and result.num_bits.shape == (2, 16, 4)
     assert result.offsets.shape == (2, 16, 2) and result.labels.shape == (48, 48, 2)
-    table = predictor._table((1, 4, 24, 24), "mac")
+    table = cost_table(predictor.model, (1, 4, 24, 24), "mac")
     spent = [table.macs(result.routes[result.decisions[0, m]]) for m in (0, 4, 8)]
     assert result.cost["mac"] == sum(spent)
     static = sum(
