@@ -21,6 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from meddanet.bench import machine
+from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_cases
 from meddanet.data import Case, find_cases
 from meddanet.predictor import VolumePredictor
@@ -53,11 +54,13 @@ def measure(cases: list[Case], predictor: VolumePredictor) -> Iterator[dict[str,
     """Segments the cases and yields the memory of each."""
     with tempfile.TemporaryDirectory() as folder:
         reset_peak()
-        for _, outcome in segment_cases(cases, predictor, Path(folder), weights="brats2021"):
-            if isinstance(outcome, Exception):
-                raise outcome
-            yield read_memory()
-            reset_peak()
+        out = Path(folder)
+        with ReadAhead(cases, out) as readings:
+            for _, outcome in segment_cases(readings, predictor, out, weights="brats2021"):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield read_memory()
+                reset_peak()
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:

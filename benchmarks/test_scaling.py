@@ -18,6 +18,7 @@ from volumes import cases, write_results
 
 from meddanet.bench import time_interleaved
 from meddanet.build import build_med_danet_v2
+from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_cases
 from meddanet.data import Case, load_volume, to_slices
 from meddanet.layers import quantized_layers
@@ -118,8 +119,9 @@ def test_cases_of_a_folder(benchmark, case, predictor, tmp_path):
 
     def folder_run(count: int) -> None:
         copies = [replace(case, name=f"copy_{index}") for index in range(count)]
-        for _, outcome in segment_cases(copies, predictor, tmp_path, weights="brats2021"):
-            assert isinstance(outcome, dict), outcome
+        with ReadAhead(copies, tmp_path) as readings:
+            for _, outcome in segment_cases(readings, predictor, tmp_path, weights="brats2021"):
+                assert isinstance(outcome, dict), outcome
 
     runs = {str(n): lambda n=n: folder_run(n) for n in COHORTS}
     times = time_interleaved(runs, ROUNDS)

@@ -22,6 +22,7 @@ import torch
 from volumes import cases, label_dice, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
+from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_cases
 from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
 from meddanet.layers import set_quantization
@@ -165,8 +166,9 @@ def test_end_to_end(benchmark, held_out, tmp_path):
     copies = [replace(case, name=f"copy_{index}") for index in range(COPIES)]
 
     def folder_run(cohort: list[Case], out: Path) -> None:
-        for _, outcome in segment_cases(cohort, predictor, out, weights="brats2021"):
-            assert isinstance(outcome, dict), outcome
+        with ReadAhead(cohort, out) as readings:
+            for _, outcome in segment_cases(readings, predictor, out, weights="brats2021"):
+                assert isinstance(outcome, dict), outcome
 
     contestants: dict[str, Callable[[Path], None]] = {
         "nibabel + eager slice by slice": lambda out: runtimes.by_nibabel(

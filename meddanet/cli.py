@@ -86,7 +86,8 @@ def _discard(stream: TextIO) -> None:
 
 
 def _demo(options: Namespace) -> int:
-    from .cohort import output_folder, segment_case
+    from .cases import output_folder
+    from .cohort import segment_case
     from .data import find_cases
     from .data.phantom import write_phantom
     from .evaluation import compare
@@ -112,7 +113,7 @@ def _demo(options: Namespace) -> int:
 
 
 def _segment(options: Namespace) -> int:
-    from .cohort import gather_cases, is_finished, output_folder
+    from .cases import ReadAhead, gather_cases, is_finished, output_folder
 
     out = output_folder(options.out)
     cases, errors = gather_cases(options.inputs)
@@ -123,12 +124,16 @@ def _segment(options: Namespace) -> int:
     ]
     if len(pending) < len(cases):
         _say(f"{len(cases) - len(pending)} finished before, skipped (see --overwrite)", sys.stderr)
-    failed = _segment_all(pending, out, options) if pending else 0
+    failed = 0
+    if pending:
+        # the first case is read while PyTorch is imported
+        with ReadAhead(pending, out, _modalities(options), options.overwrite) as readings:
+            failed = _segment_all(readings, len(pending), out, options)
     return 1 if errors or failed else 0
 
 
-def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
-    """Segments the cases with one model; returns how many failed."""
+def _segment_all(readings: Any, count: int, out: Path, options: Namespace) -> int:
+    """Segments `count` cases with one model; returns how many failed."""
     from tqdm import tqdm
 
     from .cohort import segment_cases
@@ -141,21 +146,19 @@ def _segment_all(cases: list[Any], out: Path, options: Namespace) -> int:
     )
     _say(_running_on(predictor), sys.stderr)
     outcomes = segment_cases(
-        cases, predictor, out,
-        weights=options.weights, preview=options.preview, modalities=_modalities(options),
-        overwrite=options.overwrite,
+        readings, predictor, out, weights=options.weights, preview=options.preview
     )
     failed = 0
     for case, outcome in tqdm(
-        outcomes, desc="segment", unit="case", total=len(cases), disable=None
+        outcomes, desc="segment", unit="case", total=count, disable=None
     ):
         if isinstance(outcome, Exception):
             _complain(outcome if case.name in str(outcome) else f"{case.name}: {outcome}")
             failed += 1
         else:
             _say(f"{out / case.name}.nii.gz  {_summary(outcome)}")
-    if len(cases) > 1:
-        _say(f"{len(cases) - failed} of {len(cases)} cases done", sys.stderr)
+    if count > 1:
+        _say(f"{count - failed} of {count} cases done", sys.stderr)
     return failed
 
 
@@ -352,7 +355,7 @@ def _info(options: Namespace) -> int:
 
 def _info_cost(name: str, size: int) -> int:
     from .build import MODELS, build_segmenter
-    from .cost import CONVENTIONS, cost_table
+    from .cost import cost_tables
     from .weights import load_model, pretrained_names
 
     if size < 1:
@@ -368,10 +371,9 @@ def _info_cost(name: str, size: int) -> int:
         except ValueError as error:
             others = ", ".join((*MODELS, *pretrained_names()))
             raise ValueError(f"{error}, {others}, or a .safetensors file") from error
-    for convention in CONVENTIONS:
+    for convention, table in cost_tables(model, (1, model.in_channels, size, size)).items():
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
-        table = cost_table(model, (1, model.in_channels, size, size), convention).render()
-        _say(f"{name}, one slice of {size}x{size}, {counted}\n{table}\n")
+        _say(f"{name}, one slice of {size}x{size}, {counted}\n{table.render()}\n")
     return 0
 
 

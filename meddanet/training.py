@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
+from .cases import output_folder
 from .checkpoint import checkpoint_files, hold_run, keep_config, load_checkpoint, load_part
-from .cohort import output_folder
 from .dataset import Dataset, prepare_dataset
 from .distributed import first_alone, process_group, rank, world
 from .layers import set_quantization

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meddanet import cohort
+from meddanet import cases, cohort
+from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_case, segment_cases
 from meddanet.data import Case, Volume, VolumeError
 from meddanet.predictor import Prediction
@@ -66,13 +67,14 @@ def volumes(monkeypatch) -> list[weakref.ref]:
         alive.append(weakref.ref(volume.data))
         return volume
 
-    monkeypatch.setattr(cohort, "load_volume", load)
+    monkeypatch.setattr(cases, "load_volume", load)
     return alive
 
 
 def run(names: list[str], predictor: Predictor, out: Path) -> list:
-    outcomes = segment_cases([case(name) for name in names], predictor, out, weights="none")
-    return [(done.name, outcome) for done, outcome in outcomes]
+    with ReadAhead([case(name) for name in names], out) as readings:
+        outcomes = segment_cases(readings, predictor, out, weights="none")
+        return [(done.name, outcome) for done, outcome in outcomes]
 
 
 def test_cases_come_back_in_order_with_their_errors(volumes, tmp_path):
@@ -122,7 +124,7 @@ def test_no_more_than_three_volumes_are_alive(volumes, tmp_path):
 def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatch):
     """Deadlocks, and so fails by its time limit, unless all three go on at once."""
     limit, meet = 20, threading.Barrier(3)
-    load, save = cohort.load_volume, cohort.save_volume
+    load, save = cases.load_volume, cohort.save_volume
 
     def reading(source, modalities):
         if source.name == "third":
@@ -140,42 +142,14 @@ def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatc
                 meet.wait(limit)
             return super().predict(volume)
 
-    monkeypatch.setattr(cohort, "load_volume", reading)
+    monkeypatch.setattr(cases, "load_volume", reading)
     monkeypatch.setattr(cohort, "save_volume", writing)
     outcomes = run(["first", "second", "third"], Meeting(), tmp_path)
     assert not any(isinstance(outcome, Exception) for _, outcome in outcomes)
 
 
-def test_gathering_tells_what_it_leaves_out(tmp_path):
-    for name in ("a_t1.nii", "scan.nii"):
-        (tmp_path / name).touch()
-    cases, (error,) = cohort.gather_cases([str(tmp_path)])
-    assert [case.name for case in cases] == ["a"]
-    assert str(error).startswith(f"{tmp_path}: 1 left out, NIfTI files that belong to no case (sca")
-
-
-def test_an_existing_path_is_no_named_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("site=A").mkdir()
-    Path("site=A/a_t1.nii").touch()
-    (found,), errors = cohort.gather_cases(["site=A"])
-    assert found.files == {"t1": Path("site=A/a_t1.nii")} and not errors
-
-
 def test_no_cases_are_no_work(tmp_path):
     assert run([], Predictor(), tmp_path) == []
-
-
-def test_two_processes_try_the_same_output_folder(tmp_path, monkeypatch):
-    """The other one takes its probe away between our two steps."""
-    touch = Path.touch
-
-    def touch_and_lose(path, *arguments):
-        touch(path, *arguments)
-        path.unlink()
-
-    monkeypatch.setattr(Path, "touch", touch_and_lose)
-    assert cohort.output_folder(tmp_path / "out").is_dir()
 
 
 def sources(folder: Path, *names: str) -> list[Path]:
@@ -200,7 +174,8 @@ def test_files_of_others_are_kept(volumes, tmp_path, name):
 
 def test_overwriting_replaces_what_it_writes_and_nothing_else(volumes, tmp_path):
     labels, report, picture = sources(tmp_path, "b.nii.gz", "b.json", "b.png")
-    ((_, outcome),) = segment_cases([case("b")], Predictor(), tmp_path, weights="", overwrite=True)
+    with ReadAhead([case("b")], tmp_path, overwrite=True) as readings:
+        ((_, outcome),) = segment_cases(readings, Predictor(), tmp_path, weights="")
     assert json.loads(report.read_text()) == outcome and labels.read_bytes()[:2] == b"\x1f\x8b"
     assert picture.read_text() == "b.png"
 
@@ -220,9 +195,9 @@ def test_a_run_that_is_killed_while_it_writes_goes_on(volumes, tmp_path, monkeyp
     for _ in range(2):
         segment_case(case("a"), Predictor(), out, weights="", preview=True)
     monkeypatch.undo()
-    monkeypatch.setattr(cohort, "load_volume", lambda *_: VOLUME)
+    monkeypatch.setattr(cases, "load_volume", lambda *_: VOLUME)
     for index, copy in enumerate(copies):
         whole = end == "write_json" and index % 2
-        assert cohort.is_finished(case("a"), copy, preview=True) == whole
+        assert cases.is_finished(case("a"), copy, preview=True) == whole
         segment_case(case("a"), Predictor(), copy, weights="", preview=True)
         assert {path.name for path in copy.iterdir()} == {"a.nii.gz", "a.json", "a.png"}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FLOORS = (
     {
-        "kernels", "data", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
+        "kernels", "data", "cases", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
         "recipe", "bounds", "activation", "version",
     },
     {"layers", "losses", "choice"},
