@@ -49,7 +49,8 @@ def compile_kernels(archs, folder):
 
 setup(
     packages=[
-        "meddanet", "meddanet.data", "meddanet.engine", "meddanet.kernels", "meddanet.networks",
+        "meddanet", "meddanet.commands", "meddanet.data", "meddanet.engine", "meddanet.kernels",
+        "meddanet.networks",
     ],
     # installed inside meddanet, because `kernels` alone is Hugging Face's package
     package_dir={"meddanet.kernels": "kernels"},

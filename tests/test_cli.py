@@ -22,10 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-from meddanet import engine, predictor, training
+from meddanet import engine, predictor
 from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS, command_parser
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
+from meddanet.commands import train as train_command
 from meddanet.data import LABELS
 from meddanet.data.phantom import write_phantom
 from meddanet.layers import quantized_layers
@@ -611,7 +612,7 @@ def test_evaluate_a_cohort_without_enhancing_tumour(tmp_path, capsys):
 
 def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")
     assert main(["train", "--data", "a", "--out", "b"]) == 0
     assert seen.pop() == TrainConfig("a", "b")
     assert capsys.readouterr().out == "model\n"
@@ -745,12 +746,11 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
 def test_bench_says_what_is_wrong_before_it_works(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
-    from meddanet.data import phantom
 
     def work(*arguments, **options):
         raise AssertionError("arguments were not looked at first")
 
-    monkeypatch.setattr(phantom, "write_phantom", work)
+    monkeypatch.setattr("meddanet.commands.bench.write_phantom", work)
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -769,7 +769,7 @@ def test_bench_takes_the_advice_on_channels(weights, tmp_path, monkeypatch, caps
         seen.append(volume)
         raise ValueError("seen")
 
-    monkeypatch.setattr("meddanet.bench.bench_volume", stop)
+    monkeypatch.setattr("meddanet.commands.bench.bench_volume", stop)
     assert main([*given, "--modalities", "t2,t1,t1ce,flair"]) == 1
     assert seen[0].modalities == ("t2", "t1", "t1ce", "flair")
     np.testing.assert_array_equal(seen[0].data[0], data[..., 0])

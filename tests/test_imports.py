@@ -21,7 +21,7 @@ FLOORS = (
         "bench", "training", "objectives_v1", "phase", "objectives", "batches", "checkpoint",
         "monitor", "dataset", "cache", "weights", "cohort", "evaluation", "pairs",
     },
-    {"arguments", "cli"},
+    {"arguments", "messages", "commands", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

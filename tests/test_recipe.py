@@ -15,6 +15,7 @@ from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.checkpoint import Progress
 from meddanet.cli import main
+from meddanet.commands import train as train_command
 from meddanet.data.slices import read_cache, write_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
@@ -124,10 +125,9 @@ def test_recipe_on_the_command_line(tmp_path, capsys):
 
 
 def test_recipe_in_a_file(tmp_path, monkeypatch):
-    from meddanet import training
 
     seen = []
-    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")
     path = tmp_path / "config.yaml"
     path.write_text("data: a\nout: b\nrecipe: paper\nlabel_map: {5: 1}\nwindow_hu: [-160, 240]\n")
     assert main(["train", "--config", str(path)]) == 0
@@ -155,10 +155,9 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
 
 def test_lists_of_phases_replace_each_other(tmp_path, monkeypatch):
     """Five of them where the defaults have five; then one of one, and a baseline."""
-    from meddanet import training
 
     seen = []
-    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or "model")
+    monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")
     path = tmp_path / "config.yaml"
     phases = [{"objective": name, "steps": 3} for name in ("static", "joint", "decisions")]
     content = {"phases": [*phases, *phases[:2]], "baseline": {"objective": "static", "steps": 2}}

@@ -1,0 +1,82 @@
+"""`meddanet segment`: label files of cases, folders of cases and image files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from tqdm import tqdm
+
+from ..cases import ReadAhead, gather_cases, is_finished, output_folder
+from ..messages import complain, say
+from .options import channel_names
+
+
+def run(options: Namespace) -> int:
+    """Segments the cases that are not finished."""
+    out = output_folder(options.out)
+    cases, errors = gather_cases(options.inputs)
+    for error in errors:
+        complain(error)
+    pending = [
+        case for case in cases if options.overwrite or not is_finished(case, out, options.preview)
+    ]
+    if len(pending) < len(cases):
+        say(f"{len(cases) - len(pending)} finished before, skipped (see --overwrite)", sys.stderr)
+    failed = 0
+    if pending:
+        with ReadAhead(pending, out, channel_names(options), options.overwrite) as readings:
+            failed = _segment_all(readings, len(pending), out, options)
+    return 1 if errors or failed else 0
+
+
+def _segment_all(readings: Any, count: int, out: Path, options: Namespace) -> int:
+    """Segments `count` cases with one model; returns how many failed."""
+    # here, since they import PyTorch, beside which the first case is read
+    from ..cohort import segment_cases
+    from ..predictor import VolumePredictor
+    from ..weights import load_model
+
+    model = load_model(options.weights)
+    predictor = VolumePredictor(
+        model, options.device, options.window, options.labels, options.executor
+    )
+    say(running_on(predictor), sys.stderr)
+    outcomes = segment_cases(
+        readings, predictor, out, weights=options.weights, preview=options.preview
+    )
+    failed = 0
+    progress = tqdm(outcomes, desc="segment", unit="case", total=count, disable=None)
+    for case, outcome in progress:
+        if isinstance(outcome, Exception):
+            complain(outcome if case.name in str(outcome) else f"{case.name}: {outcome}")
+            failed += 1
+        else:
+            say(f"{out / case.name}.nii.gz  {summary(outcome)}")
+    if count > 1:
+        say(f"{count - failed} of {count} cases done", sys.stderr)
+    return failed
+
+
+def running_on(predictor: Any) -> str:
+    """What runs the networks, and why nothing faster does."""
+    import torch
+
+    engine, place = predictor.engine, predictor.device
+    where = f"{torch.get_num_threads()} threads" if place.type == "cpu" else str(place)
+    reason = f"; {engine.passed_over}" if engine.passed_over else ""
+    if engine.executor == "triton":
+        reason += (
+            "; kernels that neither this installation nor Triton's cache holds are compiled at the "
+            "first volume, which takes longer (see meddanet info --kernels)"
+        )
+    return f"running on {engine.executor}, {where}{reason}"
+
+
+def summary(report: dict) -> str:
+    """What became of a case, in a line."""
+    routes = ", ".join(f"{count} {route}" for route, count in report["decisions"].items())
+    share, seconds = report["share_of_static"]["mac"], report["seconds"]["file_to_file"]
+    return f"{routes}; {share:.1%} of the static multiply-adds; {seconds:.1f} s"
