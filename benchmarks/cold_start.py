@@ -2,13 +2,14 @@
 
     python benchmarks/cold_start.py RESULT.json [--arch 89] [--rounds 5]
 
-Every round starts two processes with an empty Triton cache, one with entries that `aot.build` made
-for the architecture, one without. Without a GPU a process makes every listed kernel ready as the
-JIT does up to the driver: listing, then compiling or reading each (`triton.compile`). Not in that
-time: starting Python and importing torch and triton (told apart), loading code onto a device, and
-the C launcher that Triton builds once per machine. "kernels_ready_cpu" is the processor time of
-compiling or reading alone, which other work on the machine hardly moves. With a GPU it is the first
-call of `MedDANetV2.segment` with the shipped weights, and the second one is told beside it.
+Every round starts processes with an empty Triton cache, one with entries that `aot.build` made for
+the architecture, the others without. Without a GPU a process makes every listed kernel ready as the
+JIT does up to the driver: listing, then compiling, one after the other or in threads side by side,
+or reading each (`triton.compile`). Not in that time: starting Python and importing torch and triton
+(told apart), loading code onto a device, and the C launcher that Triton builds once per machine.
+"kernels_ready_cpu" is the processor time of compiling or reading alone, which other work on the
+machine hardly moves. With a GPU it is the first call of the engine's `segment` with the shipped
+weights, which compiles side by side, and the second one is told beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import triton
 from meddanet.kernels import aot, precompiled
 
 READY = """
-import json, resource, sys, time
+import json, os, resource, sys, time
+from concurrent.futures import ThreadPoolExecutor
 began = time.perf_counter()
 import torch, triton
 imported = time.perf_counter()
@@ -39,8 +41,8 @@ def cpu():
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(use.ru_utime + use.ru_stime for use in uses)
 busy = cpu()
-for variant in listed:
-    variant.compile()
+with ThreadPoolExecutor(os.cpu_count() if sys.argv[2] == "side by side" else 1) as pool:
+    list(pool.map(lambda variant: variant.compile(), listed))
 print(json.dumps({"import": imported - began, "kernels_ready": time.perf_counter() - imported,
                   "kernels_ready_cpu": cpu() - busy, "kernels": len(listed)}))
 """
@@ -48,27 +50,28 @@ SEGMENT = """
 import json, time
 began = time.perf_counter()
 import torch
-from meddanet.med_danet_v2 import channels_last
+from meddanet.engine import compile_engine
 from meddanet.weights import load_model
-model = load_model().to("cuda")
-slices = channels_last(torch.randn(16, 4, 240, 240, device="cuda"))
-torch.cuda.synchronize()
+engine = compile_engine(load_model(), "cuda", "triton")
+slices = torch.randn(16, 4, 240, 240)
 times = {"import": time.perf_counter() - began}
 for name in ("first_segment", "second_segment"):
     began = time.perf_counter()
-    model.segment(slices)
-    torch.cuda.synchronize()
+    engine.segment(slices)
     times[name] = time.perf_counter() - began
 print(json.dumps(times))
 """
 
 
-def fresh_process(code: str, arch: int, home: Path) -> dict[str, float]:
+ALONE, TOGETHER, BEFORE = "one after the other", "side by side", "precompiled"
+
+
+def fresh_process(code: str, arch: int, way: str, home: Path) -> dict[str, float]:
     """Runs code with an empty Triton cache and a user's folder that may hold entries."""
     with tempfile.TemporaryDirectory() as cache:
         variables = {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": str(home)}
         run = subprocess.run(
-            [sys.executable, "-c", code, str(arch)],
+            [sys.executable, "-c", code, str(arch), way],
             env=os.environ | variables, capture_output=True, text=True, check=True,
         )  # fmt: skip
     return json.loads(run.stdout.splitlines()[-1])
@@ -85,7 +88,8 @@ def main() -> None:
         sys.exit(f"{precompiled.PACKAGED} has entries that both sides would find: remove it")
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     arch = 10 * gpu[0] + gpu[1] if gpu else options.arch
-    rows: dict[str, list[dict[str, float]]] = {"compiled on first use": [], "precompiled": []}
+    ways = (TOGETHER, BEFORE) if gpu else (ALONE, TOGETHER, BEFORE)
+    rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     facts = {
         "command": " ".join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
         "measured": "first and second segment" if gpu else "every listed kernel ready, no GPU",
@@ -96,10 +100,10 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
         aot.build([arch], Path(home) / "meddanet" / "kernels")
-        homes = dict(zip(rows, (Path(empty), Path(home)), strict=True))
         for done in range(1, options.rounds + 1):
-            for name, folder in homes.items():
-                rows[name].append(fresh_process(SEGMENT if gpu else READY, arch, folder))
+            for way, runs in rows.items():
+                folder = Path(home if way == BEFORE else empty)
+                runs.append(fresh_process(SEGMENT if gpu else READY, arch, way, folder))
             write(options.result, facts | {"rounds": done}, rows)
 
 

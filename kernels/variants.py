@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,16 +79,10 @@ class _Driver:
 
 
 @contextmanager
-def _stopped_jit(target: Any, seen: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Makes launches call `seen(kernel, facts)` instead of compiling and running."""
-    from triton import knobs
+def _pretended(target: Any) -> Iterator[None]:
+    """Has the JIT take a target for the GPU of this machine."""
     from triton.runtime.driver import driver
 
-    def hook(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
-        seen(fn.jit_function, compile)
-        return True
-
-    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, hook
     # the property `active` would look for a GPU
     active = driver._active
     driver.set_active(_Driver(target))
@@ -95,6 +90,25 @@ def _stopped_jit(target: Any, seen: Callable[[Any, dict[str, Any]], None]) -> It
         yield
     finally:
         driver.set_active(active)
+
+
+@contextmanager
+def _stopped_jit(seen: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Makes this thread's launches call `seen(kernel, facts)` instead of compiling and running."""
+    from triton import knobs
+
+    thread, previous = threading.get_ident(), knobs.runtime.jit_cache_hook
+
+    def hook(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
+        if threading.get_ident() != thread:
+            return previous is not None and bool(previous(fn=fn, compile=compile, **others))
+        seen(fn.jit_function, compile)
+        return True
+
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        yield
+    finally:
         knobs.runtime.jit_cache_hook = previous
 
 
@@ -104,9 +118,24 @@ def record(arch: int, shape_class: str, launch: Callable[[], object]) -> list[Va
     Nothing is compiled or run: results of launches are whatever their memory held.
     """
     from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", arch, 32)
+    with _pretended(target):
+        return uncompiled(target, shape_class, launch)
+
+
+def uncompiled(target: Any, shape_class: str, launch: Callable[[], object]) -> list[Variant]:
+    """Returns the variants that `launch()` lacks in this process, each once.
+
+    Args:
+        target: Triton's `GPUTarget` that its driver names.
+        shape_class: What they belong to.
+        launch: Its launches in this thread are not run but for kernels that have been before:
+            their results are whatever their memory held.
+    """
     from triton.compiler import ASTSource
 
-    target, found = GPUTarget("cuda", arch, 32), {}
+    found = {}
 
     def seen(kernel: Any, facts: dict[str, Any]) -> None:
         # the only place where the JIT tells all its options; what is a list was a tuple
@@ -118,7 +147,7 @@ def record(arch: int, shape_class: str, launch: Callable[[], object]) -> list[Va
         key = _key(source, target, options)
         found[key] = Variant(shape_class, source, target, options, key)
 
-    with _stopped_jit(target, seen):
+    with _stopped_jit(seen):
         launch()
     return list(found.values())
 

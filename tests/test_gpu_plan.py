@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -137,6 +141,38 @@ def test_slices_on_the_gpu_are_segmented_as_those_on_the_cpu(slices, executor):
             there, here = engine.segment(some.cuda()), engine.segment(some)
             assert all(part.device.type == "cpu" for part in there)
             assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+
+
+FIRST_VOLUME = """
+import torch
+from triton import knobs
+from meddanet.engine import compile_engine, triton_engine
+from meddanet.weights import load_model
+found, ahead, compile_side_by_side = [], [], triton_engine.compile_side_by_side
+knobs.compilation.listener = lambda **facts: found.append(facts["cache_hit"])
+def watched(launch):
+    found.clear()
+    compile_side_by_side(launch)
+    ahead.append(len(found))
+    found.clear()
+triton_engine.compile_side_by_side = watched
+engine = compile_engine(load_model(), "cuda", "triton")
+for count in (3, 40):
+    engine.segment(torch.randn(count, 4, 240, 240))
+print(*ahead, len(found), found.count(False))
+"""
+
+
+def test_a_first_volumes_kernels_are_compiled_side_by_side(tmp_path):
+    """Where no cache holds any; what then launches them, in plans of any size, compiles none."""
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_VOLUME],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    ahead, launched, compiled = map(int, run.stdout.split())
+    assert ahead >= 40 and 0 < launched <= ahead and compiled == 0
 
 
 def test_slices_give_way_to_the_work(slices, monkeypatch):

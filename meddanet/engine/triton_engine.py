@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import build_errors
+from ..kernels.side_by_side import compile_side_by_side
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
 from .plan import Plan, PlannedModel, overflows
@@ -59,6 +60,7 @@ class TritonEngine:
         # whether the last volume needed a plan in which every route takes all slices
         self._roomy = False
         self._lock = threading.Lock()
+        self._compiled = device.type == "cpu"
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Routes every slice and labels it.
@@ -131,6 +133,7 @@ class TritonEngine:
         try:
             # buffers outlive the mode in which the first volume happens to be segmented
             with torch.inference_mode(False):
+                self._compile(height, width)
                 plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)
         except torch.OutOfMemoryError:
@@ -149,6 +152,16 @@ class TritonEngine:
         gc.collect()
         torch.cuda.empty_cache()
         return self._make(smaller[-1] if shrink else capacity, height, width, roomy)
+
+    def _compile(self, height: int, width: int) -> None:
+        """Has the first plan's kernels compiled; those of a small one are those of all."""
+        if not self._compiled:
+            compile_side_by_side(
+                lambda: Plan(self._planned, self.capacities[0], (height, width)).run()
+            )
+            # its launches and buffers refer to each other
+            gc.collect()
+            self._compiled = True
 
     def _segment_here(self, images: Tensor, plan: Plan, run: Callable[[], Any]) -> Segmentation:
         """The chunks one after the other, by plain copies."""

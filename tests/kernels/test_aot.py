@@ -32,7 +32,7 @@ from meddanet.kernels import (  # noqa: E402
 from meddanet.kernels.precompiled import entries  # noqa: E402
 
 # launches kernels, most on tensors of sizes that no list names; argv: the architecture of the
-# "GPU", names of more launches
+# "GPU", names of more launches, "side by side" to have all compiled so beforehand
 FIRST_LAUNCHES = """
 import json, sys
 from collections import Counter
@@ -72,38 +72,48 @@ triton.runtime.driver.set_active(Driver())
 
 from meddanet.kernels import crop_paste_triton, input_codes_triton, quantize_triton, variants
 last = torch.channels_last
-image = torch.ones(3, 4, 152, 184).contiguous(memory_format=last)
-feature = torch.ones(3, 32, 56, 64).contiguous(memory_format=last)
-offset = torch.zeros(3, 2)
-for source in (image, feature):
-    patch = source[:, :, :40, :48].contiguous(memory_format=last)
-    crop_paste_triton.shift(source, offset, patch, False)
-    crop_paste_triton.shift(patch, offset, source, True)
-    crop_paste_triton.offset_gradient(source, patch, offset)
-for x in (image, torch.ones(3, 7, 3)):
-    for bits in (None, torch.full((3,), 16.0)):
-        for bytes in (0, -(-x[0].numel() // 8)):
-            packed = torch.empty(3 if bytes else 0, bytes, dtype=torch.uint8)
-            quantize_triton.quantize(x, bits, 16, torch.ones(3), packed, 3)
-    quantize_triton.masked_gradient(x, packed)
-    quantize_triton.width_gradient(x, x, bits, torch.ones(1))
-for x in (image, torch.ones(3, 7, 3, 1)):
-    for bits, count in ((8, 1), (torch.full((3,), 16.0), 2)):
-        planes = torch.zeros(count, *x.shape, dtype=torch.int8)
-        packed = torch.zeros(3, -(-x[0].numel() // 8), dtype=torch.uint8)
-        for kept, mask in ((planes[:0], None), (planes, None), (planes, packed)):
-            input_codes_triton.encode(x, bits, torch.ones(3), kept, x, mask)
-        input_codes_triton.decode(planes, bits, torch.ones(3), torch.float32)
-for name in sys.argv[2:]:
-    variants.shape_classes()[name]()
+
+def launch():
+    image = torch.ones(3, 4, 152, 184).contiguous(memory_format=last)
+    feature = torch.ones(3, 32, 56, 64).contiguous(memory_format=last)
+    offset = torch.zeros(3, 2)
+    for source in (image, feature):
+        patch = source[:, :, :40, :48].contiguous(memory_format=last)
+        crop_paste_triton.shift(source, offset, patch, False)
+        crop_paste_triton.shift(patch, offset, source, True)
+        crop_paste_triton.offset_gradient(source, patch, offset)
+    for x in (image, torch.ones(3, 7, 3)):
+        for bits in (None, torch.full((3,), 16.0)):
+            for bytes in (0, -(-x[0].numel() // 8)):
+                packed = torch.empty(3 if bytes else 0, bytes, dtype=torch.uint8)
+                quantize_triton.quantize(x, bits, 16, torch.ones(3), packed, 3)
+        quantize_triton.masked_gradient(x, packed)
+        quantize_triton.width_gradient(x, x, bits, torch.ones(1))
+    for x in (image, torch.ones(3, 7, 3, 1)):
+        for bits, count in ((8, 1), (torch.full((3,), 16.0), 2)):
+            planes = torch.zeros(count, *x.shape, dtype=torch.int8)
+            packed = torch.zeros(3, -(-x[0].numel() // 8), dtype=torch.uint8)
+            for kept, mask in ((planes[:0], None), (planes, None), (planes, packed)):
+                input_codes_triton.encode(x, bits, torch.ones(3), kept, x, mask)
+            input_codes_triton.decode(planes, bits, torch.ones(3), torch.float32)
+    for name in sys.argv[2:]:
+        variants.shape_classes()[name]()
+
+if "side by side" in sys.argv:
+    sys.argv.remove("side by side")
+    from meddanet.kernels.side_by_side import compile_side_by_side
+    compile_side_by_side(launch)
+    counts["ahead"] = counts.pop("make_cubin")
+    assert not counts["launched"] and not loaded
+launch()
 print(json.dumps({"counts": counts, "loaded": sorted(set(loaded))}))
 """
 
 
-def first_launches(arch: int, home, cache) -> tuple[Counter, list[str], str]:
+def first_launches(arch: int, home, cache, *more: str) -> tuple[Counter, list[str], str]:
     """Runs FIRST_LAUNCHES in a fresh process; returns counts, kernels loaded, stderr."""
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), FIRST, "head, int8"],
+        [sys.executable, "-c", FIRST_LAUNCHES, str(arch), FIRST, "head, int8", *more],
         env=os.environ | {"XDG_CACHE_HOME": str(home), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -201,6 +211,14 @@ def test_another_triton_is_told_once_and_the_jit_compiles(home, tmp_path):
     counts, _, stderr = first_launches(89, tmp_path / "home", tmp_path / "cache")
     assert counts["make_cubin"] == 36
     assert stderr.count(f"compiled for triton 0.0.1, but triton {triton.__version__} runs") == 1
+
+
+def test_what_is_about_to_be_launched_is_compiled_side_by_side(tmp_path):
+    """Nothing runs meanwhile, and nothing is left to compile where it is launched."""
+    counts, loaded, _ = first_launches(89, tmp_path / "none", tmp_path / "cache", "side by side")
+    # threads may lose a count to each other
+    assert counts["ahead"] > 30 and counts["make_cubin"] == 0
+    assert counts["launched"] == 36 and loaded == LAUNCHED
 
 
 def test_entries_say_what_they_are(home):

@@ -1,0 +1,41 @@
+"""Kernels that are about to be launched are compiled side by side, not one after the other.
+
+Triton compiles a kernel where it is first launched, and what launches has to wait. A plan of the
+shipped model has some 55 kernels, more than a minute of one core's work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from .variants import uncompiled
+
+
+def compile_side_by_side(launch: Callable[[], object]) -> None:
+    """Compiles, into Triton's own cache, what `launch()` launches on the current GPU.
+
+    It is called once, and none of its kernels run but those that have been before in this process:
+    it has to bear that, and its results mean nothing. What fails to compile is left for its launch
+    to tell.
+
+    Args:
+        launch: Launches in this thread.
+    """
+    from triton.runtime.driver import driver
+
+    try:
+        wanted = uncompiled(driver.active.get_current_target(), "", launch)
+    except (AttributeError, KeyError, TypeError) as error:
+        # a Triton whose hooks are others still compiles, if slowly
+        logging.getLogger("meddanet").warning(
+            "kernels compile one after the other: this Triton does not tell which (%s)", error
+        )
+        return
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="meddanet-compile")
+    try:
+        wait([pool.submit(variant.compile) for variant in wanted])
+    finally:
+        pool.shutdown(cancel_futures=True)
