@@ -69,8 +69,8 @@ def running_on(predictor: Any) -> str:
     reason = f"; {engine.passed_over}" if engine.passed_over else ""
     if engine.executor == "triton":
         reason += (
-            "; kernels that neither this installation nor Triton's cache holds are compiled for the "
-            "first volume, on all cores, which takes longer (see meddanet info --kernels)"
+            "; kernels that neither this installation nor Triton's cache holds are compiled for "
+            "the first volume, on all cores, which takes longer (see meddanet info --kernels)"
         )
     return f"running on {engine.executor}, {where}{reason}"
 
