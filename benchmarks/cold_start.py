@@ -9,7 +9,7 @@ or reading each (`triton.compile`). Not in that time: starting Python and import
 (told apart), loading code onto a device, and the C launcher that Triton builds once per machine.
 "kernels_ready_cpu" is the processor time of compiling or reading alone, which other work on the
 machine hardly moves. With a GPU it is the first call of the engine's `segment` with the shipped
-weights, which compiles side by side, and the second one is told beside it.
+weights, and the second one is told beside it.
 """
 
 from __future__ import annotations
@@ -30,30 +30,34 @@ import triton
 from meddanet.kernels import aot, precompiled
 
 READY = """
-import json, os, resource, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import json, resource, sys, time
 began = time.perf_counter()
 import torch, triton
 imported = time.perf_counter()
 from meddanet.kernels import variants
+from meddanet.kernels.side_by_side import compile_in_threads
 listed = variants.variants(int(sys.argv[1]))
 def cpu():
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(use.ru_utime + use.ru_stime for use in uses)
 busy = cpu()
-with ThreadPoolExecutor(os.cpu_count() if sys.argv[2] == "side by side" else 1) as pool:
-    list(pool.map(lambda variant: variant.compile(), listed))
+if sys.argv[2] == "side by side":
+    compile_in_threads(listed)
+for variant in listed:
+    variant.compile()
 print(json.dumps({"import": imported - began, "kernels_ready": time.perf_counter() - imported,
                   "kernels_ready_cpu": cpu() - busy, "kernels": len(listed)}))
 """
 SEGMENT = """
-import json, time
+import json, sys, time
 began = time.perf_counter()
 import torch
-from meddanet.engine import compile_engine
+from meddanet.engine import compile_engine, triton_engine
 from meddanet.weights import load_model
 engine = compile_engine(load_model(), "cuda", "triton")
 slices = torch.randn(16, 4, 240, 240)
+if sys.argv[2] == "one after the other":
+    triton_engine.compile_side_by_side = lambda launch: None
 times = {"import": time.perf_counter() - began}
 for name in ("first_segment", "second_segment"):
     began = time.perf_counter()
@@ -88,8 +92,7 @@ def main() -> None:
         sys.exit(f"{precompiled.PACKAGED} has entries that both sides would find: remove it")
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     arch = 10 * gpu[0] + gpu[1] if gpu else options.arch
-    ways = (TOGETHER, BEFORE) if gpu else (ALONE, TOGETHER, BEFORE)
-    rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    rows: dict[str, list[dict[str, float]]] = {way: [] for way in (ALONE, TOGETHER, BEFORE)}
     facts = {
         "command": " ".join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
         "measured": "first and second segment" if gpu else "every listed kernel ready, no GPU",

@@ -1,17 +1,19 @@
 """Kernels that are about to be launched are compiled side by side, not one after the other.
 
 Triton compiles a kernel where it is first launched, and what launches has to wait. A plan of the
-shipped model has some 55 kernels, more than a minute of one core's work.
+shipped model has 46 kernels, more than a minute of one core's work.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from .variants import uncompiled
+import torch
+
+from .variants import Variant, uncompiled
 
 
 def compile_side_by_side(launch: Callable[[], object]) -> None:
@@ -23,17 +25,31 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
 
     Args:
         launch: Launches in this thread.
+
+    Raises:
+        torch.OutOfMemoryError: If `launch` does.
     """
+    from triton import knobs
     from triton.runtime.driver import driver
 
-    try:
-        wanted = uncompiled(driver.active.get_current_target(), "", launch)
-    except (AttributeError, KeyError, TypeError) as error:
-        # a Triton whose hooks are others still compiles, if slowly
-        logging.getLogger("meddanet").warning(
-            "kernels compile one after the other: this Triton does not tell which (%s)", error
-        )
+    if knobs.compilation.always_compile:
+        # what is compiled here would not be looked for
         return
+    try:
+        wanted = uncompiled(driver.active.get_current_target(), launch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a Triton whose insides are others still compiles, if slowly
+        logging.getLogger("meddanet").warning(
+            "kernels compile one after the other: which ones cannot be told (%s: %s)",
+            type(error).__name__, error,
+        )  # fmt: skip
+        return
+    compile_in_threads(wanted)
+
+
+def compile_in_threads(wanted: Sequence[Variant]) -> None:
+    """Compiles kernels on all cores; what fails is left for its launch to tell."""
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="meddanet-compile")
     try:
         wait([pool.submit(variant.compile) for variant in wanted])

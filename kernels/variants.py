@@ -1,4 +1,4 @@
-"""The list of kernels to compile ahead of time: what the launchers launch, for GPUs not at hand.
+"""Which kernels a launch needs: listed for GPUs that are not at hand, asked before a first run.
 
 Every `*_triton.py` that launches has `shape_classes()`: the launches of the shipped models, made by
 its own launchers on meta tensors. They run here under a stand-in for Triton's driver that names an
@@ -92,24 +92,29 @@ def _pretended(target: Any) -> Iterator[None]:
         driver.set_active(active)
 
 
+# the hook is the process's: one thread at a time puts its own there and takes it away
+_stopping = threading.RLock()
+
+
 @contextmanager
 def _stopped_jit(seen: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
     """Makes this thread's launches call `seen(kernel, facts)` instead of compiling and running."""
     from triton import knobs
 
-    thread, previous = threading.get_ident(), knobs.runtime.jit_cache_hook
+    with _stopping:
+        thread, previous = threading.get_ident(), knobs.runtime.jit_cache_hook
 
-    def hook(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
-        if threading.get_ident() != thread:
-            return previous is not None and bool(previous(fn=fn, compile=compile, **others))
-        seen(fn.jit_function, compile)
-        return True
+        def hook(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
+            if threading.get_ident() != thread:
+                return previous is not None and bool(previous(fn=fn, compile=compile, **others))
+            seen(fn.jit_function, compile)
+            return True
 
-    knobs.runtime.jit_cache_hook = hook
-    try:
-        yield
-    finally:
-        knobs.runtime.jit_cache_hook = previous
+        knobs.runtime.jit_cache_hook = hook
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = previous
 
 
 def record(arch: int, shape_class: str, launch: Callable[[], object]) -> list[Variant]:
@@ -121,17 +126,19 @@ def record(arch: int, shape_class: str, launch: Callable[[], object]) -> list[Va
 
     target = GPUTarget("cuda", arch, 32)
     with _pretended(target):
-        return uncompiled(target, shape_class, launch)
+        return uncompiled(target, launch, shape_class)
 
 
-def uncompiled(target: Any, shape_class: str, launch: Callable[[], object]) -> list[Variant]:
+def uncompiled(
+    target: Any, launch: Callable[[], object], shape_class: str = ""
+) -> list[Variant]:
     """Returns the variants that `launch()` lacks in this process, each once.
 
     Args:
         target: Triton's `GPUTarget` that its driver names.
-        shape_class: What they belong to.
         launch: Its launches in this thread are not run but for kernels that have been before:
             their results are whatever their memory held.
+        shape_class: What the variants belong to.
     """
     from triton.compiler import ASTSource
 

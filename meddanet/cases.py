@@ -147,7 +147,7 @@ def read_case(
 class ReadAhead:
     """Reads cases in turn, one ahead of the one that is at work; the first one at once.
 
-    Leaving its context waits for what is being read.
+    Leaving its context waits for what is being read, unless an error leaves it.
 
     Where the C library is glibc and MALLOC_MMAP_THRESHOLD_ is not set, the process's threshold for
     mapping arrays one by one becomes 16 MiB, so that their memory goes back.
@@ -172,8 +172,9 @@ class ReadAhead:
     def __enter__(self) -> ReadAhead:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # an error is told at once, however slow the disk
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def _read_next(self) -> tuple[Case, Future[Reading]] | None:
         case = next(self._waiting, None)

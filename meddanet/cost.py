@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from .data.volume import window_origins
 from .macs import CONVENTIONS, FLOAT_BITS, Counted, Work, count_work
 
-__all__ = ["CONVENTIONS", "CaseCost", "CostTable", "case_cost", "cost_table", "count_macs"]
+__all__ = [
+    "CONVENTIONS", "CaseCost", "CostTable", "case_cost", "cost_table", "cost_tables", "count_macs",
+]
 
 BRATS_SLICE, BRATS_SLICES = (240, 240), 155
 DECIDING = {"decision", "policy", "position", "selectors"}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from meddanet import cases
 from meddanet.cases import ReadAhead, gather_cases, output_folder
-from meddanet.data import Case
+from meddanet.data import MODALITIES, Case
 
 
 def test_gathering_tells_what_it_leaves_out(tmp_path):
@@ -65,24 +66,29 @@ def test_the_first_case_is_read_at_once_and_the_others_one_ahead(reading, tmp_pa
         assert list(readings) == [], "each case once"
 
 
-def test_what_is_being_read_is_waited_for(tmp_path, monkeypatch):
-    """Also where an error ends the run before anybody has asked for the case."""
-    begun, ended = threading.Event(), threading.Event()
-
-    def load(*_):
-        begun.set()
-        time.sleep(0.05)
-        ended.set()
-
-    monkeypatch.setattr(cases, "load_volume", load)
-    with pytest.raises(KeyError), ReadAhead([case("a")], tmp_path):
-        assert begun.wait(20)
+def test_an_error_does_not_wait_for_what_is_being_read(tmp_path, monkeypatch):
+    """Such as one in the arguments, which is found while the first case is read."""
+    found, read = threading.Event(), []
+    monkeypatch.setattr(cases, "load_volume", lambda *_: read.append(found.wait(20)))
+    with pytest.raises(KeyError), ReadAhead([case(name) for name in "ab"], tmp_path) as readings:
         raise KeyError
-    assert ended.is_set()
+    found.set()
+    (_, reading) = readings._ahead
+    assert reading.exception(20) is None and read == [True]
 
 
-def test_cases_are_read_without_pytorch():
+def test_the_command_reads_its_first_case_without_pytorch(tmp_path):
     """Else there would be nothing to read ahead of."""
-    script = "import sys, meddanet.cases; print('torch' in sys.modules)"
-    told = subprocess.check_output([sys.executable, "-c", script], text=True)
-    assert told == "False\n"
+    for name in MODALITIES:
+        image = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"a_{name}.nii.gz")
+    script = """
+import sys
+from pathlib import Path
+import meddanet.commands.segment
+from meddanet.cases import gather_cases, read_case
+(case,), _ = gather_cases(sys.argv[1:])
+print(read_case(case, Path("absent")).volume.data.shape, "torch" in sys.modules)
+"""
+    told = subprocess.check_output([sys.executable, "-c", script, str(tmp_path)], text=True)
+    assert told == "(4, 3, 4, 5) False\n"

@@ -746,7 +746,6 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
 def test_bench_says_what_is_wrong_before_it_works(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
-
     def work(*arguments, **options):
         raise AssertionError("arguments were not looked at first")
 

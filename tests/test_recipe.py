@@ -125,7 +125,6 @@ def test_recipe_on_the_command_line(tmp_path, capsys):
 
 
 def test_recipe_in_a_file(tmp_path, monkeypatch):
-
     seen = []
     monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")
     path = tmp_path / "config.yaml"
@@ -155,7 +154,6 @@ def test_recipe_in_a_file(tmp_path, monkeypatch):
 
 def test_lists_of_phases_replace_each_other(tmp_path, monkeypatch):
     """Five of them where the defaults have five; then one of one, and a baseline."""
-
     seen = []
     monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")
     path = tmp_path / "config.yaml"

@@ -32,7 +32,7 @@ def run(options: Namespace) -> int:
     return 1 if errors or failed else 0
 
 
-def _segment_all(readings: Any, count: int, out: Path, options: Namespace) -> int:
+def _segment_all(readings: ReadAhead, count: int, out: Path, options: Namespace) -> int:
     """Segments `count` cases with one model; returns how many failed."""
     # here, since they import PyTorch, beside which the first case is read
     from ..cohort import segment_cases

@@ -9,7 +9,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -23,9 +26,11 @@ import triton.language as tl  # noqa: E402
 
 from meddanet.kernels import (  # noqa: E402
     aot,
+    backend,
     conv_int_triton,
     machine_code,
     shuffle_unit_triton,
+    side_by_side,
     variants,
     way_up_triton,
 )
@@ -283,6 +288,84 @@ def test_recording_leaves_triton_as_it_was():
         variants.record(89, "", lambda: 1 // 0)
     assert triton.runtime.driver._active is driver
     assert triton.knobs.runtime.jit_cache_hook is hook
+
+
+def test_every_launch_says_whether_products_and_sums_fuse(monkeypatch):
+    """Triton's default changes with its version, and triton 3.9 warns where it is taken."""
+    launches = {**variants.shape_classes(), "probe": partial(backend._launch, torch.device("cpu"))}
+    found = []
+    for default in ("0", "1"):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+        found.append({
+            name: [found.options["enable_fp_fusion"] for found in variants.record(89, name, run)]
+            for name, run in launches.items()
+        })
+    assert found[0] == found[1] and all(found[0].values())
+
+
+def test_recordings_take_turns_and_leave_other_threads_alone():
+    """Two engines may go through their first plans at a time, and others launch meanwhile."""
+    runtime, inside, entered = triton.knobs.runtime, threading.Event(), threading.Event()
+    second = threading.Thread(
+        target=lambda: inside.wait(20) and variants.record(89, "", entered.set)
+    )
+    before, asked = runtime.jit_cache_hook, []
+
+    def others_hook(**facts):
+        asked.append(facts)
+        return "theirs"
+
+    def first():
+        inside.set()
+        assert not entered.wait(0.1)
+        with ThreadPoolExecutor(1) as elsewhere:
+            hook = elsewhere.submit(runtime.jit_cache_hook, fn=None, compile={}, key=1)
+            assert hook.result(20) is True and asked == [{"fn": None, "compile": {}, "key": 1}]
+
+    try:
+        runtime.jit_cache_hook = others_hook
+        second.start()
+        assert variants.record(89, "", first) == []
+        second.join(20)
+        assert entered.is_set() and runtime.jit_cache_hook is others_hook
+    finally:
+        runtime.jit_cache_hook = before
+
+
+class Meeting:
+    """A kernel that compiles when as many others do; then it fails."""
+
+    def __init__(self, barrier):
+        self.barrier, self.met = barrier, False
+
+    def compile(self):
+        self.barrier.wait(20)
+        self.met = True
+        raise ValueError("told where it is launched")
+
+
+def test_kernels_are_compiled_at_a_time(monkeypatch):
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)
+    kernels = [Meeting(threading.Barrier(2))] * 2
+    side_by_side.compile_in_threads(kernels)
+    assert all(kernel.met for kernel in kernels)
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (ImportError("no _base32 here"), "which ones cannot be told (ImportError: no _base32 here)"),
+    (torch.OutOfMemoryError("CUDA out of memory"), None),
+])  # fmt: skip
+def test_kernels_that_cannot_be_told_compile_one_by_one(monkeypatch, caplog, error, told):
+    """Triton's insides are its own business; what a plan needs of memory is the engine's."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(side_by_side, "uncompiled", fail)
+    monkeypatch.setattr(triton.runtime.driver, "_active", variants._Driver(None))
+    with nullcontext() if told else pytest.raises(torch.OutOfMemoryError):
+        side_by_side.compile_side_by_side(None)
+    assert [told in line for line in caplog.messages] == [True] * bool(told)
 
 
 @triton.jit

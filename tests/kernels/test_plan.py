@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddanet.build import build_med_danet_v2
-from meddanet.engine import compile_engine
+from meddanet.engine import compile_engine, triton_engine
 from meddanet.engine.decisions import _OneKernel
 from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
@@ -381,6 +381,28 @@ def test_groups_side_by_side_share_nothing(engine, mixed, launched):
     for own, other in permutations(range(len(plan.groups)), 2):
         touched = np.union1d(read[other], written[other])
         assert not np.intersect1d(written[own], touched).size, (own, other)
+
+
+def test_kernels_are_compiled_before_the_first_plan_alone(model, monkeypatch):
+    """By a small one: what it launches is what all launch (`tests/test_kernel_list.py`)."""
+    made, steps = [], []
+
+    class Recorded:
+        def __init__(self, planned, capacity, size, roomy=True):
+            self.run = lambda: steps.append(("run", capacity))
+            made.append((capacity, size))
+
+    def compile_side_by_side(launch):
+        steps.append("compile")
+        launch()
+
+    monkeypatch.setattr(triton_engine, "Plan", Recorded)
+    monkeypatch.setattr(triton_engine, "compile_side_by_side", compile_side_by_side)
+    engine = TritonEngine(deepcopy(model), torch.device("cpu"), capacities=(2, 8))
+    engine._compiled = False  # as on a GPU
+    for count in (5, 1):
+        engine.plan(count, *SIDES)
+    assert made == [(2, SIDES), (8, SIDES), (2, SIDES)] and steps == ["compile", ("run", 2)]
 
 
 def test_units_in_float_are_one_kernel_each(engine):
