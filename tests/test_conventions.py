@@ -277,6 +277,24 @@ def test_values_and_classes(convention: str, dtype: type) -> None:
 
 
 @pytest.mark.parametrize(
+    "table",
+    [
+        {1: 2, 2: 1, 3: 3}, {3: 255}, {1: 7, 4: 1},  # a class between without a value is background
+        {k: 256 - k for k in range(1, 10)}, {k: k for k in range(1, 200)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_ones_own(table: dict[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    classes = np.asfortranarray(rng.integers(0, max(table) + 1, (6, 5, 40), np.uint8))
+    given = classes.copy()
+    values = from_classes(classes, table)
+    expected = [table.get(value, 0) for value in given.ravel().tolist()]
+    assert values.ravel().tolist() == expected and values.flags.f_contiguous
+    np.testing.assert_array_equal(classes, given)
+
+
+@pytest.mark.parametrize(
     ("values", "convention", "text"),
     [
         ([0, 3], "brats2021", "brats2023"),
