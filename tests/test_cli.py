@@ -459,6 +459,28 @@ def test_the_conventions_are_those_of_the_data():
     assert EXECUTORS == engine.EXECUTORS
 
 
+TOLD_AT_THE_END = """
+import atexit, sys
+atexit.register(print, "taken apart")
+from meddanet.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("arguments", "lines", "code"), [
+    (["info"], 5, 0), (["info", "--cost", "nothing"], 1, 1), (["info", "--help"], None, 0),
+])  # fmt: skip
+def test_a_command_that_has_succeeded_ends_its_process_at_once(arguments, lines, code):
+    """All that it has said is there."""
+    run = subprocess.run(
+        [sys.executable, "-c", TOLD_AT_THE_END, *arguments], capture_output=True, text=True
+    )
+    said = run.stdout.splitlines()
+    assert run.returncode == code, run.stderr
+    assert (said[-1:] == ["taken apart"]) == (arguments != ["info"])
+    assert lines is None or len(said) == lines and bool(run.stderr) == bool(code)
+
+
 @pytest.mark.parametrize(
     "command", [[], ["demo"], ["segment"], ["train"], ["evaluate"], ["info"], ["bench"]]
 )
