@@ -12,9 +12,9 @@ import torch
 
 from .cases import Reading, read_case, result_paths
 from .data import Case, Volume, save_volume
-from .data.storage import has_report, unfinished_mark, write_errors
+from .data.storage import has_report, unfinished_mark, write_errors, write_json
 from .predictor import Prediction, VolumePredictor
-from .report import case_report, write_json, write_preview
+from .report import case_report, write_preview
 
 # what may be wrong with one case while the others go on
 # (PyTorch's and OpenVINO's own errors, memory that is not there among them, are RuntimeErrors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,24 +94,6 @@ def case_report(
             "num_bits": prediction.num_bits.tolist(),
         },
     }
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Writes JSON that appears under its name only when complete; one line per entry.
-
-    Raises:
-        VolumeError: If the file cannot be written.
-    """
-    write_bytes(path, (_lines(content, 0) + "\n").encode())
-
-
-def _lines(content: object, depth: int) -> str:
-    """Breaks the outer two levels of dicts into lines, and leaves the long lists on theirs."""
-    if not isinstance(content, dict) or not content or depth == 2:
-        return json.dumps(content)
-    indent = "  " * (depth + 1)
-    rows = [f"{indent}{json.dumps(k)}: {_lines(v, depth + 1)}" for k, v in content.items()]
-    return "{\n" + ",\n".join(rows) + f"\n{indent[2:]}}}"
 
 
 def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: int = 4) -> None:

@@ -459,6 +459,19 @@ def test_the_conventions_are_those_of_the_data():
     assert EXECUTORS == engine.EXECUTORS
 
 
+def test_scores_are_there_before_pytorch_would_be(tmp_path):
+    image = nib.Nifti1Image(np.eye(4, dtype=np.uint8)[..., None].repeat(3, 2), np.eye(4))
+    path = str(tmp_path / "a.nii.gz")
+    nib.save(image, path)
+    code = (
+        "import sys; from meddanet.cli import main\n"
+        "code = main(['evaluate', *sys.argv[1:], '--labels', 'brats2023'])\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    told = subprocess.check_output([sys.executable, "-c", code, path, path], text=True)
+    assert told.splitlines()[-1] == "0 False" and "mean of 1 of 1 cases" in told
+
+
 TOLD_AT_THE_END = """
 import atexit, sys
 atexit.register(print, "taken apart")

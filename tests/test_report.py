@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from meddanet.data import Volume, VolumeError
+from meddanet.data.storage import write_json
 from meddanet.predictor import Prediction
-from meddanet.report import COLOURS, ROUTE_COLOURS, case_report, write_json, write_preview
+from meddanet.report import COLOURS, ROUTE_COLOURS, case_report, write_preview
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (60, 50, 20)

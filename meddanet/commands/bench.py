@@ -12,8 +12,8 @@ from ..bench import bench_volume, check_rounds, render
 from ..data import load_volume
 from ..data.phantom import write_phantom
 from ..data.sources import as_case, unnamed_channels
+from ..data.storage import write_json
 from ..messages import say
-from ..report import write_json
 from ..weights import load_model
 from .options import channel_names, check_targets
 

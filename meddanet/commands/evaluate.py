@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from ..data.storage import write_json
 from ..evaluation import (
     check_groups,
     compare,
@@ -21,7 +22,6 @@ from ..evaluation import (
 from ..messages import complain, say
 from ..metrics import check_tolerance
 from ..pairs import find_pairs, unpaired
-from ..report import write_json
 from .options import check_targets
 
 

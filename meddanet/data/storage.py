@@ -134,6 +134,24 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
     return content
 
 
+def write_json(content: dict, path: Path) -> None:
+    """Writes JSON that appears under its name only when complete; one line per entry.
+
+    Raises:
+        VolumeError: If the file cannot be written.
+    """
+    write_bytes(path, (_lines(content, 0) + "\n").encode())
+
+
+def _lines(content: object, depth: int) -> str:
+    """Breaks the outer two levels of dicts into lines, and leaves the long lists on theirs."""
+    if not isinstance(content, dict) or not content or depth == 2:
+        return json.dumps(content)
+    indent = "  " * (depth + 1)
+    rows = [f"{indent}{json.dumps(k)}: {_lines(v, depth + 1)}" for k, v in content.items()]
+    return "{\n" + ",\n".join(rows) + f"\n{indent[2:]}}}"
+
+
 def compress(*parts: bytes | memoryview) -> bytes:
     """Returns the parts as one gzip member without a time stamp: equal input, equal bytes."""
     return igzip.compress(b"".join(parts), compresslevel=1, mtime=0)
