@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -22,11 +23,22 @@ from .messages import complain, say
 _AT_ONCE = ("demo", "segment", "evaluate", "info")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command, by default the process's own, and returns its exit code.
+def entry() -> NoReturn:
+    """Runs the process's own command and ends the process, after success as it is.
 
-    The process may end here when its own command has succeeded.
+    To take PyTorch apart takes half a second, for nobody.
     """
+    code = main()
+    if code == 0 and sys.argv[1] in _AT_ONCE:
+        with suppress(OSError):  # then Python's own end says so
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command, by default the process's own, and returns its exit code."""
     # nibabel prints a line of its own before it raises
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     stdout = sys.stdout
@@ -36,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse_command(argv)
             command = import_module(f".commands.{options.command}", __package__)
             code = command.run(options[options.command])
-            if sys.stdout is not stdout:
-                return 1
-            if argv is None and code == 0 and options.command in _AT_ONCE:
-                _end()
-            return code
+            return code if sys.stdout is stdout else 1
         except UsageError as error:
             complain(error)
             return 2
@@ -56,10 +64,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout = stdout
     return 1
-
-
-def _end() -> NoReturn:
-    """Ends the process as it is: to take PyTorch apart takes half a second, for nobody."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -475,8 +475,8 @@ def test_scores_are_there_before_pytorch_would_be(tmp_path):
 TOLD_AT_THE_END = """
 import atexit, sys
 atexit.register(print, "taken apart")
-from meddanet.cli import main
-sys.exit(main())
+from meddanet.cli import entry
+entry()
 """
 
 
