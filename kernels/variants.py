@@ -78,22 +78,23 @@ class _Driver:
         return self._target
 
 
+# driver and hook are the process's: one thread at a time puts its own there and takes it away
+_replacing = threading.RLock()
+
+
 @contextmanager
 def _pretended(target: Any) -> Iterator[None]:
     """Has the JIT take a target for the GPU of this machine."""
     from triton.runtime.driver import driver
 
-    # the property `active` would look for a GPU
-    active = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        yield
-    finally:
-        driver.set_active(active)
-
-
-# the hook is the process's: one thread at a time puts its own there and takes it away
-_stopping = threading.RLock()
+    with _replacing:
+        # the property `active` would look for a GPU
+        active = driver._active
+        driver.set_active(_Driver(target))
+        try:
+            yield
+        finally:
+            driver.set_active(active)
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def _stopped_jit(seen: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
     """Makes this thread's launches call `seen(kernel, facts)` instead of compiling and running."""
     from triton import knobs
 
-    with _stopping:
+    with _replacing:
         thread, previous = threading.get_ident(), knobs.runtime.jit_cache_hook
 
         def hook(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:

@@ -309,7 +309,7 @@ def test_recordings_take_turns_and_leave_other_threads_alone():
     second = threading.Thread(
         target=lambda: inside.wait(20) and variants.record(89, "", entered.set)
     )
-    before, asked = runtime.jit_cache_hook, []
+    before, active, asked = runtime.jit_cache_hook, triton.runtime.driver._active, []
 
     def others_hook(**facts):
         asked.append(facts)
@@ -328,6 +328,7 @@ def test_recordings_take_turns_and_leave_other_threads_alone():
         assert variants.record(89, "", first) == []
         second.join(20)
         assert entered.is_set() and runtime.jit_cache_hook is others_hook
+        assert triton.runtime.driver._active is active
     finally:
         runtime.jit_cache_hook = before
 
