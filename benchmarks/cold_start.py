@@ -42,7 +42,7 @@ def cpu():
     return sum(use.ru_utime + use.ru_stime for use in uses)
 busy = cpu()
 if sys.argv[2] == "side by side":
-    compile_in_threads(listed)
+    list(compile_in_threads(listed))
 for variant in listed:
     variant.compile()
 print(json.dumps({"import": imported - began, "kernels_ready": time.perf_counter() - imported,

@@ -15,12 +15,12 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .precompiled import PACKAGED, entries, folders, user_folder
+from .side_by_side import compile_in_threads
 from .variants import Variant, check_triton, variants
 
 # compute capabilities with int8 tensor cores that Triton compiles for
@@ -55,20 +55,11 @@ def _scratch_cache() -> Iterator[None]:
 
 
 def compile_all(wanted: list[Variant], done: Callable[[Variant, Any], object]) -> None:
-    """Compiles in as many threads as there are processors and calls `done(variant, compiled)`.
-
-    Triton's front end keeps state of its own that two threads rarely, but do, spoil for each other:
-    what fails is compiled once more, alone.
+    """Compiles side by side, calls `done(variant, compiled)`; what fails is compiled again, alone.
 
     Raises:
         ValueError: If one does not compile; its name and architecture are told.
     """
-
-    def work(variant: Variant) -> tuple[Variant, Any]:
-        try:
-            return variant, variant.compile()
-        except Exception:
-            return variant, None
 
     def again(variant: Variant) -> Any:
         try:
@@ -81,16 +72,12 @@ def compile_all(wanted: list[Variant], done: Callable[[Variant, Any], object]) -
 
     with _scratch_cache():
         failed = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            try:
-                for variant, compiled in pool.map(work, wanted):
-                    if compiled is None:
-                        failed.append(variant)
-                    else:
-                        done(variant, compiled)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with closing(compile_in_threads(wanted)) as results:
+            for variant, compiled in results:
+                if compiled is None:
+                    failed.append(variant)
+                else:
+                    done(variant, compiled)
         for variant in failed:
             done(variant, again(variant))
 

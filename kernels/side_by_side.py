@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -45,13 +46,25 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
             type(error).__name__, error,
         )  # fmt: skip
         return
-    compile_in_threads(wanted)
+    for _ in compile_in_threads(wanted):
+        pass
 
 
-def compile_in_threads(wanted: Sequence[Variant]) -> None:
-    """Compiles kernels on all cores; what fails is left for its launch to tell."""
+def compile_in_threads(wanted: Sequence[Variant]) -> Generator[tuple[Variant, Any], None, None]:
+    """Compiles in as many threads as there are processors; yields (variant, compiled) in order.
+
+    Triton's front end keeps state of its own that two threads rarely, but do, spoil for each other:
+    what fails, for whatever reason, is None and may do when it is compiled alone.
+    """
+
+    def work(variant: Variant) -> Any:
+        try:
+            return variant.compile()
+        except Exception:
+            return None
+
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="meddanet-compile")
     try:
-        wait([pool.submit(variant.compile) for variant in wanted])
+        yield from zip(wanted, pool.map(work, wanted), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)

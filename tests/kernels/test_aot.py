@@ -348,7 +348,7 @@ class Meeting:
 def test_kernels_are_compiled_at_a_time(monkeypatch):
     monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)
     kernels = [Meeting(threading.Barrier(2))] * 2
-    side_by_side.compile_in_threads(kernels)
+    assert list(side_by_side.compile_in_threads(kernels)) == [(kernel, None) for kernel in kernels]
     assert all(kernel.met for kernel in kernels)
 
 
