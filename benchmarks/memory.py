@@ -54,9 +54,8 @@ def measure(cases: list[Case], predictor: VolumePredictor) -> Iterator[dict[str,
     """Segments the cases and yields the memory of each."""
     with tempfile.TemporaryDirectory() as folder:
         reset_peak()
-        out = Path(folder)
-        with ReadAhead(cases, out) as readings:
-            for _, outcome in segment_cases(readings, predictor, out, weights="brats2021"):
+        with ReadAhead(cases, Path(folder)) as readings:
+            for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
                 if isinstance(outcome, Exception):
                     raise outcome
                 yield read_memory()

@@ -120,7 +120,7 @@ def test_cases_of_a_folder(benchmark, case, predictor, tmp_path):
     def folder_run(count: int) -> None:
         copies = [replace(case, name=f"copy_{index}") for index in range(count)]
         with ReadAhead(copies, tmp_path) as readings:
-            for _, outcome in segment_cases(readings, predictor, tmp_path, weights="brats2021"):
+            for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
                 assert isinstance(outcome, dict), outcome
 
     runs = {str(n): lambda n=n: folder_run(n) for n in COHORTS}

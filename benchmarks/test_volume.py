@@ -167,7 +167,7 @@ def test_end_to_end(benchmark, held_out, tmp_path):
 
     def folder_run(cohort: list[Case], out: Path) -> None:
         with ReadAhead(cohort, out) as readings:
-            for _, outcome in segment_cases(readings, predictor, out, weights="brats2021"):
+            for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
                 assert isinstance(outcome, dict), outcome
 
     contestants: dict[str, Callable[[Path], None]] = {

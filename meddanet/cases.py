@@ -154,6 +154,9 @@ class ReadAhead:
 
     Args:
         cases, out, modalities, overwrite: As for `read_case`.
+
+    Attributes:
+        out: As given.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class ReadAhead:
         _return_freed_volumes()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="meddanet-read")
         self._waiting = iter(cases)
-        self._options = out, modalities, overwrite
+        self.out, self._options = out, (modalities, overwrite)
         self._ahead = self._read_next()
 
     def __enter__(self) -> ReadAhead:
@@ -179,7 +182,7 @@ class ReadAhead:
     def _read_next(self) -> tuple[Case, Future[Reading]] | None:
         case = next(self._waiting, None)
         return None if case is None else (
-            case, self._pool.submit(read_case, case, *self._options)
+            case, self._pool.submit(read_case, case, self.out, *self._options)
         )
 
     def __iter__(self) -> Iterator[tuple[Case, Future[Reading]]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from .cases import Reading, read_case, result_paths
+from .cases import ReadAhead, Reading, read_case, result_paths
 from .data import Case, Volume, save_volume
 from .data.storage import has_report, unfinished_mark, write_errors, write_json
 from .predictor import Prediction, VolumePredictor
@@ -47,20 +47,15 @@ def segment_case(
 
 
 def segment_cases(
-    readings: Iterable[tuple[Case, Future[Reading]]],
-    predictor: VolumePredictor,
-    out: Path,
-    *,
-    weights: str,
-    preview: bool = False,
+    readings: ReadAhead, predictor: VolumePredictor, *, weights: str, preview: bool = False
 ) -> Iterator[tuple[Case, dict | Exception]]:
     """Segments many cases: the next one is read and the former one written meanwhile.
 
     At most three volumes are in memory: one read ahead, one at work, one being written.
 
     Args:
-        readings: A `ReadAhead` for the same `out`.
-        predictor, out, weights, preview: As for `segment_case`.
+        readings: The cases; results go to its `out`.
+        predictor, weights, preview: As for `segment_case`.
 
     Yields:
         Each case, in order, with its report once it is written, or the error that ended it.
@@ -77,7 +72,7 @@ def segment_cases(
             if written is not None:
                 yield written[0], _outcome(written[1])
             written = case, writer.submit(
-                _write_or_raise, case, predictor, out, weights, preview, outcome
+                _write_or_raise, case, predictor, readings.out, weights, preview, outcome
             )
             del outcome
         if written is not None:

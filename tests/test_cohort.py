@@ -73,7 +73,7 @@ def volumes(monkeypatch) -> list[weakref.ref]:
 
 def run(names: list[str], predictor: Predictor, out: Path) -> list:
     with ReadAhead([case(name) for name in names], out) as readings:
-        outcomes = segment_cases(readings, predictor, out, weights="none")
+        outcomes = segment_cases(readings, predictor, weights="none")
         return [(done.name, outcome) for done, outcome in outcomes]
 
 
@@ -175,7 +175,7 @@ def test_files_of_others_are_kept(volumes, tmp_path, name):
 def test_overwriting_replaces_what_it_writes_and_nothing_else(volumes, tmp_path):
     labels, report, picture = sources(tmp_path, "b.nii.gz", "b.json", "b.png")
     with ReadAhead([case("b")], tmp_path, overwrite=True) as readings:
-        ((_, outcome),) = segment_cases(readings, Predictor(), tmp_path, weights="")
+        ((_, outcome),) = segment_cases(readings, Predictor(), weights="")
     assert json.loads(report.read_text()) == outcome and labels.read_bytes()[:2] == b"\x1f\x8b"
     assert picture.read_text() == "b.png"
 

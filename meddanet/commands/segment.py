@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -28,11 +27,11 @@ def run(options: Namespace) -> int:
     failed = 0
     if pending:
         with ReadAhead(pending, out, channel_names(options), options.overwrite) as readings:
-            failed = _segment_all(readings, len(pending), out, options)
+            failed = _segment_all(readings, len(pending), options)
     return 1 if errors or failed else 0
 
 
-def _segment_all(readings: ReadAhead, count: int, out: Path, options: Namespace) -> int:
+def _segment_all(readings: ReadAhead, count: int, options: Namespace) -> int:
     """Segments `count` cases with one model; returns how many failed."""
     # here, since they import PyTorch, beside which the first case is read
     from ..cohort import segment_cases
@@ -45,7 +44,7 @@ def _segment_all(readings: ReadAhead, count: int, out: Path, options: Namespace)
     )
     say(running_on(predictor), sys.stderr)
     outcomes = segment_cases(
-        readings, predictor, out, weights=options.weights, preview=options.preview
+        readings, predictor, weights=options.weights, preview=options.preview
     )
     failed = 0
     progress = tqdm(outcomes, desc="segment", unit="case", total=count, disable=None)
@@ -54,7 +53,7 @@ def _segment_all(readings: ReadAhead, count: int, out: Path, options: Namespace)
             complain(outcome if case.name in str(outcome) else f"{case.name}: {outcome}")
             failed += 1
         else:
-            say(f"{out / case.name}.nii.gz  {summary(outcome)}")
+            say(f"{readings.out / case.name}.nii.gz  {summary(outcome)}")
     if count > 1:
         say(f"{count - failed} of {count} cases done", sys.stderr)
     return failed
