@@ -34,10 +34,10 @@ def count_macs(
     Raises:
         ValueError: If the convention is unknown.
     """
-    _check_convention(convention)
     if hasattr(model, "routes"):
         table = cost_table(model, input_shape, convention)
         return input_shape[0] * max(table.macs(route) for route in table.routes)
+    _check_convention(convention)
     work = count_work(model, {"forward": lambda m, x: m(x)}, input_shape)[convention]["forward"]
     return sum(part.macs for part in work.values())
 

@@ -282,12 +282,13 @@ class VolumePredictor:
         cost: dict[str, float] = {}
         if shape not in self._tables:
             self._tables[shape] = cost_tables(self.model, shape)
-        for convention, table in self._tables[shape].items():
+        tables = self._tables[shape]
+        for convention, table in tables.items():
             macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
             cost[convention] = (macs[route] * seen).sum().item()
             cost[f"static_{convention}"] = float(table.static_macs() * len(route))
-        table = self._tables[shape]["paper"]
-        cost["scaled_paper"] = (table.slice_cost(route, bits).double() * seen).sum().item()
+        scaled = tables["paper"].slice_cost(route, bits).double()
+        cost["scaled_paper"] = (scaled * seen).sum().item()
         return cost
 
     def _seen(self, slices: Tensor) -> Tensor:
