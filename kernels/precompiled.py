@@ -52,7 +52,7 @@ class Entry:
 
 def entries(folder: Path) -> Iterator[Entry]:
     """Yields what lies in a folder of `folders`, for every version of triton."""
-    for path in sorted(folder.glob("*/*/*.json")):
+    for path in sorted(folder.glob("[!.]*/[!.]*/*.json")):
         facts = json.loads(path.read_text())
         yield Entry(path.stem, facts["target"]["arch"], path.parts[-3], path.parent)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,7 +60,8 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
 
 def _is_named_file(text: str) -> bool:
     key, equals, _ = text.partition("=")
-    return bool(equals) and key.replace("-", "").isalnum() and not Path(text).exists()
+    named = re.fullmatch(r"[\w-]+", key)
+    return bool(equals and named) and not Path(text).exists()
 
 
 def _named_case(pairs: list[list[str]]) -> Case:

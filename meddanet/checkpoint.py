@@ -161,7 +161,11 @@ def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
         content = json.loads(json.dumps(content))
         if path.exists():
             cure = "delete it and give the run's own settings again, or name another out"
-            _check_same(path, read_record(path, cure), content)
+            saved = read_record(path, cure)
+            try:
+                _check_same(path, saved, content)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: is damaged ({error!r}); {cure}") from error
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

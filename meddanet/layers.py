@@ -159,7 +159,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
         width = self.num_bits if num_bits is None else num_bits
         output = _run(convolve, self.quantized_input(input, input_num_bits), self.weight, width,
                       weight_amax(self.weight, per_channel=False))
-        return output if self.bias is None else output + self.bias.reshape(1, -1, 1, 1)
+        return output if self.bias is None else output + _like(self.bias, output)[:, None, None]
 
 
 class QuantLinear(QuantizedInput, nn.Linear):
@@ -188,7 +188,12 @@ class QuantLinear(QuantizedInput, nn.Linear):
         width = self.num_bits if num_bits is None else num_bits
         output = _run(F.linear, self.quantized_input(input, input_num_bits), self.weight, width,
                       weight_amax(self.weight, self.per_channel))
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + _like(self.bias, output)
+
+
+def _like(bias: Tensor, output: Tensor) -> Tensor:
+    # under autocast a layer returns the lower precision, as PyTorch's own do
+    return bias.to(output.dtype)
 
 
 def _run(function, input: Tensor, weight: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ class Monitor:
     def rewind(self, phase: str, step: int) -> None:
         """Opens the log of a phase; drops what is there of it after `step`, to be logged again."""
         if self.summary_writer is not None:
+            if self.writer is not None:
+                # it has a thread
+                self.writer.close()
             # a folder per phase, since purging does not tell one tag from another
             folder = self.out / "tensorboard" / phase
             self.writer = self.summary_writer(str(folder), purge_step=step + 1)

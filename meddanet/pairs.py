@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import is_label_name, labelled_case, stem
+from .data.conventions import is_label_name, is_nifti, labelled_case, stem
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _label_files(folder: Path) -> dict[str, Path]:
     Raises:
         VolumeError: If a case has two.
     """
-    paths = sorted(path for path in folder.glob("*.nii*") if not path.name.startswith("."))
+    paths = sorted(path for path in folder.iterdir() if is_nifti(path))
     # beside files that are named as labels the others are their scans
     paths = [path for path in paths if is_label_name(path)] or paths
     files: dict[str, Path] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -54,14 +55,30 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: If a loss is not finite.
         ConnectionError: If another process of the run stops.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    with process_group(config.device) as device, hold_run(output_folder(config.out)):
+    with (
+        _settings(config), process_group(config.device) as device,
+        hold_run(output_folder(config.out)),
+    ):  # fmt: skip
         return _Run(config, device).run()
+
+
+@contextmanager
+def _settings(config: TrainConfig) -> Iterator[None]:
+    """Sets what holds for the whole process, for as long as a run takes."""
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic = torch.get_deterministic_debug_mode()
+    try:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 class _Run:

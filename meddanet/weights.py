@@ -91,7 +91,7 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
         # older files name no model; they are of V2
         build = _BUILDERS[metadata.get("model", "MedDANetV2")]
         model = build(**metadata["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "
             "expected a file written by save_model"

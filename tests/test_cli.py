@@ -188,7 +188,7 @@ def test_named_files_make_one_case(cohort, tmp_path, segment):
     out = tmp_path / "out"
     # in any order, by any of a modality's names
     given = [f"T2w={files['t2']}", f"t1={files['t1']}", f"t1gd={files['t1ce']}"]
-    assert segment(*given, f"flair={files['flair']}", "-o", out)[0] == 0
+    assert segment(*given, f"t2_flair={files['flair']}", "-o", out)[0] == 0
     assert segment(folder, "-o", out)[0] == 0
     assert np.array_equal(values(out / "scan3.nii.gz"), values(out / "case_0.nii.gz"))
     code, _, messages = segment(*given, given[0], "-o", out)

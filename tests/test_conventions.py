@@ -142,6 +142,13 @@ def test_a_dataset_json_without_channels_is_named(tmp_path: Path, content: str) 
         find_cases(tmp_path)
 
 
+def test_names_that_tell_the_channels_need_no_dataset_json(tmp_path: Path) -> None:
+    brats2021(tmp_path, "p1")
+    (tmp_path / "dataset.json").write_text('{"name": "a copy"}')
+    (case,) = find_cases(tmp_path)
+    assert case.modalities == MRI
+
+
 ORDERED = ("flair", "t1", "t1ce", "t2")
 
 
@@ -279,17 +286,17 @@ def test_values_and_classes(convention: str, dtype: type) -> None:
 @pytest.mark.parametrize(
     "table",
     [
-        {1: 2, 2: 1, 3: 3}, {3: 255}, {1: 7, 4: 1},  # a class between without a value is background
+        {1: 2, 2: 1, 3: 3}, {3: 255}, {1: 7, 4: 1},
         {k: 256 - k for k in range(1, 10)}, {k: k for k in range(1, 200)},
     ],
     ids=str,
 )  # fmt: skip
 def test_values_of_ones_own(table: dict[int, int]) -> None:
     rng = np.random.default_rng(0)
-    classes = np.asfortranarray(rng.integers(0, max(table) + 1, (6, 5, 40), np.uint8))
+    classes = np.asfortranarray(rng.choice(np.array([0, *table], np.uint8), (6, 5, 40)))
     given = classes.copy()
     values = from_classes(classes, table)
-    expected = [table.get(value, 0) for value in given.ravel().tolist()]
+    expected = [{0: 0, **table}[value] for value in given.ravel().tolist()]
     assert values.ravel().tolist() == expected and values.flags.f_contiguous
     np.testing.assert_array_equal(classes, given)
 
@@ -317,8 +324,11 @@ def test_values_of_another_convention_are_refused(
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="'brats2022', expected one of brats2021, brats2023, msd"):
         to_classes(np.zeros(2, np.uint8), "brats2022")
-    with pytest.raises(ValueError, match="classes reach 4"):
+    with pytest.raises(ValueError, match=r"classes \[4\] have no value; expected 0 or one of"):
         from_classes(np.array([0, 4], np.uint8), "brats2021")
+    with pytest.raises(ValueError, match=r"classes \[2\] have no value"):
+        from_classes(np.arange(4), {1: 5, 3: 7})
+    assert from_classes(np.array([0, 1, 3]), {1: 5, 3: 7}).tolist() == [0, 5, 7]
 
 
 def case_of(convention: str, modalities: tuple[str, ...] = MRI) -> Case:

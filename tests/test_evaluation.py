@@ -341,6 +341,17 @@ def test_scans_beside_loose_labels_are_no_references(tmp_path):
     assert unpaired(pairs, tmp_path / "out", tmp_path / "ct")["without_prediction"] == []
 
 
+def test_what_lies_beside_label_files_is_none(tmp_path):
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1})
+    truth.with_name("a.nii.gz.md5").touch()
+    truth.with_name("b.nii.gz").mkdir()
+    ours = write(tmp_path / "out" / "a.nii.gz", {(1, 1, 1): 1})
+    ours.rename(ours.with_name("a.NII.GZ"))
+    pairs = find_pairs(ours.parent, truth.parent)
+    assert [(pair.prediction.name, pair.reference) for pair in pairs] == [("a.NII.GZ", truth)]
+    assert not any(unpaired(pairs, ours.parent, truth.parent).values())
+
+
 def test_two_label_maps_of_one_case(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write(tmp_path / "out" / name, {(1, 1, 1): 1})

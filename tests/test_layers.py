@@ -58,6 +58,15 @@ def test_each_layer_is_its_parent_on_rounded_values(name):
         torch.testing.assert_close(layer(x).double(), parent(x.double()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_under_autocast_each_layer_returns_what_its_parent_does(name):
+    quantised, plain, args, kwargs, shape = CASES[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        # with a bias, which has the higher precision
+        layers = [kind(*args, **{**kwargs, "bias": True}) for kind in (quantised, plain)]
+        assert [layer(torch.ones(shape)).dtype for layer in layers] == [torch.bfloat16] * 2
+
+
 def test_widths_per_sample_are_as_each_sample_alone():
     torch.manual_seed(0)
     layer = QuantConv2d(4, 6, 3, padding=1).eval()

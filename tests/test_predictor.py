@@ -334,6 +334,7 @@ def test_the_engine_is_what_predicts(model, tolerances):
         ({"executor": "torch", "window": 24}, "executor torch runs no windows; use auto or eager"),
         ({"executor": "fast"}, "executor is 'fast', expected one of auto, openvino, torch, triton"),
         ({"device": "gpu"}, "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "device is 'meta', expected auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:77"}, "this machine has .* CUDA GPUs; use cpu"),
         ({"window": 20}, "window is 20, expected a multiple of 8 that is at least 16"),
         ({"window": 8}, "window is 8, expected a multiple of 8 that is at least 16"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import warnings
 from dataclasses import replace
 
@@ -357,6 +358,16 @@ def test_half_a_line_is_dropped_wherever_it_ends(tmp_path, name):
     (tmp_path / name).write_text(whole + last)
     monitor.rewind("1-joint", 3)
     assert (tmp_path / name).read_text() == "".join(kept) + last + "\n"
+
+
+def test_tensorboard_has_one_thread_for_all_phases(tmp_path):
+    pytest.importorskip("tensorboard")
+    monitor = Monitor(tmp_path, tensorboard=True)
+    monitor.rewind("0-static", 0)
+    threads = threading.active_count()
+    for number in range(1, 4):
+        monitor.rewind(f"{number}-joint", 0)
+    assert threading.active_count() == threads
 
 
 def test_tensorboard_holds_a_step_once_after_a_kill(tmp_path):

@@ -404,6 +404,18 @@ def test_a_damaged_table_is_named(config, tmp_path, name):
     train(config)  # the cure
 
 
+@pytest.mark.parametrize("content", ['{"phases": []}', '{"phases": [1]}', '{"phases": 1}'])
+def test_a_configuration_with_parts_missing_is_named(config, tmp_path, content):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{path}: is damaged .*; delete it "):
+        train(config)
+    path.unlink()
+    train(config)  # the cure
+
+
 def test_a_damaged_slice_file_is_named(config, tmp_path):
     config.phases = [PhaseConfig("static", 1, batch=2)]
     train(config)
@@ -441,11 +453,26 @@ def test_compiled_and_deterministic_runs_have_the_same_checkpoints(config, tmp_p
     train(config)
     other = replace(config, out=str(tmp_path / "other"), compile=True, deterministic=True)
     with torch.compiler.set_stance("force_eager"):
-        try:
-            train(other)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        train(other)
     assert_same_bits(result(tmp_path / "run"), result(tmp_path / "other"))
+
+
+def test_what_a_run_sets_for_its_process_ends_with_it(config, tmp_path, monkeypatch):
+    """Though it fails."""
+    seen = []
+
+    def fail(*_):
+        seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+        raise VolumeError("no data")
+
+    monkeypatch.setattr("meddanet.training.prepare_dataset", fail)
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    config.threads, config.deterministic = torch.get_num_threads() + 1, True
+    with pytest.raises(VolumeError, match="no data"):
+        train(config)
+    assert seen == [(config.threads, True)]
+    assert torch.get_num_threads() == config.threads - 1
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_what_is_called_by_other_ways_than_forward_is_compiled_part_by_part(monkeypatch):

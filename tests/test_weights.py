@@ -161,7 +161,8 @@ def test_a_file_that_says_nothing_of_its_architecture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"segmenter": "vgg-16"}, {"heads": 8}, {"crop_sizes": [20]}], ids=str
+    "change",
+    [{"segmenter": "vgg-16"}, {"heads": 8}, {"crop_sizes": [20]}, {"in_channels": -4}], ids=str,
 )
 def test_an_architecture_of_another_time(path, change):
     rewrite(path, change)

@@ -104,6 +104,13 @@ def stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
+def is_nifti(path: Path) -> bool:
+    """Tells whether a path is a file named .nii or .nii.gz, and not a hidden one."""
+    # hidden files include the "._" companions that macOS leaves in archives
+    name = path.name.lower()
+    return not name.startswith(".") and name.endswith((".nii", ".nii.gz")) and path.is_file()
+
+
 def is_label_name(path: Path) -> bool:
     """Tells whether a path names a segmentation in any recognised convention."""
     parsed = _parse(path)
@@ -165,9 +172,8 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
 
 
 def _walk(folder: Path, depth: int, found: Survey) -> None:
-    # hidden files include the "._" companions that macOS leaves in archives
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in entries if _is_nifti(entry) and not is_result(entry)]
+    images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
     cases = _cases_among(images, folder)
     used = {path for case in cases for path in (*case.paths, *case.doubled)}
     found.cases.extend(cases)
@@ -183,10 +189,6 @@ def _walk(folder: Path, depth: int, found: Survey) -> None:
 def _is_label(path: Path) -> bool:
     """Tells whether a name means labels; BraTS 2020 has one that ends in _Segm."""
     return is_label_name(path) or stem(path).lower().endswith("_segm")
-
-
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file()
 
 
 def _is_label_folder(folder: Path) -> bool:
@@ -213,15 +215,18 @@ def _cases_among(paths: list[Path], folder: Path) -> list[Case]:
     """Groups the NIfTI files of one folder into cases; unknown names are left out."""
     groups: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
     doubles: dict[Path, Path] = {}
-    cases = []
-    order = _channel_names(folder)
+    four_dimensional = []
     for path in paths:
         if parsed := _parse(path):
             kept = groups[parsed[:2]].setdefault(parsed[2], path)
             if kept != path:
                 doubles[kept] = path
         elif _is_msd_name(path):
-            cases.append(_msd_case(path, order))
+            four_dimensional.append(path)
+    # other namings tell the channels themselves, whatever a dataset.json beside them is
+    unnamed = four_dimensional or any(convention == "nnunet" for convention, _ in groups)
+    order = _channel_names(folder) if unnamed else ()
+    cases = [_msd_case(path, order) for path in four_dimensional]
     for (convention, name), files in groups.items():
         label = files.pop(_LABEL, None)
         if convention == "nnunet":

@@ -52,8 +52,10 @@ def from_classes(classes: np.ndarray, convention: str | Mapping[int, int]) -> np
     """
     table = _table(convention) if isinstance(convention, str) else convention
     classes = _as_bytes(classes)
-    if classes.size and classes.max() > max(table):
-        raise ValueError(f"classes reach {classes.max()}, expected 0..{max(table)}")
+    without = set(range(1, int(classes.max(initial=0)) + 1)) - set(table)
+    # few tables have gaps: only then all classes are looked at
+    if without and (unknown := sorted(without & _present(classes))):
+        raise ValueError(f"classes {unknown} have no value; expected 0 or one of {sorted(table)}")
     return _look_up(classes, table)
 
 
