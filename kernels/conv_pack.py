@@ -139,15 +139,15 @@ def pack_weight(
     What is not finite has code 0 and makes its step NaN.
     """
     weight = weight.detach()
-    channels = weight.shape[1 if transposed else 0]
+    # output channels first
+    weight, order = (weight.transpose(0, 1), (2, 3, 0, 1)) if transposed else (weight, (0, 2, 3, 1))
+    depth = weight.shape[1] if transposed else weight[0].numel()
     amax = weight_amax(weight, per_channel).reshape(-1)
-    depth = len(weight) if transposed else weight[0].numel()
     steps, codes = [], []
     for width in num_bits:
         step, _, _ = step_size(weight, width, amax)
-        steps.append(step.double().reshape(-1).expand(channels))
+        steps.append(step.double().reshape(-1).expand(len(weight)))
         values = quantize_codes(weight, step, int(qmax(width))).nan_to_num_(0.0)
-        order = (2, 3, 1, 0) if transposed else (0, 2, 3, 1)
         rows = values.permute(order).reshape(-1, depth)
         codes.append(F.pad(rows, (0, -rows.shape[1] % K_MULTIPLE)))
     packed = torch.stack(codes)
@@ -182,15 +182,15 @@ def pack_conv(
 
     Raises:
         ValueError: If a width is out of range, weight is not 4-D, a value is not finite, or a
-            transposed convolution has groups, dilation or a range per channel.
+            transposed convolution has groups or dilation.
     """
     widths = (num_bits,) if isinstance(num_bits, int) else tuple(sorted(set(num_bits)))
     if not widths or not all(2 <= width <= 16 for width in widths):
         raise ValueError(f"num_bits must be widths from 2 to 16, got {num_bits}")
     if weight.dim() != 4 or not bool(weight.isfinite().all()):
         raise ValueError(f"weight must be 4-D and finite, got shape {list(weight.shape)}")
-    if transposed and (groups != 1 or per_channel or _pair(dilation) != (1, 1)):
-        raise ValueError("a transposed convolution is packed without groups, dilation, per_channel")
+    if transposed and (groups != 1 or _pair(dilation) != (1, 1)):
+        raise ValueError("a transposed convolution is packed without groups and dilation")
     codes, scale = pack_weight(weight, widths, per_channel, transposed)
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:

@@ -56,14 +56,14 @@ def step_size(
     Args:
         input: [N, ...].
         num_bits: An int or a tensor [N].
-        amax: [1], [N], or of the input's shape.
+        amax: [1], [N], or of as many axes as the input, to which it broadcasts.
     """
     dtype = wide_dtype(input)
     column = [-1] + [1] * (input.dim() - 1)
     largest = qmax(num_bits)
     if isinstance(largest, Tensor):
         largest = largest.to(dtype).reshape(column)
-    if amax.shape != input.shape:
+    if amax.dim() != input.dim():
         amax = amax.reshape(column if input.dim() else [])
     amax = amax.detach().to(dtype)
     # an infinity becomes NaN

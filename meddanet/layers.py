@@ -6,6 +6,8 @@ state_dicts load with strict=True both ways, because the running input range is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,10 @@ RANGE_MOMENTUM = 0.05
 class QuantizedInput(nn.Module):
     """Mixin: one running input range and the switch between float and quantised arithmetic.
 
+    Args:
+        *args, **kwargs: Of the PyTorch layer that it is mixed into.
+        num_bits, input_num_bits, per_channel: Which see.
+
     Attributes:
         num_bits: Width of the weights, 2..16, used where `forward` is given none.
         input_num_bits: Width of the input, 2..16.
@@ -37,7 +43,15 @@ class QuantizedInput(nn.Module):
     input_amax: Tensor
     weight: Tensor
 
-    def _init_quantization(self, num_bits: int, input_num_bits: int, per_channel: bool) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        num_bits: int = 8,
+        input_num_bits: int = 8,
+        per_channel: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
         self.num_bits = num_bits
         self.input_num_bits = input_num_bits
         self.per_channel = per_channel
@@ -46,10 +60,17 @@ class QuantizedInput(nn.Module):
         self.update_range = True
         self.register_buffer("input_amax", torch.zeros(()), persistent=False)
 
+    def weight_range(self) -> Tensor:
+        """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""
+        return weight_amax(self.weight, self.per_channel)
+
     def input_range(self, input: Tensor) -> Tensor | None:
-        """Returns the range to quantise with: None means each sample's own maximum.
+        """Returns the range to quantise with, a scalar; None means each sample's own maximum.
 
         A sample's own maximum serves while the range is being learnt, or where none was ever set.
+
+        Args:
+            input: [N, ...], from which the range is learnt.
         """
         if self.training and self.update_range:
             if input.numel():
@@ -89,26 +110,17 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
     padding: str | tuple[int, int]
     dilation: tuple[int, int]
 
-    def __init__(
-        self,
-        *args,
-        num_bits: int = 8,
-        input_num_bits: int = 8,
-        per_channel: bool = False,
-        **kwargs,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quantization(num_bits, input_num_bits, per_channel)
-
     def forward(
         self,
         input: Tensor,
         num_bits: int | Tensor | None = None,
         input_num_bits: int | Tensor | None = None,
     ) -> Tensor:
-        """Convolves [N, Cin, H, W]; widths per call or per sample, [N], override the layer's."""
+        """Convolves [N, Cin, H, W] or [Cin, H, W]; widths per call or per sample, [N], override."""
         if not self.quantize:
             return super().forward(input)
+        if input.dim() == 3:
+            return self(input[None], num_bits, input_num_bits)[0]
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -129,52 +141,54 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
 
 
 class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` with fake-quantised weights and input; arguments as `QuantConv2d`.
+    """`nn.ConvTranspose2d` with fake-quantised weights and input; arguments as `QuantConv2d`."""
 
-    Weights have one range per tensor.
-    """
+    # two numbers each; PyTorch declares words or any number of axes
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
 
-    padding: tuple[int, int]  # PyTorch takes no words here, though it declares them
+    def weight_range(self) -> Tensor:
+        """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""
+        if not self.per_channel:
+            return super().weight_range()
+        by_group = self.weight.detach().abs().unflatten(0, (self.groups, -1))
+        amax = by_group.amax((1, 3, 4), keepdim=True)
+        if self.groups == 1:
+            return amax[0]
+        return amax.repeat_interleave(by_group.shape[1], 1).flatten(0, 1)
 
-    def __init__(self, *args, num_bits: int = 8, input_num_bits: int = 8, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quantization(num_bits, input_num_bits, per_channel=False)
-
-    def forward(  # type: ignore[override]  # widths, where PyTorch's has output_size
+    def forward(  # type: ignore[override]  # widths come first
         self,
         input: Tensor,
         num_bits: int | Tensor | None = None,
         input_num_bits: int | Tensor | None = None,
+        output_size: list[int] | None = None,
     ) -> Tensor:
-        """Convolves [N, Cin, H, W]; widths per call or per sample, [N], override the layer's."""
+        """Convolves as `QuantConv2d` does; output_size: as PyTorch's, (height, width)."""
         if not self.quantize:
-            return super().forward(input)
+            return super().forward(input, output_size)
+        if input.dim() == 3:
+            return self(input[None], num_bits, input_num_bits, output_size)[0]
+        output_padding = self._output_padding(
+            input, output_size, list(self.stride), list(self.padding), list(self.kernel_size), 2,
+            list(self.dilation),
+        )  # fmt: skip
 
         def convolve(x: Tensor, w: Tensor) -> Tensor:
             return F.conv_transpose2d(
-                x, w, None, self.stride, self.padding, self.output_padding, self.groups,
-                self.dilation,
+                x, w, None, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
 
         width = self.num_bits if num_bits is None else num_bits
         output = _run(convolve, self.quantized_input(input, input_num_bits), self.weight, width,
-                      weight_amax(self.weight, per_channel=False))
+                      self.weight_range())
         return output if self.bias is None else output + _like(self.bias, output)[:, None, None]
 
 
 class QuantLinear(QuantizedInput, nn.Linear):
     """`nn.Linear` with fake-quantised weights and input; arguments as `QuantConv2d`."""
-
-    def __init__(
-        self,
-        *args,
-        num_bits: int = 8,
-        input_num_bits: int = 8,
-        per_channel: bool = False,
-        **kwargs,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quantization(num_bits, input_num_bits, per_channel)
 
     def forward(
         self,
@@ -182,12 +196,14 @@ class QuantLinear(QuantizedInput, nn.Linear):
         num_bits: int | Tensor | None = None,
         input_num_bits: int | Tensor | None = None,
     ) -> Tensor:
-        """Maps [N, ..., Cin] to [N, ..., Cout]; widths override the layer's own."""
+        """Maps [N, ..., Cin] to [N, ..., Cout], or [Cin] to [Cout]; widths override the layer's."""
         if not self.quantize:
             return super().forward(input)
+        if input.dim() == 1:
+            return self(input[None], num_bits, input_num_bits)[0]
         width = self.num_bits if num_bits is None else num_bits
         output = _run(F.linear, self.quantized_input(input, input_num_bits), self.weight, width,
-                      weight_amax(self.weight, self.per_channel))
+                      self.weight_range())
         return output if self.bias is None else output + _like(self.bias, output)
 
 

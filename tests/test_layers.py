@@ -58,6 +58,50 @@ def test_each_layer_is_its_parent_on_rounded_values(name):
         torch.testing.assert_close(layer(x).double(), parent(x.double()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantConvTranspose2d])
+@pytest.mark.parametrize("width", [4, torch.tensor([4, 8, 4])], ids=["int", "per sample"])
+def test_a_range_per_channel_is_that_of_a_layer_of_one_channel(kind, groups, width):
+    torch.manual_seed(0)
+    layer = kind(6, 4, 3, groups=groups, per_channel=True).eval()
+    x = torch.randn(3, 6, 7, 5)
+    layer.input_amax.fill_(2.0)
+    together = layer(x, width)
+    for channel in range(4):
+        group, own = divmod(channel, 4 // groups)
+        rows = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        alone = kind(6 // groups, 1, 3).eval()
+        with torch.no_grad():
+            transposed = kind is QuantConvTranspose2d
+            weight = layer.weight[rows, own, None] if transposed else layer.weight[channel, None]
+            alone.weight.copy_(weight)
+            alone.bias.copy_(layer.bias[channel])
+        alone.input_amax.fill_(2.0)
+        torch.testing.assert_close(together[:, channel], alone(x[:, rows], width)[:, 0])
+    layer.per_channel = False
+    assert not torch.allclose(together, layer(x, width))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_without_a_batch_is_a_batch_of_one(name, training):
+    quantised, plain, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs).train(training)
+    x = torch.randn(shape[-1:] if quantised is QuantLinear else shape[1:])
+    assert layer(x).shape == plain(*args, **kwargs)(x).shape
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_a_transposed_convolution_takes_the_size_it_should_have():
+    layers = [kind(3, 2, 3, stride=2) for kind in (QuantConvTranspose2d, nn.ConvTranspose2d)]
+    x = torch.randn(1, 3, 4, 5)
+    for size in (None, [9, 11], [10, 12], [9, 12]):
+        ours, parents = (layer(x, output_size=size) for layer in layers)
+        assert ours.shape == parents.shape
+    with pytest.raises(ValueError, match="requested an output size"):
+        layers[0](x, output_size=[11, 11])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_under_autocast_each_layer_returns_what_its_parent_does(name):
     quantised, plain, args, kwargs, shape = CASES[name]

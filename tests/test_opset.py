@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from meddanet.layers import QuantLinear
+from meddanet.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 if not find_spec("openvino"):
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
@@ -52,6 +52,27 @@ def test_linear_layers_of_any_widths(widths, shape):
         differing = np.abs(found - exact) > 1e-5 * np.abs(exact).max()
         # a code that a tie decides moves the 32 sums of its row
         assert differing.mean() <= 0.02, differing.mean()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("layer", [
+    QuantConv2d(16, 24, 3, padding=1, groups=2, per_channel=True),
+    QuantConvTranspose2d(16, 24, 2, stride=2, per_channel=True),
+], ids=["grouped", "transposed"])  # fmt: skip
+def test_a_range_per_channel(layer, bits):
+    layer.num_bits = layer.input_num_bits = bits
+    layer.input_amax.fill_(3.0)
+    layer.update_range = False
+    with torch.no_grad():
+        # one range for all would leave the first channels no codes
+        size = (-1, 1, 1) if isinstance(layer, QuantConvTranspose2d) else (-1, 1, 1, 1)
+        layer.weight *= torch.logspace(-4, 0, 24).reshape(size)
+    input = torch.randn(2, 16, 6, 5)
+    exact = deepcopy(layer).double().eval()(input.double()).detach().numpy()
+    compiled = graphs_of(nn.Sequential(layer)).compiled(("one",), input.shape)
+    (found,) = compiled([input.numpy()]).values()
+    scale = np.abs(exact).max((0, 2, 3), keepdims=True)
+    assert (np.abs(found - exact) <= 1e-5 * scale).mean() >= 0.98
 
 
 class Overwriting(nn.Module):

@@ -20,7 +20,6 @@ from ..kernels import (
     shuffle_stem,
     shuffle_unit,
 )
-from ..kernels.conv_train import weight_amax
 from ..layers import quantized_layers
 from ..networks.decision import ShuffleStem, ShuffleUnit
 from ..routing import to_memory_format
@@ -83,9 +82,8 @@ def frozen(
     for name, layer in quantized_layers(network).items():
         if layer.quantize:
             rounding[name] = layer.input_num_bits, layer.input_amax
-            weight = layer.weight.detach()
-            amax = weight_amax(weight, layer.per_channel)
-            layer.weight = nn.Parameter(fake_quantize(weight, layer.num_bits, amax))
+            weight = fake_quantize(layer.weight.detach(), layer.num_bits, layer.weight_range())
+            layer.weight = nn.Parameter(weight)
             layer.quantize = False
     for module in network.modules():
         if isinstance(module, nn.Sequential):

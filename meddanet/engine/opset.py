@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 from ..networks.heatmap import HeatCentre
@@ -255,14 +254,14 @@ def _weight(layer: Any, num_bits: int, gain: np.ndarray, integer: bool, tokens: 
     a 1x1 convolution otherwise.
     """
     axis, weight = _out_axis(layer), layer.weight.detach().float()
-    if isinstance(layer, QuantLinear) and not tokens:
-        weight = weight[:, :, None, None]
     shape = [-1 if index == axis else 1 for index in range(weight.dim())]
-    scale = np.broadcast_to(gain, layer.weight.shape[axis]).reshape(shape)
+    scale = np.broadcast_to(gain, weight.shape[axis]).reshape(shape)
     if layer.quantize:
-        step, largest, _ = step_size(weight, num_bits, weight_amax(weight, layer.per_channel))
+        step, largest, _ = step_size(weight, num_bits, layer.weight_range().float())
         weight = quantize_codes(weight, step, largest)
         scale = scale * step.double().numpy()
+    if isinstance(layer, QuantLinear) and not tokens:
+        weight, scale = weight[:, :, None, None], scale[:, :, None, None]
     groups = getattr(layer, "groups", 1)
     if groups > 1:
         full = (groups, weight.shape[0] // groups, *weight.shape[1:])

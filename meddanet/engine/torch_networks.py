@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..kernels import fake_quantize
 from ..kernels.backend import onednn_runs
-from ..kernels.conv_train import weight_amax
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import (
     QuantConv2d,
@@ -175,14 +174,12 @@ class _Frozen(nn.Module):
     def _codes(self, num_bits: int) -> tuple[Tensor, Tensor]:
         """Returns the weights' codes as float32 and the step of every output channel."""
         weight = self.layer.weight.detach()
-        amax = weight_amax(weight, getattr(self.layer, "per_channel", False))
-        step, largest, _ = step_size(weight, num_bits, amax)
+        step, largest, _ = step_size(weight, num_bits, self.layer.weight_range())
         return quantize_codes(weight, step, largest), step.flatten().expand(len(weight))
 
     def _weight(self, num_bits: int) -> Tensor:
         weight = self.layer.weight.detach()
-        amax = weight_amax(weight, getattr(self.layer, "per_channel", False))
-        weight = fake_quantize(weight, num_bits, amax)
+        weight = fake_quantize(weight, num_bits, self.layer.weight_range())
         return channels_last(weight) if weight.dim() == 4 else weight
 
     def _pack(self, num_bits: int, step: float, shape: torch.Size) -> Tensor:

@@ -86,6 +86,9 @@ CASES = {
     "64 channels, one range per channel": Case(channels=(64, 20), size=(3, 3), per_channel=True),
     "few channels": Case(channels=(3, 5), size=(3, 4)),
     "no padding, stride 2": Case(padding=0, stride=2, size=(7, 6)),
+    "transposed, one range per channel": Case(
+        kernel=2, stride=2, padding=0, transposed=True, size=(2, 3), per_channel=True
+    ),
     "transposed 2x2": Case(kernel=2, stride=2, padding=0, transposed=True, size=(3, 5)),
     "transposed 2x2, 16 bits": Case(
         kernel=2, stride=2, padding=0, transposed=True, size=(2, 3), bits=(16, 8),
@@ -123,9 +126,10 @@ def loops(x, w, stride, padding, transposed):
     return out
 
 
-def weight_codes(weight, bits, per_channel):
+def weight_codes(weight, bits, per_channel, transposed=False):
     """The grid, restated: integer codes and the step of each output channel."""
-    axes = tuple(range(1, 4)) if per_channel else None
+    others = (0, 2, 3) if transposed else (1, 2, 3)
+    axes = others if per_channel else None
     amax = np.abs(weight).max(axes, keepdims=True)
     step = (amax / F32(QMAX[bits])).astype(F32)
     return np.rint(weight / step).astype(np.int64), step.reshape(-1)
@@ -158,7 +162,9 @@ class Problem:
         case = self.case
         bits = case.packed[0] if n is None else case.widths[n]
         packed = min(p for p in case.packed if p >= bits and (p > 8) == (bits > 8))
-        codes, step = weight_codes(self.weight.numpy(), packed, case.per_channel)
+        codes, step = weight_codes(
+            self.weight.numpy(), packed, case.per_channel, case.transposed
+        )
         x = np.zeros((1, *self.codes.shape[1:]), int) if n is None else self.codes[n : n + 1]
         total = loops(x, codes, case.stride, case.padding, case.transposed)[0]
         gain, shift = (t.double().numpy() for t in self.norm)
@@ -744,7 +750,7 @@ def test_bad_arguments(change, message):
         ({"weight": torch.ones(1, 1)}, "weight must be 4-D"),
         ({"num_bits": (8, 17)}, "widths from 2 to 16"),
         ({"num_bits": ()}, "widths from 2 to 16"),
-        ({"transposed": True, "per_channel": True}, "packed without groups"),
+        ({"transposed": True, "groups": 2}, "packed without groups"),
     ],
 )
 def test_weights_that_cannot_be_packed(arguments, message):
