@@ -52,7 +52,9 @@ class Prediction:
         cost: "mac" and "paper": multiply-adds of the case, deciding networks included;
             "static_mac" and "static_paper": of the same network, of a bank its dearest member, on
             every whole slice (or window);
-            "scaled_paper": "paper" with encoder stages scaled by b / 32.
+            "scaled_paper": "paper" with encoder stages scaled by b / 32;
+            "bit_operations": "mac" times weight bits times input bits, layer by layer, where layers
+            in float have 32.
         timings: Seconds: "normalise", "network" (normalised slices to label slices), "total".
         label_values: Class -> value in `labels`; None = the convention's.
     """
@@ -284,11 +286,12 @@ class VolumePredictor:
             self._tables[shape] = cost_tables(self.model, shape)
         tables = self._tables[shape]
         for convention, table in tables.items():
-            macs = torch.tensor([table.macs(r) for r in table.routes], dtype=torch.float64)
-            cost[convention] = (macs[route] * seen).sum().item()
+            cost[convention] = (table.slice_macs(route) * seen).sum().item()
             cost[f"static_{convention}"] = float(table.static_macs() * len(route))
         scaled = tables["paper"].slice_cost(route, bits).double()
         cost["scaled_paper"] = (scaled * seen).sum().item()
+        operations = tables["mac"].slice_bit_operations(route, bits.double())
+        cost["bit_operations"] = (operations * seen).sum().item()
         return cost
 
     def _seen(self, slices: Tensor) -> Tensor:

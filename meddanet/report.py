@@ -79,7 +79,8 @@ def case_report(
             for k in values
         },
         "decisions": dict(zip(prediction.routes, counts.tolist(), strict=True)),
-        "macs": {key: round(value) for key, value in cost.items()},
+        "macs": {key: round(value) for key, value in cost.items() if key != "bit_operations"},
+        "bit_operations": round(cost["bit_operations"]),
         "share_of_static": {
             key: round(cost[key] / cost[f"static_{key}"], 4) for key in ("mac", "paper")
         },

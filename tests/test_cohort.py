@@ -43,7 +43,8 @@ class Predictor:
             raise self.error or VolumeError(f"{volume.name}: refused")
         depth = volume.data.shape[3]
         zeros = np.zeros(volume.data.shape[1:], np.uint8)
-        macs = {key: 1.0 for key in ("mac", "paper", "static_mac", "static_paper", "scaled_paper")}
+        kinds = "mac", "paper", "static_mac", "static_paper", "scaled_paper", "bit_operations"
+        macs = {key: 1.0 for key in kinds}
         return Prediction(
             zeros, "brats2021", ("skip", "whole"), (), np.zeros(depth, int), np.zeros((depth, 2)),
             np.zeros((depth, 4), int), macs, {"normalise": 0.0, "network": 0.0, "total": 0.0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -242,6 +243,23 @@ def test_the_cost_of_a_case_counts_every_network_that_ran(model, price):
     # norms and the output side of transposed convolutions come on top; 8 or 16 of 32 bits below
     assert result.cost["paper"] > result.cost["mac"] and result.cost["static_paper"] > 0
     assert result.cost["scaled_paper"] < result.cost["paper"]
+    assert 8 * 8 * expected < result.cost["bit_operations"] < 16 * 16 * expected
+
+
+def test_bit_operations_are_products_of_widths(model):
+    model = deepcopy(model)
+    set_quantization(model, quantize=True, update_range=False)
+    for selector in model.bit_selectors:
+        torch.nn.init.zeros_(selector.linear.weight)
+        selector.linear.bias.data = torch.tensor([1.0, 0.0])
+    predictor = VolumePredictor(model, "cpu", executor="eager")
+    predictor.engine._model.policy = Decide([1, 2, 0])
+    cost = predictor.predict(volume(noise(30, 40, 3))).cost
+    # a crop of 16 x 16 and a slice of 32 x 40, two kernels of nine on four channels; the selectors
+    gradients = (16 * 16 + 32 * 40) * 2 * 9 * 4
+    selectors = 2 * sum((channels + 2 * 4) * 2 for channels in (12, 24, 48, 96))
+    in_float = (gradients + selectors) * (32 * 32 - 8 * 8)
+    assert cost["bit_operations"] == 8 * 8 * cost["mac"] + in_float
 
 
 def test_an_empty_volume_costs_nothing(model):
