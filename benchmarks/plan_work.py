@@ -228,7 +228,7 @@ def _select(
 
 def _labels(kernel: str, slots: Slots, labels: Tensor, input: Tensor, *others: Any) -> Work:
     pixels = input.shape[2:].numel()
-    issued = slots.used * slots.tiles.instructions("head, int8, routed", pixels)
+    issued = slots.used * slots.tiles.instructions("head, int8", pixels)
     return Work(kernel, slots.used * pixels * (input.shape[1] + 1), instructions=issued)
 
 

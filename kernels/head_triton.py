@@ -108,22 +108,18 @@ def run(
 def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
-    Sixteen channels, four classes; routed batches name their slices and count their slots.
+    Codes of sixteen channels, four classes; slots name their slices and are counted.
     """
+    return {"head, int8": partial(_launch_meta, torch.int8)}
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    labels, offset = empty(2, 240, 240, dtype=torch.uint8), empty(2, 2, dtype=torch.int32)
-    slots, count = empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)
-    found: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.int8, torch.float16, torch.float32):
-        feature = empty(2, 240, 240, 16, dtype=dtype).permute(0, 3, 1, 2)
-        codes = dtype == torch.int8
-        weight = empty(4, 32 if codes else 16, dtype=dtype if codes else torch.float32)
-        scale, amax = (empty(2, 4), empty(1)) if codes else (None, None)
-        for name, routing in (("", (None, None)), (", routed", (slots, count))):
-            found[f"head, {str(dtype).removeprefix('torch.')}{name}"] = partial(
-                run, labels, feature, weight, scale, empty(4), amax, 8, offset, *routing
-            )
-    return found
+def _launch_meta(dtype: torch.dtype) -> None:
+    """Launches a head on a feature of a dtype; tensors have no memory."""
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
+    whole = partial(empty, dtype=torch.int32)
+    codes = dtype == torch.int8
+    feature = empty(2, 240, 240, 16, dtype=dtype).permute(0, 3, 1, 2)
+    weight = empty(4, 32, dtype=dtype) if codes else empty(4, 16)
+    scale, amax = (empty(2, 4), empty(1)) if codes else (None, None)
+    labels = empty(2, 240, 240, dtype=torch.uint8)
+    run(labels, feature, weight, scale, empty(4), amax, 8, whole(2, 2), whole(2), whole(1))

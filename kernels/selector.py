@@ -6,8 +6,8 @@ gradients: mean absolute Sobel responses of the slot's view of the image, x then
 borders replicated, kernels divided by 8. spread: the population's standard deviation of each
 channel of the stage's input. Med-DANet V2, section 3.4, Eq. 7 (the softmax keeps the order).
 
-Both are sums over a map, taken chunk by chunk in a fixed order, without atomics: means and squared
-deviations of chunks are merged by Chan's formula. The first of several largest logits wins.
+Both are sums over a map, taken in a fixed order, without atomics: means and squared deviations of
+chunks of it are merged by Chan's formula. The first of several largest logits wins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import pixel_pitch
 from .crop_paste import as_pair
 from .slots import check_offset, integers
 
@@ -69,16 +68,15 @@ def _select_bits(
         return bits
     from . import selector_triton
 
-    if pixel_pitch(feature) != feature.shape[1]:
-        feature = feature.contiguous(memory_format=torch.channels_last)
     sums = selector_triton.new_sums(len(bits), image.shape[1], (height, width), bits.device)
-    moments = selector_triton.new_sums(
-        len(bits), feature.shape[1], (feature.shape[2], feature.shape[3]), bits.device
-    )
     selector_triton.gradients(image.contiguous(), sums, *routing)
-    selector_triton.moments(feature, moments, count)
+    flat = feature.float().flatten(2)
+    mean = flat.mean(2)
+    # of one chunk; in a plan convolutions store these
+    moments = torch.stack([mean, (flat - mean[..., None]).square().sum(2)], 1)[:, None]
+    pixels = flat.shape[2]
     selector_triton.select(
-        bits, sums, moments, weight, bias, widths, (height, width), feature.shape[2:].numel(), count
+        bits, sums, moments, weight, bias, widths, (height, width), pixels, pixels, count
     )
     return bits
 

@@ -1,7 +1,7 @@
-"""The Triton kernels of the bit-width selector: two sums over maps, one decision per slot.
+"""The Triton kernels of the bit-width selector: sums over the image, one decision per slot.
 
 `selector.py` has the equations. The sums of a slot lie in `sums`, float32 [M, chunks, 2, C]: of
-absolute responses by x and by y, or mean and squared deviation of each chunk of pixels.
+absolute responses by x and by y.
 """
 
 from __future__ import annotations
@@ -81,42 +81,6 @@ def gradients_kernel(
     sums_ptr += (slot * chunks + chunk) * 2 * CHANNELS + channel
     tl.store(sums_ptr, tl.sum(by_x, 0) / 8, mask=channel < CHANNELS)
     tl.store(sums_ptr + CHANNELS, tl.sum(by_y, 0) / 8, mask=channel < CHANNELS)
-
-
-@triton.jit(do_not_specialize=["pixels", "chunks", "length"])
-def moments_kernel(
-    in_ptr, count_ptr, sums_ptr, pixels, chunks, length,
-    CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Finds mean and squared deviation of every channel over one chunk of one slot's feature."""
-    slot = (tl.program_id(0) // chunks).to(tl.int64)
-    if count_ptr is not None and slot >= tl.load(count_ptr):
-        return
-    chunk = tl.program_id(0) % chunks
-    channel = tl.arange(0, BLOCK_C)
-    known = channel < CHANNELS
-    in_ptr += slot * pixels * CHANNELS
-    begin, end = chunk * length, tl.minimum((chunk + 1) * length, pixels)
-    # sums about one of the values: what is subtracted later is small
-    offs = begin.to(tl.int64) * CHANNELS + channel
-    about = tl.load(in_ptr + offs, mask=known, other=0.0).to(tl.float32)
-
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start in tl.range(begin, end, BLOCK_M):
-        pixel = start + tl.arange(0, BLOCK_M)
-        mask = (pixel < end)[:, None] & known[None, :]
-        places = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(in_ptr + places, mask=mask, other=0.0)
-        distance = tl.where(mask, x.to(tl.float32) - about[None, :], 0.0)
-        total += distance
-        squares += distance * distance
-
-    mean = tl.sum(total, 0) / (end - begin)
-    deviation = tl.sum(squares, 0) - tl.sum(total, 0) * mean
-    sums_ptr += (slot * chunks + chunk) * 2 * CHANNELS + channel
-    tl.store(sums_ptr, about + mean, mask=known)
-    tl.store(sums_ptr + CHANNELS, tl.maximum(deviation, 0.0), mask=known)
 
 
 @triton.jit
@@ -214,43 +178,33 @@ def gradients(
         )  # fmt: skip
 
 
-def moments(feature: Tensor, sums: Tensor, count: Tensor | None) -> None:
-    """Launches the sums over features [M, C, h, w], dense, channels last."""
-    samples, chunks, _, channels = sums.shape
-    pixels = feature.shape[2:].numel()
-    with torch.cuda.device_of(feature):
-        moments_kernel[(samples * chunks,)](
-            feature, count, sums, pixels, chunks, triton.cdiv(pixels, chunks), CHANNELS=channels,
-            **_blocks(channels), enable_fp_fusion=False,
-        )  # fmt: skip
-
-
 def select(
     bits: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
-    size: tuple[int, int], pixels: int, count: Tensor | None, slots: Tensor | None = None,
-    record: Tensor | None = None, length: int | None = None,
+    size: tuple[int, int], pixels: int, length: int, count: Tensor | None,
+    slots: Tensor | None = None, record: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches the decision.
 
     Args:
         bits: int32 [M], written where a slot is in use.
         sums: Of `gradients`.
-        moments: Of `moments`, or of a convolution, see `conv_int_triton.new_moments`.
+        moments: float32 [M, chunks, 2, C], mean and squared deviation of each chunk of the
+            feature's pixels; of a convolution see `conv_int_triton.new_moments`.
         weight: float32 [K, 2 * Cin + C], dense.
         bias: float32 [K].
         widths: int32 [K].
         size: (height, width) of the view of the image.
         pixels: Of the feature.
+        length: Pixels of a chunk of `moments`; the last one may have fewer.
         count: int32 [1] or None.
         slots: int32 [M], needed for `record`.
         record: int32 [N], receives each slot's width at slots[m]. None: not stored.
-        length: Pixels of a chunk of `moments`; None: as `moments` divides them.
     """
     (samples, view_chunks, _, image), (chunks, _, channels) = sums.shape, moments.shape[1:]
     with torch.cuda.device_of(bits):
         select_kernel[(samples,)](
             bits, sums, moments, weight, bias, widths, count, slots, record,
-            size[0] * size[1], view_chunks, pixels, chunks, length or triton.cdiv(pixels, chunks),
+            size[0] * size[1], view_chunks, pixels, chunks, length,
             WIDTHS=len(widths), IMAGE=image, CHANNELS=channels,
             BLOCK_I=triton.next_power_of_2(2 * image), BLOCK_C=triton.next_power_of_2(channels),
             CHUNKS=CHUNKS, MERGED=MERGED, enable_fp_fusion=False,
@@ -265,8 +219,7 @@ def _blocks(channels: int) -> dict[str, int]:
 def shape_classes() -> dict[str, Callable[[], object]]:
     """Returns, by name, the launches of the shipped models; called with meta tensors by `aot.py`.
 
-    Four channels of the image, 16 to 128 of the stages' inputs, two widths. `moments` is what the
-    operator `select_bits` launches; in a plan convolutions store them.
+    Four channels of the image, 16 to 128 of the stages' inputs, two widths.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -281,11 +234,8 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     }
     for level in range(4):
         c = 16 << level
-        feature = empty(2, *size, c, dtype=torch.float16).permute(0, 3, 1, 2)
-        spread = new_sums(2, c, size, "meta")
-        found[f"moments, {c} channels"] = partial(moments, feature, spread, count)
         found[f"width, {c} channels"] = partial(
-            select, bits, sums, spread, empty(2, 8 + c), empty(2), bits, size, 96 * 96, count,
-            bits, bits,
+            select, bits, sums, empty(2, 9, 2, c), empty(2, 8 + c), empty(2), bits, size, 96 * 96,
+            1024, count, bits, bits,
         )  # fmt: skip
     return found

@@ -237,7 +237,7 @@ def _lower_stage(
     bits = torch.empty(capacity, dtype=torch.int32, device=record.device)
     group.add(
         f"width {index}", selector_kernel.select, bits, gradients, moments.values, *stage.selector,
-        group.size, height * width, group.count, group.slices, record, moments.length,
+        group.size, height * width, moments.length, group.count, group.slices, record,
     )  # fmt: skip
     first = stage.blocks[0]
     if stage.guess == 0 or len(stage.widths) > 1:

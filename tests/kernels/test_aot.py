@@ -28,6 +28,7 @@ from meddanet.kernels import (  # noqa: E402
     aot,
     backend,
     conv_int_triton,
+    head_triton,
     machine_code,
     shuffle_unit_triton,
     side_by_side,
@@ -142,7 +143,7 @@ LAUNCHED = [
     "width_gradient_kernel",
 ]  # fmt: skip
 KERNELS = {
-    *LAUNCHED, "encode_kernel", "gradients_kernel", "moments_kernel", "route_kernel",
+    *LAUNCHED, "encode_kernel", "gradients_kernel", "route_kernel",
     "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel", "way_up_kernel",
 }  # fmt: skip
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block", "way up")
@@ -456,6 +457,13 @@ def test_machine_code_of_other_ways_up(channels, arch):
     """Channels to be padded, and more than the shipped networks have."""
     launch = partial(way_up_triton._launch_meta, channels, tile=channels < 128)
     assert_lean(machine_code_of(arch, "", launch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", [86, 90])
+def test_machine_code_of_heads_of_floats(arch, dtype):
+    """Which the shipped models do not launch."""
+    assert_lean(machine_code_of(arch, "", partial(head_triton._launch_meta, dtype)))
 
 
 @pytest.mark.parametrize("shape", [(96, 192, 2), (192, 192, 1), (128, 256, 2), (256, 256, 1)])
