@@ -116,12 +116,14 @@ status=0
 case $part in
 test)
   need pytest hypothesis numpy triton nibabel isal safetensors
+  # of ahead-of-time compilation what needs a GPU: the rest takes minutes anywhere
   tests tests/kernels/test_devices.py tests/kernels/test_plan.py tests/test_gpu_plan.py \
-    tests/test_on_device.py tests/kernels/test_aot.py "$@" || status=1
+    tests/test_on_device.py \
+    tests/kernels/test_aot.py::test_the_first_launches_on_this_gpu_compile_nothing "$@" || status=1
   ;;
 
 sanitize)
-  need pytest hypothesis numpy triton
+  need pytest hypothesis numpy triton nibabel
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
   if [[ -z $sanitizer && -z $dry_run ]]; then
     say "compute-sanitizer is not here: install the CUDA toolkit's, or put it on the PATH"
@@ -167,8 +169,8 @@ network)
     limited "$python" benchmarks/plan_launches.py "$launches" "${case_of[@]}" || status=1
   fi
   cold=$(result cold_start)
-  limited "$python" benchmarks/cold_start.py "$cold" --rounds "$([[ -n $dry_run ]] && echo 1 || echo 3)" ||
-    status=1
+  # a round compiles everything three times, which takes minutes
+  limited "$python" benchmarks/cold_start.py "$cold" --rounds 1 || status=1
   say "results: $MEDDANET_RESULTS $launches $cold"
   ;;
 

@@ -55,6 +55,7 @@ def slices_of(case: Path | None) -> tuple[str, Tensor, np.ndarray]:
 def captured(run: Callable[[], object], repeats: int) -> Callable[[], None]:
     """Returns the replay of a graph of so many calls."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     stream.synchronize()

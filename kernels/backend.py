@@ -93,7 +93,11 @@ def import_fault(package: str, requirement: str) -> str:
 
 @cache
 def triton_fault(device: torch.device) -> str:
-    """Returns why Triton launches no kernel on a GPU, with the cure; "" if it does."""
+    """Returns why Triton launches no kernel on a GPU, with the cure; "" if it does.
+
+    Raises:
+        torch.OutOfMemoryError: If the GPU has no room for it now.
+    """
     fault = import_fault("triton", "triton")
     if fault:
         return fault
@@ -102,6 +106,9 @@ def triton_fault(device: torch.device) -> str:
         _launch(device)
     except faults as error:
         told = " ".join(str(error).split())
+        if "out of memory" in told:
+            # which may pass, so that it is not kept
+            raise torch.OutOfMemoryError(told) from error
         return f"triton launches nothing here ({told}); it needs a C compiler and Python's headers"
     return fault
 

@@ -68,7 +68,9 @@ def step_size(
     amax = amax.detach().to(dtype)
     # an infinity becomes NaN
     amax = amax + 0 * amax
-    return amax / largest, largest, amax
+    # on a GPU a number's reciprocal would be multiplied by
+    divisor = largest if isinstance(largest, Tensor) else torch.full_like(amax, largest)
+    return amax / divisor, largest, amax
 
 
 def quantize_codes(input: Tensor, step: Tensor, largest: Tensor | int) -> Tensor:

@@ -205,14 +205,20 @@ def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
         milliseconds = 0.0
         for chunk in chunks:
             plan.images.zero_()[: len(chunk)].copy_(chunk)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            milliseconds += begin.elapsed_time(end)
+            with torch.cuda.device(engine.device):
+                milliseconds += _milliseconds(run)
         times.append(milliseconds / 1000)
     return {"slices": capacity, "runs": len(chunks), "seconds": statistics.median(times[1:])}
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """Returns the time of a call by events of the current GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def bench_volume(

@@ -20,6 +20,7 @@ from ..kernels import (
     shuffle_stem,
     shuffle_unit,
 )
+from ..kernels.layout import wide_dtype
 from ..layers import quantized_layers
 from ..networks.decision import ShuffleStem, ShuffleUnit
 from ..routing import to_memory_format
@@ -63,6 +64,26 @@ class _OneKernel(nn.Module):
         return self.operation(input, self.packed)
 
 
+class _FewOutputs(nn.Module):
+    """A linear layer as products and sums, in float32 at least.
+
+    cuBLAS has memory that PyTorch may free while a graph still writes there.
+
+    Args:
+        layer: Which see.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [N, Cin] to [N, Cout], float64 where that comes in, else float32."""
+        dtype = wide_dtype(input)
+        output = (input[:, None].to(dtype) * self.weight.to(dtype)).sum(2)
+        return output if self.bias is None else output + self.bias.to(dtype)
+
+
 def frozen(
     network: nn.Module, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -89,6 +110,9 @@ def frozen(
         if isinstance(module, nn.Sequential):
             _fold_norms(module)
     network = to_memory_format(network.to(dtype), torch.channels_last).requires_grad_(False)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear):
+            network.set_submodule(name, _FewOutputs(layer))
     # ranges stay in full precision
     for name, (num_bits, amax) in rounding.items():
         parent, _, own = name.rpartition(".")

@@ -31,6 +31,10 @@ from .routing import halo
 # for: launches and buffers of slots not in use are not free
 ROOM = 1.0, 0.4, 0.1
 
+# priority of the streams that a capture sees: PyTorch hands streams of one priority out in turn,
+# so that one of the usual priority may be what another thread works on
+CAPTURED = -1
+
 
 def rooms(routes: int, capacity: int, roomy: bool) -> list[int]:
     """Returns how many slices of a chunk each route but skip takes; `roomy`: all of them."""
@@ -131,7 +135,7 @@ class Plan:
             self._lower_crop(index, group)
         self._lower_whole(self.groups[-1])
         on_gpu = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in self.groups[1:]] if on_gpu else []
+        self._streams = [torch.cuda.Stream(device, CAPTURED) for _ in self.groups[1:] if on_gpu]
 
     @property
     def launches(self) -> Iterator[Launch]:

@@ -22,7 +22,7 @@ from ..kernels.backend import build_errors
 from ..kernels.side_by_side import compile_side_by_side
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
-from .plan import Plan, PlannedModel, overflows
+from .plan import CAPTURED, Plan, PlannedModel, overflows
 
 # slices of a chunk: a few, an L2 cache's worth, a head; others were not tried on a GPU
 CAPACITIES = (8, 32, 160)
@@ -52,6 +52,9 @@ class TritonEngine:
     def __init__(
         self, model: MedDANetV2, device: torch.device, capacities: tuple[int, ...] = CAPACITIES
     ) -> None:
+        if device.type == "cuda" and device.index is None:
+            # the current one may be another when it segments
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.capacities = device, capacities
         self._model = model
         self._planned = PlannedModel(model, device)
@@ -136,15 +139,17 @@ class TritonEngine:
                 self._compile(height, width)
                 plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)
-        except torch.OutOfMemoryError:
-            if not smaller and not self._plans:
-                raise
         except build_errors() as error:
             told = " ".join(str(error).split())
             raise RuntimeError(
                 f"executor triton: a kernel cannot be built for this GPU ({told}); use executor "
                 "eager"
             ) from error
+        except RuntimeError as error:
+            # where a kernel is loaded or a graph made it is told in words alone
+            full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if not full or not (smaller or self._plans):
+                raise
         plan = None
         # what is missing may be what other plans hold
         shrink = not self._plans
@@ -212,7 +217,7 @@ class TritonEngine:
 
 def captured(plan: Plan) -> Callable[[], None]:
     """Returns the replay of a CUDA graph of a plan."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(priority=CAPTURED)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # kernels are compiled and algorithms chosen before anything is recorded

@@ -184,7 +184,11 @@ def test_the_first_launches_on_this_gpu_compile_nothing(tmp_path):
 import torch
 from triton import knobs
 hits = []
-knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit"])
+def listen(*, src, cache_hit, **others):
+    # but the probe, which no list has
+    if src.name != "nothing":
+        hits.append(cache_hit)
+knobs.compilation.listener = listen
 from meddanet.kernels import affine_paste, bilinear_crop, fake_quantize
 x = torch.randn(3, 4, 152, 184, device="cuda").contiguous(memory_format=torch.channels_last)
 offset = torch.rand(3, 2, device="cuda", requires_grad=True)

@@ -116,6 +116,20 @@ def test_auto_does_without_a_triton_that_cannot_launch(monkeypatch, asked_anew, 
     )
 
 
+def test_a_gpu_that_is_full_is_tried_again(monkeypatch, asked_anew):
+    answers = iter([RuntimeError("Triton Error [CUDA]: out of memory"), None])
+
+    def launch(device):
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr(chooser, "import_fault", lambda *names: "")
+    monkeypatch.setattr(chooser, "_launch", launch)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA.: out of memory"):
+        chooser.triton_fault("cuda:0")
+    assert chooser.triton_fault("cuda:0") == ""
+
+
 def test_the_launch_that_is_tried():
     """It runs under the interpreter and on a GPU; where there is neither, Triton has no driver."""
     triton = pytest.importorskip("triton")

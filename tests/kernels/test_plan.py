@@ -273,20 +273,20 @@ def test_neighbours_and_chunks_change_nothing(engine, mixed):
     assert all(torch.equal(a[0], b[4]) for a, b in zip(alone, mixed, strict=True))
 
 
-def test_changes_of_the_model_do_not_reach_the_engine(engine, model, mixed):
+def test_changes_of_the_model_do_not_reach_the_engine(engine, model):
     """Neither what was made already, at the size seen before, nor what another size makes."""
     changed = deepcopy(model)
     ours, untouched = (compile_engine(m, str(engine.device), "triton") for m in (changed, model))
     ours.capacities = untouched.capacities = (1,)
     before, after = MIXED[:1], torch.cat([MIXED[:1], MIXED[1:2]], 2)
-    ours.segment(before)
+    for one in (ours, untouched):
+        one.segment(before)
     with torch.no_grad():
         for tensor in (*changed.parameters(), *changed.buffers()):
             tensor.mul_(-2).add_(1)
-    found = ours.segment(before)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, mixed, strict=True))
-    pairs = zip(ours.segment(after), untouched.segment(after), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
+    for slices in (before, after):
+        pairs = zip(ours.segment(slices), untouched.segment(slices), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 # how it runs -----------------------------------------------------------------------------------
@@ -403,6 +403,36 @@ def test_kernels_are_compiled_before_the_first_plan_alone(model, monkeypatch):
     for count in (5, 1):
         engine.plan(count, *SIDES)
     assert made == [(2, SIDES), (8, SIDES), (2, SIDES)] and steps == ["compile", ("run", 2)]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+], ids=["allocator", "module"])  # fmt: skip
+def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
+    """First without the other plans' memory; other errors are the user's to see."""
+    made, room = [], 8
+
+    class Roomless:
+        def __init__(self, planned, capacity, size, roomy=True):
+            made.append(capacity)
+            self.run = None
+            if capacity > room:
+                raise error
+
+    monkeypatch.setattr(triton_engine, "Plan", Roomless)
+    engine = TritonEngine(deepcopy(model), torch.device("cpu"), capacities=(2, 8, 32))
+    engine.plan(1, *SIDES)
+    engine.plan(20, *SIDES)
+    assert made == [2, 32, 32, 8]
+    room = 0
+    with pytest.raises(type(error), match="out of memory"):
+        engine.plan(20, *SIDES, roomy=True)
+    assert made[4:] == [32, 32, 8, 2]
+    error = RuntimeError("device-side assert")
+    with pytest.raises(RuntimeError, match="assert"):
+        engine.plan(2, *SIDES, roomy=True)
+    assert made[8:] == [2]
 
 
 def test_units_in_float_are_one_kernel_each(engine):
