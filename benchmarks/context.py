@@ -141,7 +141,7 @@ def network_row(name: str, image: Tensor, limit: int | None) -> dict[str, Any]:
 def engine_row(volume: Any) -> dict[str, Any]:
     """Runs this package's engine on the same slices, its graphs compiled before."""
     predictor = VolumePredictor(load_model(), "cpu")
-    slices = predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    slices = predictor.fitted(torch.from_numpy(to_slices(predictor.ordered(volume))))
     cost = predictor.predict(volume).cost
     reset_peak()
     began, cpu = time.perf_counter(), time.process_time()

@@ -47,7 +47,7 @@ def slices_of(case: Path | None) -> tuple[str, Tensor, np.ndarray]:
     predictor = VolumePredictor(load_model(), "cpu", executor="eager")
     found = find_cases(case)[0]
     volume = load_volume(found)
-    slices = predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    slices = predictor.fitted(torch.from_numpy(to_slices(predictor.ordered(volume))))
     labels = canonical(load_labels(str(found.label), like=volume), volume.affine)
     return volume.name, slices, labels.transpose(2, 0, 1) > 0
 

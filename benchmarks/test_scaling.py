@@ -45,7 +45,7 @@ def predictor() -> VolumePredictor:
 @pytest.fixture(scope="module")
 def slices(case, predictor) -> Tensor:
     """The case's normalised slices."""
-    return predictor.pad(torch.from_numpy(to_slices(load_volume(case))))
+    return predictor.fitted(torch.from_numpy(to_slices(load_volume(case))))
 
 
 def keep(benchmark, level: str, points: dict, **facts) -> None:

@@ -108,7 +108,7 @@ def test_network(benchmark, held_out, index, tmp_path):
     predictor = VolumePredictor(load_model(), "cpu")
     volume = load_volume(case)
     slices = to_slices(predictor.ordered(volume))
-    fitting = predictor.pad(torch.from_numpy(slices))
+    fitting = predictor.fitted(torch.from_numpy(slices))
     runs, not_run = static_peers(fitting.numpy(), tmp_path, everything=index == 0)
     answers = {name: np.array(run()) for name, run in runs.items()}
     agreement = {
@@ -144,7 +144,7 @@ def written_agreement(case: Case, folders: dict[str, Path]) -> dict[str, float]:
             and segment, those of scripts what the static network says of every slice.
     """
     volume, own = load_volume(case), VolumePredictor(load_model(), "cpu", executor="eager")
-    slices = own.pad(torch.from_numpy(to_slices(own.ordered(volume))))
+    slices = own.fitted(torch.from_numpy(to_slices(own.ordered(volume))))
     plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
     classes = np.asarray(slice_by_slice(plain, slices))
     static = from_classes(np.moveaxis(classes, 0, -1), "brats2021")

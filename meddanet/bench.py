@@ -252,7 +252,7 @@ def bench_volume(
     reference = VolumePredictor(model, device, executor="eager")
     prediction, expected = predictor.predict(volume), reference.predict(volume)
     slices = torch.from_numpy(to_slices(predictor.ordered(volume), window_hu=predictor.window_hu))
-    fitting = predictor.pad(slices)
+    fitting = predictor.fitted(slices)
     peers, not_run = torch_peers(model, fitting.to(predictor.device))
     runs: dict[str, Run] = {
         **peers,

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
 from .data import MODALITIES, VolumeError, find_cases
 from .data.slices import CachedCase, folds, read_cache
 from .distributed import first_alone, rank
+from .frame import extents
 from .recipe import TrainConfig
 
 _FIRST_PHANTOM = 1000
@@ -54,6 +56,19 @@ class Dataset:
             for axis in (1, 2)
         )
         return height, width
+
+    def centre(self) -> tuple[float, float] | None:
+        """Returns the mean (y, x) of the middle of what is not 0 in the training cases.
+
+        Of each case its middle slice is looked at; None if all of these are empty.
+        """
+        middles = [case.images[len(case.images) // 2] for case in self.training]
+        found = [extents(torch.from_numpy(image != 0).any(0)) for image in middles]
+        boxes = np.array([box for box in found if box is not None])
+        if not len(boxes):
+            return None
+        y, x = boxes.mean((0, 2)).round(1).tolist()
+        return y, x
 
 
 def prepare_dataset(config: TrainConfig) -> Dataset:

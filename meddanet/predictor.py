@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cost import CostTable, cost_tables
@@ -29,6 +28,7 @@ from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
 from .engine.slices import holds_signal
+from .frame import Frame, frame_of
 from .routing import RoutedSegmenter, Segmentation, channels_last, to_memory_format
 
 
@@ -47,7 +47,7 @@ class Prediction:
             decided on.
         decisions: [D] or [D, M] int64.
         offsets: [D, 2] or [D, M, 2] float32, (y, x) of the crop in pixels of the slice or window,
-            0 where none was made.
+            below 0 where it begins before that does; 0 where none was made.
         num_bits: [D, S] or [D, M, S] int64 widths per encoder stage, 0 where it did not run.
         cost: "mac" and "paper": multiply-adds of the case, deciding networks included;
             "static_mac" and "static_paper": of the same network, of a bank its dearest member, on
@@ -121,6 +121,7 @@ class VolumePredictor:
         self.modalities = tuple(facts.get("modalities", ()))
         self.spacing = facts.get("spacing_mm")
         self.window_hu = facts.get("window_hu")
+        self.canvas, self.centre = facts.get("canvas"), facts.get("centre")
         self.trained_labels = facts.get("label_convention", "brats2021")
         # JSON has no whole numbers as keys
         self.label_values = {int(k): v for k, v in facts.get("label_values", {}).items()}
@@ -142,23 +143,25 @@ class VolumePredictor:
             warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=2)
         slices = self._slices(self.ordered(volume))
         channels, height, width = slices.shape[1:]
+        frame = self.frame(slices)
+        self._warn_of_frame(volume, frame)
+        slices = frame.take(slices)
         seen = self._seen(slices)
-        slices = self.pad(slices)
         normalised = time.perf_counter()
         result = self._segment(slices)
-        result = result._replace(labels=result.labels[:, :height, :width])
+        labels = frame.put_back(result.labels, (height, width))
         labelled = time.perf_counter()
         convention, values = self._label_values(volume)
-        labels = from_classes(from_slices(result.labels.numpy(), volume), values)
-        cost = self._cost((1, channels, *self._sides(height, width)), seen, result)
+        sides = (self.window, self.window) if self.window else (frame.height, frame.width)
+        cost = self._cost((1, channels, *sides), seen, result)
         finished = time.perf_counter()
         return Prediction(
-            labels=labels,
+            labels=from_classes(from_slices(labels.numpy(), volume), values),
             label_convention=convention,
             routes=self.model.routes,
-            windows=self._windows(height, width),
+            windows=self._windows(frame.height, frame.width),
             decisions=result.decisions.numpy(),
-            offsets=result.offsets.numpy(),
+            offsets=self._in_slices(result, frame).numpy(),
             num_bits=result.num_bits.numpy(),
             cost=cost,
             timings={
@@ -211,24 +214,22 @@ class VolumePredictor:
             parts.append([tensor.cpu() for tensor in part])
         return Segmentation.joined(parts)
 
-    def pad(self, slices: Tensor) -> Tensor:
-        """Pads slices [N, C, H, W] at their ends where the network takes larger ones only."""
-        height, width = slices.shape[2:]
-        rows, columns = self._padded(height, width)
-        if (rows, columns) == (height, width):
-            return slices
-        return F.pad(slices, (0, columns - width, 0, rows - height))
-
-    def _padded(self, *sides: int) -> list[int]:
-        """Returns the sides rounded up to what the network takes."""
-        stride = self.model.stride
+    def frame(self, slices: Tensor) -> Frame:
+        """Returns which part of slices [D, C, H, W] the networks see; windows go over all of it."""
         smallest = max(self.window or 0, self.model.smallest_side)
-        return [-(-max(side, smallest) // stride) * stride for side in sides]
+        if self.window or self.canvas is None:
+            return frame_of(slices, self.model.stride, smallest)
+        canvas, centre = tuple(self.canvas), self.centre
+        return frame_of(slices, self.model.stride, smallest, canvas, centre)
+
+    def fitted(self, slices: Tensor) -> Tensor:
+        """Cuts and pads slices [D, C, H, W] to what the networks see of them."""
+        return self.frame(slices).take(slices)
 
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         if self.window is None:
             return ()
-        rows, columns = (window_origins(side, self.window) for side in self._padded(height, width))
+        rows, columns = (window_origins(side, self.window) for side in (height, width))
         return tuple((y, x) for y in rows for x in columns)
 
     def ordered(self, volume: Volume) -> Volume:
@@ -271,9 +272,19 @@ class VolumePredictor:
                 stacklevel=3,
             )
 
-    def _sides(self, height: int, width: int) -> list[int]:
-        """Returns the sides of what the network takes at a time."""
-        return [self.window] * 2 if self.window else self._padded(height, width)
+    def _warn_of_frame(self, volume: Volume, frame: Frame) -> None:
+        if self.canvas is None or self.window:
+            return
+        # sides are rounded up to a multiple of the stride
+        rounded = self.model.stride - 1
+        if frame.height > self.canvas[0] + rounded or frame.width > self.canvas[1] + rounded:
+            warnings.warn(
+                f"{volume.name}: its voxels that are not 0 spread over {frame.height} x "
+                f"{frame.width} pixels, the model was trained on slices of "
+                f"{' x '.join(map(str, self.canvas))}; remove what is not brain, or expect worse "
+                "labels",
+                stacklevel=3,
+            )
 
     def _cost(
         self, shape: tuple[int, ...], seen: Tensor, result: Segmentation
@@ -293,6 +304,12 @@ class VolumePredictor:
         operations = tables["mac"].slice_bit_operations(route, bits.double())
         cost["bit_operations"] = (operations * seen).sum().item()
         return cost
+
+    def _in_slices(self, result: Segmentation, frame: Frame) -> Tensor:
+        """Returns offsets of crops in slices, which are found in a frame of theirs."""
+        crops = torch.tensor([route.startswith("crop-") for route in self.model.routes])
+        corner = torch.tensor([frame.top, frame.left])
+        return result.offsets + crops[result.decisions][..., None] * corner
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""

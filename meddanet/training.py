@@ -127,6 +127,7 @@ class _Run:
                 notes["decision_labels"] = dict(zip(self.model.routes, counts, strict=True))
         path = self.out / "model.safetensors"
         if rank() == 0:
+            notes |= {"canvas": self.canvas, "centre": self.data.centre()}
             save_model(self.model.eval(), path, modalities=self.data.modalities, **notes)
         if self.config.baseline is not None:
             plain = build_segmenter(

@@ -31,7 +31,7 @@ def slices(model, real_data) -> torch.Tensor:
     """One slice for each crop size, [2, 4, 240, 240]."""
     volume = load_volume(real_data / "brats2021" / "BraTS2021_00024")
     predictor = VolumePredictor(model, "cpu", executor="eager")
-    slices = predictor.pad(torch.from_numpy(to_slices(predictor.ordered(volume))))
+    slices = predictor.fitted(torch.from_numpy(to_slices(predictor.ordered(volume))))
     with torch.no_grad(), use_backend("reference"):
         decisions = model.decide(slices).argmax(1)
     return slices[[int((decisions == route).nonzero()[5]) for route in (1, 2)]]
