@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
 from .data.conventions import Survey, survey
 from .data.sources import unnamed_channels
-from .data.storage import has_report, is_result, write_errors
+from .data.storage import has_report, is_edited, is_result, write_errors
 
 # above it arrays are of whole volumes, below it maps of slices, which come and go all the time
 _OWN_MAPPING = 16 << 20
@@ -125,8 +125,8 @@ def read_case(
         overwrite: Whether results may take the place of files that are not meddanet's.
 
     Raises:
-        VolumeError: If the case is bad, or its results would take the place of its own files, or
-            of others that meddanet did not write.
+        VolumeError: If the case is bad, or its results would take the place of its own files, of
+            others that meddanet did not write, or of labels that were changed since.
     """
     began = time.perf_counter()
     results = result_paths(case, out)
@@ -137,6 +137,12 @@ def read_case(
     with write_errors(labels):
         there = [path for path in results if path.exists()]
         foreign = [] if overwrite or is_result(labels) else there
+        edited = not overwrite and is_edited(labels)
+    if edited:
+        raise VolumeError(
+            f"{labels}: was changed after meddanet wrote it; name another folder with -o, "
+            "or replace it with --overwrite"
+        )
     if foreign:
         raise VolumeError(
             f"{foreign[0]}: was not written by meddanet; name another folder with -o, "

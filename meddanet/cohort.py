@@ -6,13 +6,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from os.path import samestat
 from pathlib import Path
 
 import torch
 
 from .cases import ReadAhead, Reading, read_case, result_paths
 from .data import Case, Volume, save_volume
-from .data.storage import has_report, unfinished_mark, write_errors, write_json
+from .data.storage import (
+    digest,
+    has_report,
+    is_result,
+    unfinished_mark,
+    write_errors,
+    write_json,
+)
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_preview
 
@@ -132,6 +140,7 @@ def _write(
             weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
             threads=torch.get_num_threads(),
         )
+        content["labels_sha256"] = digest(labels)
         write_json(content, report)
     return content
 
@@ -141,9 +150,12 @@ def _marked(labels: Path) -> Iterator[None]:
     """Marks results as meddanet's while they have no report; a killed process leaves the mark."""
     mark = unfinished_mark(labels)
     with write_errors(labels):
+        # a file of somebody's own, to be replaced
+        foreign = labels.stat() if labels.exists() and not is_result(labels) else None
         mark.touch()
         try:
             yield
         finally:
-            if has_report(labels) or not labels.exists():
+            written = labels.exists() and not (foreign and samestat(foreign, labels.stat()))
+            if has_report(labels) or not written:
                 mark.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -179,6 +180,38 @@ def test_overwriting_replaces_what_it_writes_and_nothing_else(volumes, tmp_path)
         ((_, outcome),) = segment_cases(readings, Predictor(), weights="")
     assert json.loads(report.read_text()) == outcome and labels.read_bytes()[:2] == b"\x1f\x8b"
     assert picture.read_text() == "b.png"
+
+
+def test_labels_that_were_corrected_by_hand_are_kept(volumes, tmp_path):
+    """Whatever makes the case be segmented again; untouched ones are replaced."""
+    labels = tmp_path / "a.nii.gz"
+    run(["a", "b"], Predictor(), tmp_path)
+    nib.save(nib.Nifti1Image(np.ones(VOLUME.data.shape[1:], np.uint8), np.eye(4)), labels)
+    corrected = labels.read_bytes()
+    outcomes = dict(run(["a", "b"], Predictor(), tmp_path))
+    assert isinstance(outcomes["b"], dict) and str(outcomes["a"]) == (
+        f"{labels}: was changed after meddanet wrote it; name another folder with -o, or replace "
+        "it with --overwrite"
+    )
+    assert labels.read_bytes() == corrected
+    with ReadAhead([case("a")], tmp_path, overwrite=True) as readings:
+        list(segment_cases(readings, Predictor(), weights=""))
+    assert labels.read_bytes() != corrected
+
+
+def test_an_overwriting_that_fails_makes_nothing_meddanets(volumes, tmp_path, monkeypatch):
+    (labels,) = sources(tmp_path, "b.nii.gz")
+
+    def full(*_):
+        raise VolumeError("no room")
+
+    monkeypatch.setattr(cohort, "save_volume", full)
+    with ReadAhead([case("b")], tmp_path, overwrite=True) as readings:
+        list(segment_cases(readings, Predictor(), weights=""))
+    monkeypatch.undo()
+    monkeypatch.setattr(cases, "load_volume", lambda *_: VOLUME)
+    ((_, error),) = run(["b"], Predictor(), tmp_path)
+    assert "was not written by meddanet" in str(error) and labels.read_text() == "b.nii.gz"
 
 
 @pytest.mark.parametrize("end", ["save_volume", "write_preview", "write_json"])

@@ -240,6 +240,34 @@ def test_what_belongs_to_no_case_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> None:
+    brats2021(tmp_path, "p")
+    long = "b" * 235
+    touch(tmp_path / long, *(f"{long}_{kind}.nii" for kind in MRI))
+    touch(tmp_path, "study/imagesTr/BRATS_1.nii", "lost+found/x")
+    (tmp_path / "study" / "dataset.json").write_text("{")
+    listing = Path.iterdir
+
+    def refuse(folder: Path):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    found = survey(tmp_path)
+    assert [case.name for case in found.cases] == [long, "p"]
+    lost, images = tmp_path / "lost+found", tmp_path / "study" / "imagesTr"
+    assert found.left_out(tmp_path) == (
+        f"{tmp_path}: 2 left out, folders with a fault (lost+found, study/imagesTr); {lost}: cannot "
+        "be listed (Permission denied)"
+    )
+    assert "holds no channel order" in str(found.faulty[images])
+    with pytest.raises(VolumeError, match=f"^{images.parent}/dataset.json: holds no channel order"):
+        find_cases(images)
+    with pytest.raises(VolumeError, match="cannot be listed"):
+        find_cases(lost)
+
+
 def test_results_are_no_inputs(tmp_path: Path) -> None:
     """Wherever they are; not even those of a run that was ended between labels and report."""
     touch(tmp_path, "imagesTr/BRATS_1.nii.gz", "volume-2.nii")

@@ -73,11 +73,13 @@ class Survey:
         cases: Sorted by name.
         strays: NIfTI files that belong to no case, label files and results of meddanet aside.
         deep: Folders that are too deep to be looked into.
+        faulty: Why folders cannot be listed, or the channels of their files not be told.
     """
 
     cases: list[Case] = field(default_factory=list)
     strays: list[Path] = field(default_factory=list)
     deep: list[Path] = field(default_factory=list)
+    faulty: dict[Path, VolumeError] = field(default_factory=dict)
 
     def left_out(self, root: str | Path) -> str:
         """Says in one line what was left out below a folder; empty if nothing was."""
@@ -86,12 +88,16 @@ class Survey:
             for what, paths in (
                 ("NIfTI files that belong to no case", self.strays),
                 ("folders too deep to look into", self.deep),
+                ("folders with a fault", list(self.faulty)),
             )
             if paths
         ]
-        counted = f"{root}: {len(self.strays) + len(self.deep)} left out, "
+        count = len(self.strays) + len(self.deep) + len(self.faulty)
         cure = "; name them as inputs of their own, or rename them"
-        return counted + " and ".join(parts) + cure if parts else ""
+        if self.faulty:
+            # of several the first one
+            cure = f"; {next(iter(self.faulty.values()))}"
+        return f"{root}: {count} left out, " + " and ".join(parts) + cure if parts else ""
 
 
 def canonical_modality(name: str) -> str:
@@ -144,12 +150,9 @@ def survey(path: str | Path) -> Survey:
     if not path.is_dir():
         raise VolumeError(f"{path}: no such file or folder")
     found = Survey()
-    try:
-        _walk(path, _MAX_DEPTH, found)
-    except OSError as error:
-        raise VolumeError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    _walk(path, _MAX_DEPTH, found)
     if not found.cases:
-        raise VolumeError(_nothing_found(path))
+        raise next(iter(found.faulty.values()), None) or VolumeError(_nothing_found(path))
     cases = sorted(_with_unique_names(found.cases, path), key=lambda case: case.name)
     return replace(found, cases=cases)
 
@@ -172,9 +175,17 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
 
 
 def _walk(folder: Path, depth: int, found: Survey) -> None:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
-    cases = _cases_among(images, folder)
+    """Adds what lies in a folder and below; what is wrong with one folder stops no other."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
+    except OSError as error:
+        found.faulty[folder] = VolumeError(f"{folder}: cannot be listed ({error.strerror})")
+        return
+    try:
+        cases = _cases_among(images, folder)
+    except VolumeError as error:
+        found.faulty[folder], images, cases = error, [], []
     used = {path for case in cases for path in (*case.paths, *case.doubled)}
     found.cases.extend(cases)
     found.strays.extend(path for path in images if path not in used and not _is_label(path))

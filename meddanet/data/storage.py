@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -96,7 +97,11 @@ def is_result(labels: Path) -> bool:
 
     So does the mark of a run that was ended between the two.
     """
-    return unfinished_mark(labels).exists() or has_report(labels)
+    # a name may leave no room for that of a mark
+    with suppress(OSError):
+        if unfinished_mark(labels).exists():
+            return True
+    return has_report(labels)
 
 
 def has_report(labels: Path) -> bool:
@@ -107,6 +112,20 @@ def has_report(labels: Path) -> bool:
         return bool(content["case"] == name and content["versions"]["meddanet"])
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def digest(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_edited(labels: Path) -> bool:
+    """Tells whether a label file is no longer the one that its report tells of."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        name = labels.name.removesuffix(".nii.gz")
+        report = json.loads(labels.with_name(f"{name}.json").read_bytes())
+        return report["labels_sha256"] != digest(labels)
+    return False
 
 
 def unfinished_mark(labels: Path) -> Path:
