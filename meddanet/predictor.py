@@ -133,15 +133,15 @@ class VolumePredictor:
             volume: From `load_volume`; its modalities are put into the model's order.
 
         Raises:
-            VolumeError: If a modality is missing.
+            VolumeError: If a modality is missing or voxels are NaN or infinite.
         """
         began = time.perf_counter()
+        ordered = self.ordered(volume)
         self._warn_of_spacing(volume)
         self._warn_of_missing_window(volume)
-        # few voxels tell that a scan is not empty
-        if not volume.data[..., ::8, ::8, ::8].any() and not volume.data.any():
-            warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=2)
-        slices = self._slices(self.ordered(volume))
+        self._warn_of_flat_scans(ordered)
+        self._warn_of_negative_scans(ordered)
+        slices = self._slices(ordered)
         channels, height, width = slices.shape[1:]
         frame = self.frame(slices)
         self._warn_of_frame(volume, frame)
@@ -269,6 +269,36 @@ class VolumePredictor:
             warnings.warn(
                 f"{volume.name}: is a CT with negative values, which count as background since the "
                 "model has no Hounsfield window; train one with window_hu, or expect worse labels",
+                stacklevel=3,
+            )
+
+    def _warn_of_flat_scans(self, volume: Volume) -> None:
+        # few voxels tell that a scan is not flat
+        few = volume.data[..., ::8, ::8, ::8]
+        flat = [
+            name
+            for name, some, every in zip(volume.modalities, few, volume.data, strict=True)
+            if some.min() == some.max() and every.min() == every.max()
+        ]
+        if len(flat) == len(few) and not few.any():
+            warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=3)
+        elif flat:
+            warnings.warn(
+                f"{volume.name}: {', '.join(flat)} has the same value everywhere; look at the scan",
+                stacklevel=3,
+            )
+
+    def _warn_of_negative_scans(self, volume: Volume) -> None:
+        """Warns where what `normalize` takes for background is more than background."""
+        if self.window_hu is not None or has_hounsfield_values(volume):
+            return
+        few = volume.data[..., ::4, ::4, ::4].sum(0)
+        below, above = np.count_nonzero(few < 0), np.count_nonzero(few > 0)
+        if below > 0.05 * above:
+            warnings.warn(
+                f"{volume.name}: {below / (below + above):.0%} of its voxels that are not 0 are "
+                "negative, summed over the modalities, and count as background; give scans before "
+                "normalisation, as the model was trained on, or expect worse labels",
                 stacklevel=3,
             )
 

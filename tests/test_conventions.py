@@ -258,8 +258,8 @@ def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> No
     assert [case.name for case in found.cases] == [long, "p"]
     lost, images = tmp_path / "lost+found", tmp_path / "study" / "imagesTr"
     assert found.left_out(tmp_path) == (
-        f"{tmp_path}: 2 left out, folders with a fault (lost+found, study/imagesTr); {lost}: cannot "
-        "be listed (Permission denied)"
+        f"{tmp_path}: 2 left out, folders with a fault (lost+found, study/imagesTr); {lost}: "
+        "cannot be listed (Permission denied)"
     )
     assert "holds no channel order" in str(found.faulty[images])
     with pytest.raises(VolumeError, match=f"^{images.parent}/dataset.json: holds no channel order"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -115,6 +116,27 @@ def test_d10_labels_carry_the_inputs_geometry(tmp_path: Path, suffix: str, form:
     assert result.header.get_xyzt_units() == ("mm", "sec")
     assert bytes(result.header["descrip"]).strip(b"\0") == b""
     np.testing.assert_array_equal(load_labels(out, like=volume), labels_of(volume))
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (2, 0), (0, 3), (0, 0)], ids=str)
+def test_labels_of_a_cut_volume_lie_where_it_lies(tmp_path: Path, codes: tuple[int, int]) -> None:
+    """As nibabel moves the affine of a cut image, in both forms."""
+    path = tmp_path / "scan.nii"
+    scan = nib.Nifti1Image(np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32), None)
+    axes = np.array([[-1.5, 0, 0, 20], [0, 2, 0, -30], [0, 0, 3, 5], [0, 0, 0, 1]])
+    for form, code in zip((scan.header.set_qform, scan.header.set_sform), codes, strict=True):
+        form(axes, code)
+    nib.save(scan, path)
+    volume = load_volume({"flair": path})
+    cut = nib.load(path).slicer[2:5, 1:, 3:]
+    part = replace(volume, data=volume.data[:, 2:5, 1:, 3:], affine=cut.affine)
+    out = tmp_path / "labels.nii.gz"
+    save_volume(np.ones(cut.shape, np.uint8), out, like=part)
+    saved = nib.load(out)
+    np.testing.assert_allclose(saved.affine, cut.affine, atol=1e-4)
+    if codes[0]:
+        np.testing.assert_allclose(saved.get_qform(), cut.affine, atol=1e-4)
+    assert saved.header["sform_code"] == (codes[1] or codes[0] or 1)
 
 
 def test_a_label_file_of_a_scaled_image_is_not_scaled(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from nibabel import orientations
 
 from meddanet import predictor as predictor_module
 from meddanet.build import build_med_danet_v2
-from meddanet.data import Volume, canonical, load_volume, to_slices
+from meddanet.data import Volume, VolumeError, canonical, load_volume, to_slices
 from meddanet.data.on_device import to_slices_on
 from meddanet.predictor import VolumePredictor
 
@@ -74,16 +74,16 @@ def test_voxels_outside_the_mask_are_zero_and_constants_too(device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_not_finite_is_not_hidden(device: str) -> None:
-    """`load_volume` refuses it; arrays of one's own make their modality NaN, as on the CPU."""
-    for value in (np.nan, np.inf):
+def test_what_is_not_finite_is_refused(device: str) -> None:
+    """As by `load_volume`: arrays of one's own, too."""
+    for value in (np.nan, np.inf, -np.inf):
         volume = volume_of(scan())
         volume.data[1, 4, 3, 20] = value
-        found = to_slices_on(torch.device(device), volume).isnan().cpu().numpy()
-        with np.errstate(invalid="ignore"):
-            expected = np.isnan(to_slices(volume))
-        assert found[:, 1].any() and expected[:, 1].any()
-        assert not found[:, [0, 2]].any() and not expected[:, [0, 2]].any()
+        for window in (None, (-160, 240)):
+            with pytest.raises(VolumeError, match="voxels are NaN or infinite; expected finite"):
+                to_slices_on(torch.device(device), volume, window)
+            with pytest.raises(VolumeError, match="voxels are NaN or infinite; expected finite"):
+                to_slices(volume, window_hu=window)
 
 
 @pytest.mark.parametrize("device", DEVICES)

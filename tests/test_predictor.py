@@ -262,6 +262,32 @@ def test_bit_operations_are_products_of_widths(model):
     assert cost["bit_operations"] == 8 * 8 * cost["mac"] + in_float
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("window_hu", [None, (-100, 400)])
+def test_voxels_that_are_no_numbers_are_refused(model, bad, window_hu):
+    predictor = VolumePredictor(model, "cpu", executor="eager")
+    predictor.window_hu = window_hu
+    data = noise(16, 24, 3)
+    data[2, 5, 6, 1] = bad
+    with pytest.raises(VolumeError, match="^case: voxels are NaN or infinite; expected finite"):
+        predictor.predict(volume(data))
+
+
+def test_scans_that_tell_nothing_are_warned_of(model):
+    predictor = Predictor(model, "cpu")
+    data = noise(30, 40, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(volume(data))
+    data[1], data[3] = 0, 7
+    with pytest.warns(UserWarning, match="^case: t1ce, t2 has the same value everywhere; look at"):
+        predictor.predict(volume(data))
+    normalised = noise(30, 40, 9)
+    normalised -= normalised.mean()
+    with pytest.warns(UserWarning, match=r"^case: [45]\d% of its voxels that are not 0"):
+        predictor.predict(volume(normalised))
+
+
 def test_an_empty_volume_costs_nothing(model):
     result = VolumePredictor(model, "cpu").predict(volume(np.zeros((4, 16, 24, 4), np.float32)))
     assert not result.labels.any() and not result.decisions.any()
@@ -310,7 +336,7 @@ def test_a_scan_of_zeros_is_a_warning(model):
     predictor, data = Predictor(model, "cpu"), np.zeros_like(noise(16, 16, 3))
     with pytest.warns(UserWarning, match="^case: its voxels are all 0; look at the scan$"):
         predictor.predict(volume(data))
-    data[2, 5, 5, 1] = 1
+    data[:, 5, 5, 1] = 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor.predict(volume(data))
@@ -329,8 +355,9 @@ def test_a_ct_without_a_window_is_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predict(positive, "ct")
-        predict(positive - 100, "mri")
         predict(positive - 100, "ct", window_hu=[-160, 240])
+    with pytest.warns(UserWarning, match="^case: 12% of its voxels that are not 0 are negative"):
+        predict(positive - 100, "mri")
     with pytest.warns(UserWarning, match="^case: is a CT with negative values, .* window_hu"):
         predict(positive - 100, "ct")
 

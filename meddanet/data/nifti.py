@@ -138,7 +138,7 @@ def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
         stored = labels.astype(np.uint8, copy=False)
     if not np.array_equal(stored, labels):
         raise ValueError("labels hold values that are not whole numbers from 0 to 255")
-    header = _new_header(like.affine) if like.header is None else like.header.copy()
+    header = _new_header(like.affine) if like.header is None else _header_at(like)
     header["descrip"] = header["aux_file"] = header["intent_name"] = b""
     header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
     _save(stored, Path(path), header)
@@ -250,6 +250,16 @@ def _new_header(affine: np.ndarray) -> nib.Nifti1Header:
     header.set_sform(affine, code="scanner")
     header.set_qform(affine, code="scanner")
     header.set_xyzt_units("mm")
+    return header
+
+
+def _header_at(volume: Volume) -> Any:
+    """Returns a copy of a volume's header with its affine, another one if it was cut or turned."""
+    header = volume.header.copy()
+    if not np.array_equal(header.get_best_affine(), volume.affine):
+        qform, sform = int(header["qform_code"]), int(header["sform_code"])
+        header.set_sform(volume.affine, code=sform or qform or "scanner")
+        header.set_qform(volume.affine, code=qform or sform or "scanner")
     return header
 
 

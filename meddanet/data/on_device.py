@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .volume import Volume, check_window, lps_axes, memory_order
+from .volume import (
+    NOT_FINITE,
+    Volume,
+    VolumeError,
+    check_window,
+    lps_axes,
+    memory_order,
+)
 
 # what is copied into pinned memory while the piece before is uploaded
 _PIECE = 1 << 22  # values
@@ -33,9 +40,12 @@ def to_slices_on(
 
     Raises:
         torch.OutOfMemoryError: If the device has no room for the volume two and a half times.
+        VolumeError: If voxels are NaN or infinite.
         ValueError: If the window does not ascend.
     """
     slices = _axial(_uploaded(volume.data, device), volume)
+    if not slices.isfinite().all():
+        raise VolumeError(f"{volume.name}: {NOT_FINITE}")
     done = _normalized(slices) if window_hu is None else _windowed(slices, *window_hu)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -12,7 +12,7 @@ import numpy as np
 
 # the sign of each world axis (+x right, +y anterior, +z superior) along the voxel axes of "LPS"
 _LPS = np.array([-1, -1, 1])
-
+NOT_FINITE = "voxels are NaN or infinite; expected finite ones"
 
 Box = tuple[slice, ...]
 
@@ -40,8 +40,8 @@ class Volume:
     affine: np.ndarray
     header: Any
     modalities: tuple[str, ...]
-    convention: str
-    name: str
+    convention: str = "files"
+    name: str = "volume"
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -103,6 +103,9 @@ def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
 
     Returns:
         float32 [C, H, W, D], in the memory order of `data`.
+
+    Raises:
+        VolumeError: If values are NaN or infinite.
     """
     order = memory_order(data)
     result = np.zeros([data.shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
@@ -141,12 +144,21 @@ def to_slices(
         volume: Raw intensities.
         threads: How many work on it.
         window_hu: Hounsfield values that become 0 and 1; None normalises by `normalize`.
+
+    Raises:
+        VolumeError: If voxels are NaN or infinite.
+        ValueError: If the window does not ascend.
     """
     data = canonical(volume.data, volume.affine)
     if window_hu is not None:
+        if not np.isfinite(data).all():
+            raise VolumeError(f"{volume.name}: {NOT_FINITE}")
         return np.ascontiguousarray(np.moveaxis(hounsfield_window(data, window_hu), -1, 0))
     slices = np.zeros((data.shape[3], *data.shape[:3]), np.float32)
-    _normalize_into(np.moveaxis(slices, 0, -1), data, threads)
+    try:
+        _normalize_into(np.moveaxis(slices, 0, -1), data, threads)
+    except VolumeError as error:
+        raise VolumeError(f"{volume.name}: {error}") from None
     return slices
 
 
@@ -192,7 +204,10 @@ def _normalize_into(target: np.ndarray, data: np.ndarray, threads: int) -> None:
 
 def _masked_box(slab: np.ndarray) -> tuple[Box, np.ndarray] | None:
     """Returns (box, mask inside it) of a slab [C, A, B]; None where no sum is positive."""
-    mask = slab.sum(0) > 0
+    total = slab.sum(0)
+    if not np.isfinite(total).all():
+        raise VolumeError(NOT_FINITE)
+    mask = total > 0
     box = [slice(None)]
     for axis in (1, 0):
         inside = np.flatnonzero(mask.any(axis))
