@@ -268,6 +268,17 @@ def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> No
         find_cases(lost)
 
 
+def test_a_link_that_leads_back_is_not_followed(tmp_path: Path) -> None:
+    brats2021(tmp_path / "cohort", "p")
+    (tmp_path / "cohort" / "p" / "self").symlink_to(".")
+    (tmp_path / "cohort" / "up").symlink_to("..")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "elsewhere").symlink_to(tmp_path / "cohort" / "p")
+    found = survey(tmp_path)
+    assert [case.name for case in found.cases] == ["p_p", "elsewhere_p"][::-1]
+    assert found.left_out(tmp_path) == ""
+
+
 def test_results_are_no_inputs(tmp_path: Path) -> None:
     """Wherever they are; not even those of a run that was ended between labels and report."""
     touch(tmp_path, "imagesTr/BRATS_1.nii.gz", "volume-2.nii")

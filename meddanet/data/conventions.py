@@ -190,11 +190,16 @@ def _walk(folder: Path, depth: int, found: Survey) -> None:
     found.cases.extend(cases)
     found.strays.extend(path for path in images if path not in used and not _is_label(path))
     for entry in entries:
-        if entry.is_dir() and not _is_label_folder(entry):
+        if entry.is_dir() and not _is_label_folder(entry) and not _leads_back(entry):
             if depth:
                 _walk(entry, depth - 1, found)
             else:
                 found.deep.append(entry)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Tells whether a folder is a link to one that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _is_label(path: Path) -> bool:
