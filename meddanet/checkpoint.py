@@ -26,6 +26,8 @@ _FREE = {
 }
 # of a phase that is not finished, what acts from the next step on
 _PACE = ("learning_rate", "selector_rate", "schedule_before", "schedule_after", "decay", "warm_up")
+# what a run writes beside its configuration and its checkpoints
+_RESULTS = ("model.safetensors", "log.jsonl", "validation.jsonl")
 
 
 @dataclass
@@ -144,6 +146,27 @@ def hold_run(out: Path) -> AbstractContextManager[object]:
             raise ValueError(
                 f"another run is using {out}; wait until it ends, or name another out"
             ) from error
+
+
+def check_out(out: Path, checkpoints: Iterable[Path]) -> None:
+    """Sees that a folder that holds no run has no file that a run would write or go on from.
+
+    Args:
+        out: The folder.
+        checkpoints: Of the run that is to be there.
+
+    Raises:
+        ValueError: If it has one; it is named.
+    """
+    # either is enough: a damaged one is deleted to go on
+    if (out / "config.json").exists() or (out / "split.json").exists():
+        return
+    for path in (*(out / name for name in _RESULTS), *checkpoints):
+        if path.exists():
+            raise ValueError(
+                f"{path}: has the name of a run's file, but {out} holds no run (no config.json); "
+                "name another out, or move the file away"
+            )
 
 
 def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:

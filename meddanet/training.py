@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .cases import output_folder
-from .checkpoint import checkpoint_files, hold_run, keep_config, load_checkpoint, load_part
+from .checkpoint import (
+    check_out,
+    checkpoint_files,
+    hold_run,
+    keep_config,
+    load_checkpoint,
+    load_part,
+)
 from .dataset import Dataset, prepare_dataset
 from .distributed import first_alone, process_group, rank, world
 from .layers import set_quantization
@@ -88,6 +95,7 @@ class _Run:
         self.config, self.device, self.out = config, device, Path(config.out)
         objectives = (phase.objective for phase in config.phases)
         self.files, self.baseline = checkpoint_files(self.out, objectives)
+        check_out(self.out, (*self.files, self.baseline))
         # once a checkpoint is there, all weights are in it
         starts = config.start is not None and not self.files[0].exists()
         check_run(config, starts)

@@ -404,6 +404,18 @@ def test_a_damaged_table_is_named(config, tmp_path, name):
     train(config)  # the cure
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "log.jsonl", "validation.jsonl", "1-joint.pt", "baseline.pt"]
+)
+def test_files_of_no_run_are_not_overwritten(config, tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=f"^{path}: has the name of a run's file, .*another out"):
+        train(config)
+    assert path.read_text() == "mine" and not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("content", ['{"phases": []}', '{"phases": [1]}', '{"phases": 1}'])
 def test_a_configuration_with_parts_missing_is_named(config, tmp_path, content):
     config.phases = [PhaseConfig("static", 1, batch=2)]
