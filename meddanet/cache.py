@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,20 @@ from .data.slices import is_cached, write_cache
 from .data.storage import read_record, write_bytes
 from .recipe import TrainConfig
 
+# what all rows of a table were made with
+_SETTINGS = ("modalities", "label_map", "window_hu")
+
 
 @contextmanager
-def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
-    """Opens the cache's table of cases; keeps what was added, also where a later case is bad."""
-    settings = {
-        name: getattr(config, name) for name in ("modalities", "label_map", "window_hu")
-    }
-    settings = json.loads(json.dumps(settings))
+def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Opens the cache's table; keeps what was added, also where a later case is bad."""
+    settings = json.loads(json.dumps({name: getattr(config, name) for name in _SETTINGS}))
     path = cache / "cases.json"
-    content = read_table(path) if path.exists() else {"cases": {}}
-    # a table without cases binds nobody
-    content = content if content["cases"] else {"settings": settings, "cases": {}}
+    content = read_table(path) if path.exists() else {}
+    # what no run has accepted binds nobody; older tables do not say
+    accepted = content.get("accepted", bool(content.get("cases")))
+    if not accepted and content.get("settings") != settings:
+        content = {"settings": settings, "cases": {}, "accepted": False}
     for name, value in settings.items():
         if content["settings"][name] != value:
             raise ValueError(
@@ -50,7 +52,7 @@ def _table(cache: Path, config: TrainConfig) -> Iterator[dict[str, dict]]:
                 "delete it or name another cache"
             )
     try:
-        yield content["cases"]
+        yield content
     finally:
         write_bytes(path, json.dumps(content).encode())
 
@@ -78,20 +80,32 @@ def _hold(cache: Path) -> AbstractContextManager[object]:
         return hold(lock, wait=True)
 
 
-def fill_cache(cases: dict[str, Case], config: TrainConfig, cache: Path) -> None:
+def fill_cache(
+    cases: dict[str, Case], config: TrainConfig, cache: Path,
+    accept: Callable[[dict[str, dict]], object],
+) -> None:
     """Caches what is not cached yet, or whose files are others than then.
+
+    Args:
+        cases: By name.
+        config: Its settings bind the cache once the cases are accepted.
+        cache: Folder.
+        accept: Takes the cases' rows of the table and raises where they cannot be trained on.
 
     Raises:
         VolumeError: If a case is bad, or the table damaged.
         ValueError: If the cache was made with other settings.
     """
-    with _hold(cache), _table(cache, config) as table:
+    with _hold(cache), _table(cache, config) as content:
+        table = content["cases"]
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
             # rows without values are from before single modalities were told from gliomas
             if row.get("files") != files or "values" not in row or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
+        accept({name: table[name] for name in cases})
+        content["accepted"] = True
 
 
 def _fingerprint(case: Case) -> list[list[Any]]:
@@ -103,7 +117,7 @@ def _fingerprint(case: Case) -> list[list[Any]]:
 
 
 def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:
-    """Caches one case and returns its row of the table."""
+    """Caches one case and returns its row of the table, as it will be read."""
     volume = load_volume(case, config.modalities)
     if config.window_hu is None and has_hounsfield_values(volume):
         raise VolumeError(
@@ -126,8 +140,8 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
     classes = canonical(classes, volume.affine).transpose(2, 0, 1)
     write_cache(case.name, images, classes, cache)
     return {
-        "modalities": volume.modalities, "gliomas": gliomas,
-        "values": values[values > 0].tolist(), "spacing_mm": volume.spacing,
+        "modalities": list(volume.modalities), "gliomas": gliomas,
+        "values": values[values > 0].tolist(), "spacing_mm": list(volume.spacing),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         _check_map(config.label_map)
     with first_alone() as first:
         if first:
-            fill_cache(found, config, cache)
+            fill_cache(found, config, cache, partial(_agreed, config))
     file = cache / "cases.json"
     table = read_table(file)["cases"] if file.exists() else {}
     if not found.keys() <= table.keys():
@@ -97,15 +98,13 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
             "have to lie on a disk that all machines share"
         )
     facts = {name: table[name] for name in found}
-    modalities = tuple(_common(facts, "modalities"))
-    gliomas = _common(facts, "gliomas")
+    modalities, gliomas, num_classes = _agreed(config, facts)
     phantoms = []
     if gliomas and modalities == MODALITIES:
         phantoms = [f"phantom-{_FIRST_PHANTOM + index}" for index in range(config.phantoms)]
         with first_alone() as first:
             if first:
                 cache_phantoms(phantoms, cache)
-    num_classes = 4 if gliomas else 1 + _count_classes(config, facts)
     spacing = np.median([fact["spacing_mm"] for fact in facts.values()], axis=0)
     parts = [[read_cache(n, cache) for n in part] for part in (training, held_out, phantoms)]
     return Dataset(
@@ -125,6 +124,16 @@ def _check_map(label_map: dict[int, int]) -> None:
             f"label_map is {label_map}, whose classes are {_listed(classes)}; "
             f"expected {_listed(range(1, len(classes) + 1)) if classes else '1 and so on'}"
         )
+
+
+def _agreed(config: TrainConfig, facts: dict[str, dict]) -> tuple[tuple[str, ...], bool, int]:
+    """Returns what all cases have: modalities, whether they are gliomas, and how many classes.
+
+    Raises:
+        VolumeError: If they do not belong together, or a class is missing.
+    """
+    modalities, gliomas = tuple(_common(facts, "modalities")), _common(facts, "gliomas")
+    return modalities, gliomas, 4 if gliomas else 1 + _count_classes(config, facts)
 
 
 def _count_classes(config: TrainConfig, facts: dict[str, dict]) -> int:

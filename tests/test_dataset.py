@@ -153,6 +153,28 @@ def test_a_stray_value_is_no_class(decathlon, tmp_path):
     assert prepare_dataset(mapped).num_classes == 3
 
 
+def test_what_a_refusal_advises_can_be_done_in_the_same_folder(decathlon, tmp_path):
+    """Labels with a gap are found when all cases are cached, and so may be one negative value."""
+    settings = config(decathlon, tmp_path / "run")
+    for number in range(5):
+        write_labels(decathlon, number, lambda labels: np.multiply(labels, 2, out=labels))
+    with pytest.raises(VolumeError, match=r"--label_map '\{2: 1, 4: 2\}'"):
+        prepare_dataset(settings)
+    settings = replace(settings, label_map={2: 1, 4: 2})
+    (decathlon / "dataset.json").write_text('{"modality": {"0": "CT"}}')
+    path = decathlon / "imagesTr" / "disc_004.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32) - 100, image.affine), path)
+    with pytest.raises(VolumeError, match="disc_004: is a CT with negative values"):
+        prepare_dataset(settings)
+    data = prepare_dataset(replace(settings, window_hu=(-160, 240)))
+    assert data.num_classes == 3 and data.facts["label_values"] == {1: 2, 2: 4}
+    assert all(case.labels.max() == 2 for case in (*data.training, *data.held_out))
+    # from now on the cache is that run's
+    with pytest.raises(ValueError, match="was made with window_hu .*, not None"):
+        prepare_dataset(settings)
+
+
 @pytest.mark.parametrize("modality", ["T1", "T2"])
 def test_one_modality_is_no_glioma_whatever_its_name(decathlon, tmp_path, modality):
     (decathlon / "dataset.json").write_text(json.dumps({"modality": {"0": modality}}))
