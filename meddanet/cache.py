@@ -31,8 +31,9 @@ from .data.slices import is_cached, write_cache
 from .data.storage import read_record, write_bytes
 from .recipe import TrainConfig
 
-# what all rows of a table were made with
+# what all rows of a table were made with, and what each of them holds
 _SETTINGS = ("modalities", "label_map", "window_hu")
+_ROW = {"modalities", "gliomas", "values", "spacing_mm"}
 
 
 @contextmanager
@@ -65,8 +66,11 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     cure = "delete it to have the cache filled again"
     content = read_record(path, cure)
-    if not content.keys() >= {"settings", "cases"}:
-        raise VolumeError(f"{path}: is no table of a cache; {cure}")
+    settings, cases = (content.get(name) for name in ("settings", "cases"))
+    whole = isinstance(settings, dict) and settings.keys() >= set(_SETTINGS)
+    rows = cases.values() if isinstance(cases, dict) else [None]
+    if not whole or not all(isinstance(row, dict) for row in rows):
+        raise VolumeError(f"{path}: is damaged (no whole table of a cache); {cure}")
     return content
 
 
@@ -102,7 +106,7 @@ def fill_cache(
             files = _fingerprint(case)
             row = table.get(name, {})
             # rows without values are from before single modalities were told from gliomas
-            if row.get("files") != files or "values" not in row or not is_cached(name, cache):
+            if row.get("files") != files or not row.keys() >= _ROW or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
         accept({name: table[name] for name in cases})
         content["accepted"] = True

@@ -404,6 +404,30 @@ def test_a_damaged_table_is_named(config, tmp_path, name):
     train(config)  # the cure
 
 
+@pytest.mark.parametrize("damaged", [
+    {"settings": {"modalities": None, "label_map": None}, "cases": {"disc_000": {}}},
+    {"settings": [], "cases": {}}, {"settings": None, "cases": 1}, {"cases": {}},
+])  # fmt: skip
+def test_a_table_with_parts_missing_is_named(config, tmp_path, damaged):
+    path = tmp_path / "cache" / "cases.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(VolumeError, match=f"^{path}: is damaged .*; delete it to have the cache"):
+        prepare_dataset(config)
+
+
+def test_a_row_with_parts_missing_is_made_again(config, tmp_path):
+    prepare_dataset(config)
+    path = tmp_path / "cache" / "cases.json"
+    whole = json.loads(path.read_text())
+    for name in ("modalities", "gliomas", "values", "spacing_mm", "files"):
+        rows = {**whole["cases"], "disc_001": {**whole["cases"]["disc_001"]}}
+        del rows["disc_001"][name]
+        path.write_text(json.dumps({**whole, "cases": rows}))
+        prepare_dataset(config)
+        assert json.loads(path.read_text()) == whole
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "log.jsonl", "validation.jsonl", "1-joint.pt", "baseline.pt"]
 )
