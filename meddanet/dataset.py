@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
-from .data import MODALITIES, VolumeError, find_cases
+from .data import MODALITIES, VolumeError
+from .data.conventions import Survey, survey
 from .data.slices import CachedCase, folds, read_cache
 from .distributed import first_alone, rank
 from .frame import extents
@@ -81,7 +83,8 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         ConnectionError: If the first process, which fills the cache, fails.
     """
     cache = Path(config.cache or Path(config.out) / "cache")
-    found = {case.name: case for case in find_cases(config.data) if case.label is not None}
+    there = survey(config.data)
+    found = {case.name: case for case in there.cases if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
     training, held_out = folds(list(found), config.folds, config.fold, config.patient)
@@ -89,15 +92,13 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         _check_map(config.label_map)
     with first_alone() as first:
         if first:
+            if left_out := _left_out(there, Path(config.data)):
+                warnings.warn(
+                    f"{config.data}: {len(found)} labelled cases, {len(training)} to train on and "
+                    f"{len(held_out)} held out; left out are {left_out}", stacklevel=2,
+                )
             fill_cache(found, config, cache, partial(_agreed, config))
-    file = cache / "cases.json"
-    table = read_table(file)["cases"] if file.exists() else {}
-    if not found.keys() <= table.keys():
-        raise VolumeError(
-            f"{cache}: lacks cases for process {rank()} that process 0 has cached; out and cache "
-            "have to lie on a disk that all machines share"
-        )
-    facts = {name: table[name] for name in found}
+    facts = _facts(found, cache)
     modalities, gliomas, num_classes = _agreed(config, facts)
     phantoms = []
     if gliomas and modalities == MODALITIES:
@@ -112,6 +113,35 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
         {**_label_facts(config, gliomas, num_classes), **_normalisation(config),
          "spacing_mm": spacing.round(4).tolist()},
     )
+
+
+def _left_out(there: Survey, root: Path) -> str:
+    """Says what of a folder is in no split, and why; empty if everything is in one."""
+    groups = {
+        "cases without labels": [case.name for case in there.cases if case.label is None],
+        "NIfTI files that belong to no case": [str(p.relative_to(root)) for p in there.strays],
+        "folders too deep to look into": [str(p.relative_to(root)) for p in there.deep],
+    }
+    return ", ".join(
+        f"{why} ({', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''})"
+        for why, names in groups.items() if names
+    )
+
+
+def _facts(names: Iterable[str], cache: Path) -> dict[str, dict]:
+    """Returns the rows of cases that the first process has cached.
+
+    Raises:
+        VolumeError: If this process does not see them.
+    """
+    file = cache / "cases.json"
+    table = read_table(file)["cases"] if file.exists() else {}
+    if not table.keys() >= set(names):
+        raise VolumeError(
+            f"{cache}: lacks cases for process {rank()} that process 0 has cached; out and cache "
+            "have to lie on a disk that all machines share"
+        )
+    return {name: table[name] for name in names}
 
 
 def _check_map(label_map: dict[int, int]) -> None:

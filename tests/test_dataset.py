@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -151,6 +152,25 @@ def test_a_stray_value_is_no_class(decathlon, tmp_path):
         prepare_dataset(config(decathlon, tmp_path / "run"))
     mapped = config(decathlon, tmp_path / "mapped", label_map={1: 1, 2: 2})
     assert prepare_dataset(mapped).num_classes == 3
+
+
+def test_what_is_not_trained_on_is_told(decathlon, tmp_path):
+    for number in (2, 4):
+        (decathlon / "labelsTr" / f"disc_{number:03d}.nii.gz").unlink()
+    deep = decathlon / "a" / "b" / "c" / "d" / "e" / "f"
+    deep.mkdir(parents=True)
+    for number in range(5):
+        shutil.copy(decathlon / "imagesTr" / "disc_000.nii.gz", decathlon / f"x{number}.nii.gz")
+    with pytest.warns(UserWarning) as warned:
+        data = prepare_dataset(config(decathlon, tmp_path / "run"))
+    (text,) = [str(warning.message) for warning in warned]
+    assert text == (
+        f"{decathlon}: 3 labelled cases, 2 to train on and 1 held out; left out are "
+        "cases without labels (disc_002, disc_004), NIfTI files that belong to no case "
+        "(x0.nii.gz, x1.nii.gz, x2.nii.gz, x3.nii.gz and 1 more), "
+        "folders too deep to look into (a/b/c/d/e/f)"
+    )
+    assert (len(data.training), len(data.held_out)) == (2, 1)
 
 
 def test_what_a_refusal_advises_can_be_done_in_the_same_folder(decathlon, tmp_path):
