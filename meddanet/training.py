@@ -45,6 +45,7 @@ _USUAL_ARITHMETIC = {
     "static": "float", "segmenter": "float", "decisions": "float", "quantised": "learning",
     "joint": "fixed", "bank": "float", "decision": "float",
 }
+_THREADS_PER_CPU = 16
 
 
 def train(config: TrainConfig) -> Path:
@@ -71,7 +72,16 @@ def train(config: TrainConfig) -> Path:
 
 @contextmanager
 def _settings(config: TrainConfig) -> Iterator[None]:
-    """Sets what holds for the whole process, for as long as a run takes."""
+    """Sets what holds for the whole process, for as long as a run takes.
+
+    Raises:
+        ValueError: If so many threads are asked for that the process would end by them.
+    """
+    most = _THREADS_PER_CPU * (os.cpu_count() or 1)
+    if config.threads > most:
+        raise ValueError(
+            f"threads is {config.threads}, expected at most {most} on this machine, or 0 for all"
+        )
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.get_deterministic_debug_mode()
     try:

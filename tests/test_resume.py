@@ -1,6 +1,7 @@
 """A run that was stopped, anywhere and by anything, ends in the same bits as one that was not."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -509,6 +510,14 @@ def test_what_a_run_sets_for_its_process_ends_with_it(config, tmp_path, monkeypa
     assert seen == [(config.threads, True)]
     assert torch.get_num_threads() == config.threads - 1
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_more_threads_than_a_process_can_have(config, tmp_path):
+    """PyTorch takes any number and the process ends at its first operation."""
+    most = 16 * os.cpu_count()
+    with pytest.raises(ValueError, match=f"^threads is {most + 1}, expected at most {most} on"):
+        train(replace(config, threads=most + 1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_called_by_other_ways_than_forward_is_compiled_part_by_part(monkeypatch):
