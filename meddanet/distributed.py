@@ -34,20 +34,37 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched_number(name: str, default: str = "") -> int:
+    """Returns a number that torchrun gives its processes, such as RANK.
+
+    Raises:
+        ValueError: If the environment has none, and there is no default.
+    """
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise ValueError(
+            f"environment variable {name} is {value or 'not set'}, expected a whole number, as "
+            "torchrun sets it; unset WORLD_SIZE and RANK to train as one process"
+        )
+    return int(value)
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did, and gives this one its device.
 
     Raises:
         ConnectionError: If another process stops; the checkpoints allow to go on.
-        ValueError: If the device is not there.
+        ValueError: If the device is not there, or a number that torchrun sets is none.
     """
     own = resolve_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_number("WORLD_SIZE", "1") == 1:
         yield own
         return
+    for name in ("RANK", "MASTER_PORT"):
+        launched_number(name)
     if own.type == "cuda":
-        own = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        own = resolve_device(f"cuda:{launched_number('LOCAL_RANK')}")
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     # torchrun's word to the others when one process has ended

@@ -13,6 +13,7 @@ import torch
 
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
+from meddanet.cli import main
 from meddanet.data.lock import hold
 from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
@@ -238,6 +239,26 @@ def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
             f"process 1; {shared}"
         )
     assert (len(first), len(second)) == (1, 2)
+
+
+@pytest.mark.parametrize(("name", "value", "told"), [
+    ("WORLD_SIZE", "two", "two"), ("RANK", "foo", "foo"), ("RANK", "-1", "-1"),
+    ("RANK", None, "not set"), ("MASTER_PORT", "http", "http"),
+])  # fmt: skip
+def test_what_the_environment_says_wrong_is_named(name, value, told, tmp_path, monkeypatch, capsys):
+    right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, content in {**right, name: value}.items():
+        if content is None:
+            monkeypatch.delenv(variable, raising=False)
+        else:
+            monkeypatch.setenv(variable, content)
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(tmp_path), "--out", str(out), "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == (
+        f"meddanet: error: environment variable {name} is {told}, expected a whole number, as "
+        "torchrun sets it; unset WORLD_SIZE and RANK to train as one process\n"
+    )
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("task", ["raise", "lock", "kill"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from ..arguments import train_config
+from ..distributed import launched_number
 from ..messages import say
 from ..training import train
 
@@ -16,7 +16,8 @@ def run(options: Namespace) -> int:
     """Trains, or goes on with a run."""
     if options.resume and not (Path(options.out) / "config.json").is_file():
         raise ValueError(f"{options.out}: holds no run to resume; start one without --resume")
+    first = launched_number("RANK", "0") == 0
     path = train(train_config(options))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         say(str(path))
     return 0
