@@ -27,7 +27,7 @@ from .checkpoint import (
 )
 from .dataset import Dataset, prepare_dataset
 from .distributed import first_alone, process_group, rank, world
-from .layers import set_quantization
+from .layers import quantized_layers, set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
 from .monitor import Monitor, Predict, summary_writer
@@ -147,6 +147,7 @@ class _Run:
         if rank() == 0:
             notes |= {"canvas": self.canvas, "centre": self.data.centre()}
             save_model(self.model.eval(), path, modalities=self.data.modalities, **notes)
+            _warn_of_ranges(self.model, path)
         if self.config.baseline is not None:
             plain = build_segmenter(
                 self.config.segmenter, len(self.data.modalities), self.data.num_classes
@@ -229,6 +230,19 @@ class _Run:
         if self.config.compile:
             compile_parts(model)
         return model
+
+
+def _warn_of_ranges(model: MedDANet | MedDANetV2, path: Path) -> None:
+    """Warns where weights lack what all executors but one need; a bank is loaded in float."""
+    unset = [
+        name for name, layer in quantized_layers(model).items()
+        if not layer.exempt and not layer.input_amax > 0
+    ]
+    if unset and not isinstance(model, MedDANet):
+        warnings.warn(
+            f"{path}: {len(unset)} layers have no input range, first {unset[0]}; segment with "
+            "--executor eager, or add a phase `quantised`, which learns them", stacklevel=2,
+        )
 
 
 def _build(config: TrainConfig, channels: int, classes: int) -> MedDANet | MedDANetV2:

@@ -19,6 +19,7 @@ from meddanet.checkpoint import Progress, load_checkpoint, save_checkpoint
 from meddanet.data import VolumeError
 from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
+from meddanet.engine import compile_engine
 from meddanet.monitor import Monitor
 from meddanet.objectives import OBJECTIVES, Objective
 from meddanet.phase import phase_share, run_phase, schedule
@@ -251,10 +252,35 @@ def test_crops_keep_what_they_start_from(config, tmp_path):
     trunk = replace(second, start_parts=("segmenter",), out=str(tmp_path / "trunk"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # the crops' stages are new, and decisions alone are trained
+        warnings.filterwarnings("ignore", ".* layers have no input range")
         theirs, crops = stages_of(train(trunk))
     assert same(theirs, whole) and all(same(crop, whole) for crop in crops)
     with pytest.raises(ValueError, match="start_parts holds trunk, expected some of segmenter"):
         train(replace(trunk, start_parts=("trunk",)))
+
+
+def test_weights_of_float_phases_alone_say_what_runs_them(config, tmp_path):
+    quantised, _ = config.phases
+    config.phases = [PhaseConfig("segmenter", 1, batch=2)]
+    told = r"model.safetensors: \d+ layers have no input range, first segmenter.* --executor eager"
+    with pytest.warns(UserWarning, match=told):
+        path = train(config)
+    with pytest.raises(ValueError, match="no input range"):
+        compile_engine(load_model(path), "cpu", "torch")
+    compile_engine(load_model(path), "cpu", "eager")
+    # what is advised
+    config.phases.append(replace(quantised, steps=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_engine(load_model(train(config)), "cpu", "torch")
+
+
+def test_a_bank_has_no_ranges_to_learn(config):
+    config.bank, config.phases = ("unet-2", "unet-4"), [PhaseConfig("bank", 1, batch=2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_engine(load_model(train(config)), "cpu", "torch")
 
 
 def test_crops_begin_as_the_whole_slice_once(config, tmp_path):
