@@ -192,7 +192,7 @@ def wanted_routes(model: Any, slices: Tensor, labels: Tensor, config: TrainConfi
         return oracle_route(labels, model.crop_sizes, config.margin)
     objective = DecisionObjective(model, config.decision)
     macs = objective.member_macs(model, tuple(slices.shape[1:]))
-    return decision_labels(model, slices, labels, macs, objective.metric, objective.regions)
+    return decision_labels(model, slices, labels, macs, config.decision)
 
 
 def _whole(model: Any, slices: Tensor) -> Routed:

@@ -27,7 +27,7 @@ from meddanet.activation import activation_ratio
 from meddanet.batches import Batches
 from meddanet.bench import machine
 from meddanet.build import build_med_danet
-from meddanet.choice import ChoiceMetric, slice_dice
+from meddanet.choice import choice_metric, slice_dice
 from meddanet.cost import CONVENTIONS, CostTable, cost_tables
 from meddanet.data import Volume, canonical, find_cases, load_labels, load_volume, to_slices
 from meddanet.data.slices import CachedCase, folds, read_cache, write_cache
@@ -151,14 +151,14 @@ def answer(model: MedDANet, cases: dict, names: list[str]) -> dict[str, Answered
 
 
 @torch.inference_mode()
-def evaluate(model: MedDANet, metric: ChoiceMetric, answered: dict[str, Answered]) -> dict:
+def evaluate(model: MedDANet, config: DecisionConfig, answered: dict[str, Answered]) -> dict:
     """Returns rows of Dice and cost per case, the decisions' confusion and the activation ratio."""
     last = len(model.bank)
     rows: dict[str, dict] = {}
     decided, confusion = [], np.zeros((len(model.routes),) * 2, int)
     for name, case in answered.items():
         depth = len(case.slices)
-        oracle = best_routes(case, metric)
+        oracle = best_routes(case, config)
         decisions = model.decide(case.slices).argmax(1)
         np.add.at(confusion, (oracle.numpy(), decisions.numpy()), 1)
         decided.append(decisions.numpy())
@@ -189,13 +189,14 @@ def evaluate(model: MedDANet, metric: ChoiceMetric, answered: dict[str, Answered
     }
 
 
-def best_routes(case: Answered, metric: ChoiceMetric) -> Tensor:
+def best_routes(case: Answered, config: DecisionConfig) -> Tensor:
     """Returns what Eq. 4 chooses [D], knowing the labels."""
     regions = tuple(REGIONS.values())
     scores = torch.stack([slice_dice(a, case.labels, regions) for a in case.answers[1:]], 1)
     table = case.tables["paper"]
     macs = [table.macs(route) - table.macs("skip") for route in table.routes[1:]]
-    return metric.labels(scores, macs, case.labels.flatten(1).any(1))
+    foreground = case.labels.flatten(1).any(1)
+    return torch.where(foreground, 1 + choice_metric(scores, macs, config).argmax(1), 0)
 
 
 def check_predictor(
@@ -271,7 +272,7 @@ def main() -> None:
     some = next(iter(models.values()))
     answered = {part: answer(some, cases, split[part]) for part in ("alpha_chosen_on", "tested_on")}
     validation, test = (
-        {a: evaluate(model, ChoiceMetric(a), part) for a, model in models.items()}
+        {a: evaluate(model, DecisionConfig(alpha=a), part) for a, model in models.items()}
         for part in answered.values()
     )
     alpha = choose_alpha(validation)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batches
-from .choice import ChoiceMetric, slice_dice
+from .choice import choice_metric, slice_dice
 from .cost import count_macs
 from .distributed import global_sum
 from .losses import LOSSES
@@ -80,10 +80,7 @@ class DecisionObjective:
                 f"route_weights are {tuple(weights)}, expected {routes} of them, none negative: "
                 f"{', '.join(model.routes)}"
             )
-        self.weights, self.regions = torch.tensor(weights), config.regions
-        self.metric = ChoiceMetric(
-            config.alpha, config.softmax_scores, config.softmax_costs, config.cost_unit
-        )
+        self.weights, self.config = torch.tensor(weights), config
         self.counts = torch.zeros(routes, dtype=torch.long)
         self._macs: dict[tuple[int, ...], list[int]] = {}
 
@@ -91,7 +88,7 @@ class DecisionObjective:
         """Draws a batch and returns the loss."""
         images, labels = draw(batches, phase)
         macs = self.member_macs(model, tuple(images.shape[1:]))
-        wanted = decision_labels(model, images, labels, macs, self.metric, self.regions)
+        wanted = decision_labels(model, images, labels, macs, self.config)
         counts = torch.bincount(wanted, minlength=len(self.counts))
         self.counts += global_sum(counts.float()).long().cpu()
         weight = self.weights.to(images)[wanted]
@@ -142,8 +139,7 @@ def decision_labels(
     images: Tensor,
     labels: Tensor,
     macs: Sequence[float],
-    metric: ChoiceMetric,
-    regions: Sequence[Sequence[int]] = (),
+    config: DecisionConfig,
 ) -> Tensor:
     """Returns the route [N] int64 that Eq. 4 chooses for every slice.
 
@@ -154,12 +150,11 @@ def decision_labels(
         images: [N, C, H, W].
         labels: [N, H, W] classes.
         macs: n multiply-adds of the members on such a slice.
-        metric: Eq. 4.
-        regions: As in `DecisionConfig`.
+        config: The metric of Eq. 4, and the regions of its Dice.
     """
     foreground = (labels > 0).flatten(1).any(1)
     wanted = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
     if foreground.any():
-        scores = member_scores(model, images[foreground], labels[foreground], regions)
-        wanted[foreground] = metric.labels(scores, macs, foreground[foreground])
+        scores = member_scores(model, images[foreground], labels[foreground], config.regions)
+        wanted[foreground] = 1 + choice_metric(scores, macs, config).argmax(1)
     return wanted

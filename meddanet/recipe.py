@@ -244,11 +244,17 @@ PAPERS_AUGMENTATION = AugmentConfig(
 class DecisionConfig:
     """What Med-DANet's decision network learns: the choice of Eq. 4, weighed by Eq. 7.
 
+    Table 4's rows "w/ S & F", "w/o F", "w/o S" (the paper's final model, and the default here) and
+    "w/o S & F" are (softmax_scores, softmax_costs) = (True, True), (True, False), (False, True)
+    and (False, False).
+
     Attributes:
         alpha: Weight of the cost against the Dice score, 0..1.
         softmax_scores: Whether the members' Dice scores pass a softmax.
         softmax_costs: Whether the members' inverse costs pass a softmax.
-        cost_unit: Multiply-adds per unit of cost; see `ChoiceMetric`.
+        cost_unit: Multiply-adds per unit of cost. The paper names none, and it matters: in G the
+            softmax of the inverse costs ranks its four members, in single multiply-adds it is
+            uniform and alpha without effect.
         route_weights: Weight of each route in the cross-entropy, skip first; empty = from 0.8 for
             skip evenly up to 1.2 for the last member. The paper gives no numbers, only that better
             members weigh slightly more and skip less.

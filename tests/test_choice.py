@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from meddanet.choice import ChoiceMetric, slice_dice
+from meddanet.choice import choice_metric, slice_dice
 from meddanet.metrics import dice_score
+from meddanet.recipe import DecisionConfig
 
 # V1 Table 3, G per inference: windows of 128 x 128 and whole slices
 WINDOW = (0.605e9, 1.067e9, 2.358e9, 4.979e9)
@@ -17,12 +18,13 @@ BRATS = ((1, 2, 3), (1, 3), (3,))
     [(WINDOW, [0.496, 0.243, 0.145, 0.116]), (WHOLE, [0.315, 0.257, 0.220, 0.207])],
 )
 def test_the_softmax_of_inverse_costs_in_g(macs, shares):
-    values = ChoiceMetric(alpha=1.0)(torch.zeros(1, 4), macs)
+    values = choice_metric(torch.zeros(1, 4), macs, DecisionConfig(alpha=1.0))
     assert [round(x, 3) for x in values[0].tolist()] == shares
 
 
 def test_counted_in_single_operations_the_cost_has_no_effect():
-    values = ChoiceMetric(alpha=1.0, cost_unit=1.0)(torch.zeros(1, 4), WINDOW)
+    config = DecisionConfig(alpha=1.0, cost_unit=1.0)
+    values = choice_metric(torch.zeros(1, 4), WINDOW, config)
     torch.testing.assert_close(values, torch.full((1, 4), 0.25, dtype=torch.float64))
 
 
@@ -39,21 +41,21 @@ def test_the_variants_of_table_4_by_hand():
         (True, False): [0.9 * soft + 0.2, 0.9 * (1 - soft) + 0.1],
     }
     for (of_scores, of_costs), values in wanted.items():
-        metric = ChoiceMetric(0.1, softmax_scores=of_scores, softmax_costs=of_costs)
+        config = DecisionConfig(0.1, softmax_scores=of_scores, softmax_costs=of_costs)
         torch.testing.assert_close(
-            metric(scores, macs), torch.tensor([values], dtype=torch.float64), rtol=1e-6, atol=0
+            choice_metric(scores, macs, config), torch.tensor([values], dtype=torch.float64),
+            rtol=1e-6, atol=0,
         )
 
 
-def test_labels_break_ties_towards_the_cheap_and_skip_what_is_empty():
+def test_the_argmax_breaks_ties_towards_the_cheap():
     # the cost term of M1 over M2 is 0.001 * (0.496 - 0.243) = 0.00025
     scores = torch.tensor([
         [0.9000, 0.9002, 0.9, 0.9], [0.9000, 0.9004, 0.9, 0.9], [0.1, 0.2, 0.3, 0.9], [1, 1, 1, 1.0]
     ], dtype=torch.float64)
-    foreground = torch.tensor([True, True, True, False])
-    assert ChoiceMetric().labels(scores, WINDOW, foreground).tolist() == [1, 2, 4, 0]
-    assert ChoiceMetric(alpha=0).labels(scores, WINDOW, foreground).tolist() == [2, 2, 4, 0]
-    assert ChoiceMetric(alpha=1).labels(scores, WINDOW, foreground).tolist() == [1, 1, 1, 0]
+    for alpha, members in ((0.001, [0, 1, 3, 0]), (0, [1, 1, 3, 0]), (1, [0, 0, 0, 0])):
+        metric = choice_metric(scores, WINDOW, DecisionConfig(alpha=alpha))
+        assert metric.argmax(1).tolist() == members
 
 
 def test_slice_dice_is_that_of_the_evaluation():
@@ -79,4 +81,4 @@ def test_slice_dice_is_that_of_the_evaluation():
 )
 def test_numbers_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ChoiceMetric(**arguments)
+        DecisionConfig(**arguments)

@@ -10,7 +10,6 @@ from torch import nn
 
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet
-from meddanet.choice import ChoiceMetric
 from meddanet.data.slices import read_cache, write_cache
 from meddanet.losses import papers_segmentation_loss, segmentation_loss
 from meddanet.monitor import Monitor
@@ -134,13 +133,12 @@ def test_decision_labels_by_hand(model):
     torch.testing.assert_close(
         scores, torch.tensor([[1, 2 / 3], [2 / 3, 1], [1, 1]], dtype=torch.float64)
     )
-    wanted = decision_labels(model, images, labels, (1e6, 2e6), ChoiceMetric(alpha=0.001))
+    wanted = decision_labels(model, images, labels, (1e6, 2e6), DecisionConfig(alpha=0.001))
     assert wanted.tolist() == [0, 1, 2, 1]
     # the cheaper one wins as soon as a third of Dice is worth less than the cost
-    assert decision_labels(
-        model, images, labels, (1e6, 2e6), ChoiceMetric(alpha=0.3)
-    ).tolist() == [0, 1, 1, 1]
-    nothing = decision_labels(model, images, torch.zeros_like(labels), (1, 2), ChoiceMetric())
+    cheap = decision_labels(model, images, labels, (1e6, 2e6), DecisionConfig(alpha=0.3))
+    assert cheap.tolist() == [0, 1, 1, 1]
+    nothing = decision_labels(model, images, torch.zeros_like(labels), (1, 2), DecisionConfig())
     assert nothing.tolist() == [0, 0, 0, 0]
 
 
@@ -153,7 +151,7 @@ def test_the_decision_loss_is_weighted_cross_entropy(model):
     phase = PhaseConfig("decision", 1, batch=3, windows=False)
     loss = objective(model, Fixed(images, labels), 0, phase)
     macs = objective.member_macs(model, (1, 16, 16))
-    wanted = decision_labels(model, images, labels, macs, objective.metric)
+    wanted = decision_labels(model, images, labels, macs, config)
     weight = torch.tensor(config.route_weights)[wanted]
     log_p = model.decide(images).log_softmax(1)[torch.arange(3), wanted]
     torch.testing.assert_close(loss, -(weight * log_p).sum() / weight.sum())
