@@ -33,9 +33,7 @@ _DECIDING = {"policy", "position", "decision"}
 _AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def schedule(
-    step: float, steps: float, *, decay: bool = True, warm_up: float = 50, power: float = 0.9
-) -> float:
+def schedule(step: float, steps: float, *, decay: bool = True, warm_up: float = 50) -> float:
     """Returns the share of the peak learning rate: linear warm-up, then (1 - progress)^0.9.
 
     Without `decay` the rate stays at its peak, for a phase that another one continues.
@@ -45,7 +43,7 @@ def schedule(
         return (step + 1) / warm_up
     if not decay:
         return 1.0
-    return (1 - (step - warm_up) / max(steps - warm_up, 1)) ** power
+    return (1 - (step - warm_up) / max(steps - warm_up, 1)) ** 0.9
 
 
 def phase_share(step: int, phase: PhaseConfig, progress: Progress) -> float:
@@ -247,7 +245,7 @@ def _make_step(
 
 
 def _check_finite(what: str, value: float, name: str, step: int, batches: Batches) -> None:
-    if value - value != 0:
+    if not math.isfinite(value):
         raise FloatingPointError(
             f"{name}: the {what} is {value} at step {step}, whose batch is "
             f"{', '.join(batches.drawn)}; the last checkpoint was kept"
