@@ -94,7 +94,7 @@ def branch_loss(
     return loss(logits, inside_crop(labels, offset, crop)), num_bits
 
 
-def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
+def decisions(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Cross-entropy of the policy with the oracle's route, and the crop's distance in crop sizes.
 
     A position network with a map also learns where the lesion's box lies. A slice weighs up to four
@@ -105,7 +105,7 @@ def decision_loss(model: Any, batches: Batches, step: int, phase: PhaseConfig) -
 
 
 def oracle_loss(model: Any, images: Tensor, labels: Tensor, margin: int = 0) -> Tensor:
-    """The loss of `decision_loss` on given slices [N, C, H, W] and labels [N, H, W]."""
+    """The loss of `decisions` on given slices [N, C, H, W] and labels [N, H, W]."""
     # never in half precision: oneDNN's bfloat16 depthwise weight gradient is garbage on maps of
     # one column, and the networks are tiny
     with torch.autocast(images.device.type, enabled=False):
@@ -158,17 +158,12 @@ def segmenter(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Te
     return branch_loss(model, batches, step, phase)[0]
 
 
-def decisions(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
-    """Policy and position networks, taught by the labels."""
-    return decision_loss(model, batches, step, phase)
-
-
 def quantised(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor:
     """Everything on the quantisation grid, ranges learnt, bit widths under their cost."""
     loss, num_bits = branch_loss(model, batches, step, phase)
     loss = loss + batches.bit_weight * width_share(model, num_bits)
     if phase.oracle_weight:
-        loss = loss + phase.oracle_weight * decision_loss(model, batches, step, phase)
+        loss = loss + phase.oracle_weight * decisions(model, batches, step, phase)
     return loss
 
 
@@ -188,12 +183,12 @@ def joint(model: Any, batches: Batches, step: int, phase: PhaseConfig) -> Tensor
         costs = route_costs(model, output.num_bits, size)
         loss = loss + phase.branch_cost_weight * global_mean(costs[:, 1:].sum(1))
     if phase.oracle_weight:
-        loss = loss + phase.oracle_weight * decision_loss(model, batches, step, phase)
+        loss = loss + phase.oracle_weight * decisions(model, batches, step, phase)
     return loss
 
 
 def width_share(model: Any, num_bits: Tensor) -> Tensor:
-    """Returns the mean width as a share of the widest, stages all stages alike."""
+    """Returns the mean of widths [N, S], over samples and stages, as a share of the widest."""
     return global_mean(num_bits / model.bit_selectors[0].widths.max())
 
 
