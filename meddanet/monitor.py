@@ -41,7 +41,6 @@ class Monitor:
         num_classes: Classes, background included.
         canvas: Height and width that slices are padded to.
         tensorboard: Write `<out>/tensorboard/<phase>` too.
-        log: Name of the log.
 
     Raises:
         ImportError: If TensorBoard is asked for and not installed.
@@ -57,9 +56,7 @@ class Monitor:
         num_classes: int = 4,
         canvas: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
-        log: str = "log.jsonl",
     ) -> None:
-        self.log_name = log
         self.out, self.every, self.num_classes = out, every if held_out else 0, num_classes
         self.canvas = canvas
         all_slices = [(case, z) for case in held_out or [] for z in range(len(case.labels))]
@@ -77,7 +74,7 @@ class Monitor:
             # a folder per phase, since purging does not tell one tag from another
             folder = self.out / "tensorboard" / phase
             self.writer = self.summary_writer(str(folder), purge_step=step + 1)
-        for path in (self.out / self.log_name, self.out / "validation.jsonl"):
+        for path in (self.out / name for name in ("log.jsonl", "validation.jsonl")):
             if rank() == 0 and path.exists():
                 kept = [
                     line for line in path.read_text().splitlines()
@@ -85,11 +82,11 @@ class Monitor:
                 ]
                 write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def log(self, phase: str, step: int, file: str | None = None, **values: Any) -> None:
+    def log(self, phase: str, step: int, file: str = "log.jsonl", **values: Any) -> None:
         """Appends one line of JSON, and TensorBoard's scalars of its numbers."""
         if rank() > 0:
             return
-        with (self.out / (file or self.log_name)).open("a") as stream:
+        with (self.out / file).open("a") as stream:
             stream.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
         if self.writer is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, float)}
@@ -165,8 +162,8 @@ def swallowed_background(air: np.ndarray, signal: np.ndarray) -> dict[str, float
     a brain scan's background and would hide that a class swallows the brain.
 
     Args:
-        air: Background pixels without signal in any channel, by the class found there.
-        signal: Those with signal.
+        air: [K] counts of background pixels without signal in any channel, by the class found.
+        signal: [K] counts of those with signal.
     """
     parts = np.stack([air + signal, signal])
     shares = (parts / np.maximum(parts.sum(1, keepdims=True), 1)).max(0)
