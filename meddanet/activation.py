@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -60,28 +58,3 @@ def activation_ratio(
     with np.errstate(invalid="ignore"):
         by_position = counts / counts.sum(1, keepdims=True)
     return ActivationRatio(tuple(routes), counts.sum(0) / counts.sum(), by_position)
-
-
-def activation_of_reports(paths: Iterable[str | Path], bins: int = 10) -> ActivationRatio:
-    """Counts the decisions in the reports that `meddanet segment` writes beside the labels.
-
-    Args:
-        paths: The `<case>.json` files, all of models with the same routes.
-        bins: As for `activation_ratio`.
-
-    Raises:
-        ValueError: If a file is no report, or models differ in their routes.
-    """
-    volumes: list[np.ndarray] = []
-    routes: tuple[str, ...] = ()
-    for path in paths:
-        try:
-            report = json.loads(Path(path).read_text(encoding="utf-8"))
-            own = tuple(report["decisions"])
-            volumes.append(np.array(report["slices"]["decision"], int))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is not a report of meddanet segment ({error})") from error
-        if own != (routes or own):
-            raise ValueError(f"{path}: routes are {', '.join(own)}, expected {', '.join(routes)}")
-        routes = own
-    return activation_ratio(volumes, routes, bins)

@@ -1,11 +1,9 @@
 """Activation ratios of hand-made decisions."""
 
-import json
-
 import numpy as np
 import pytest
 
-from meddanet.activation import activation_of_reports, activation_ratio
+from meddanet.activation import activation_ratio
 
 ROUTES = ("skip", "M1", "M2")
 
@@ -34,26 +32,6 @@ def test_a_short_volume_leaves_bins_empty():
     assert ratio.by_position[[0, 2]].tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-def report(path, decisions: list, routes=ROUTES):
-    counts = {route: 0 for route in routes}
-    path.write_text(json.dumps({"decisions": counts, "slices": {"decision": decisions}}))
-    return path
-
-
-def test_reports_of_segment_are_read(tmp_path):
-    paths = [report(tmp_path / "a.json", [0, 1]), report(tmp_path / "b.json", [[2, 2], [1, 0]])]
-    ratio = activation_of_reports(paths, bins=1)
-    assert ratio.routes == ROUTES
-    assert ratio.overall == pytest.approx([2 / 6, 2 / 6, 2 / 6])
-
-
-def test_what_is_no_report_is_named(tmp_path):
-    other = tmp_path / "other.json"
-    other.write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.json: is not a report of meddanet segment"):
-        activation_of_reports([other])
-    paths = [report(tmp_path / "a.json", [0]), report(tmp_path / "b.json", [0], ("skip", "whole"))]
-    with pytest.raises(ValueError, match=r"b\.json: routes are skip, whole, expected skip, M1, M2"):
-        activation_of_reports(paths)
+def test_no_decisions_are_an_error():
     with pytest.raises(ValueError, match="no decisions were given"):
         activation_ratio([], ROUTES)
