@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grid import qmax, quantize_codes, step_size
+from .layout import as_pair
 from .pairs import split_floats
 from .per_width import weight_amax
 
@@ -127,10 +128,6 @@ class PackedConv(NamedTuple):
         return next((i for i in fit if self.num_bits[i] >= num_bits), fit[-1])
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
 def pack_weight(
     weight: Tensor, num_bits: Sequence[int], per_channel: bool = False, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -189,7 +186,7 @@ def pack_conv(
         raise ValueError(f"num_bits must be widths from 2 to 16, got {num_bits}")
     if weight.dim() != 4 or not bool(weight.isfinite().all()):
         raise ValueError(f"weight must be 4-D and finite, got shape {list(weight.shape)}")
-    if transposed and (groups != 1 or _pair(dilation) != (1, 1)):
+    if transposed and (groups != 1 or as_pair(dilation) != (1, 1)):
         raise ValueError("a transposed convolution is packed without groups and dilation")
     codes, scale = pack_weight(weight, widths, per_channel, transposed)
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
@@ -200,7 +197,7 @@ def pack_conv(
     return PackedConv(
         codes, split_floats(scale), split_floats(offset), widths,
         weight.shape[0] if transposed else weight.shape[1] * groups,
-        (weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation),
+        (weight.shape[2], weight.shape[3]), as_pair(stride), as_pair(padding), as_pair(dilation),
         groups, transposed,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .conv_train_op import fake_quant_conv2d_op
 from .grid import amax_of
+from .layout import as_pair
 from .per_width import weight_amax
 from .quantize import check_num_bits, fake_quantize, fake_quantize_reference
 
@@ -95,22 +96,18 @@ def _as_width(num_bits: int | Tensor | None) -> tuple[Tensor | None, int]:
     return (num_bits, 0) if isinstance(num_bits, Tensor) else (None, num_bits or 0)
 
 
-def _as_pair(value: int | tuple[int, int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
 def _padded(
-    input: Tensor, weight: Tensor, padding: int | tuple[int, int] | str, dilation: list[int]
-) -> tuple[Tensor, list[int]]:
+    input: Tensor, weight: Tensor, padding: int | tuple[int, int] | str, dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
     """Turns the paddings "same" and "valid" into numbers; an uneven one is put on the input."""
     if not isinstance(padding, str):
-        return input, _as_pair(padding)
+        return input, as_pair(padding)
     if padding == "valid":
-        return input, [0, 0]
+        return input, (0, 0)
     y, x = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
     if y % 2 == x % 2 == 0:
-        return input, [y // 2, x // 2]
-    return F.pad(input, (x // 2, x - x // 2, y // 2, y - y // 2)), [0, 0]
+        return input, (y // 2, x // 2)
+    return F.pad(input, (x // 2, x - x // 2, y // 2, y - y // 2)), (0, 0)
 
 
 def fake_quant_conv2d(
@@ -161,8 +158,8 @@ def fake_quant_conv2d(
     dtype, device = input.dtype, input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    input, pads = _padded(input, weight, padding, _as_pair(dilation))
-    geometry = [*_as_pair(stride), *pads, *_as_pair(dilation), groups]
+    input, pads = _padded(input, weight, padding, as_pair(dilation))
+    geometry = [*as_pair(stride), *pads, *as_pair(dilation), groups]
     amax = None
     if input_num_bits is None:
         input = input.to(dtype)

@@ -27,12 +27,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton_runs
-from .layout import memory_format, wide_dtype
-
-
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns (height, width) of an int or a pair."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+from .layout import as_pair, memory_format, wide_dtype
 
 
 def _empty(input: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

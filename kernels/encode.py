@@ -20,10 +20,10 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import byte_planes, split_codes
-from .crop_paste import as_pair, overlap
+from .crop_paste import overlap
 from .encode_call import EncodeCall
 from .grid import qmax, quantize_codes
-from .layout import wide_dtype
+from .layout import as_pair, wide_dtype
 from .pairs import join_floats, split_affine
 from .quantize import check_num_bits
 from .slots import check_offset, integers

@@ -20,6 +20,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import PackedConv
+from .layout import as_pair
 from .pairs import times_step
 from .slots import check_offset, integers
 
@@ -149,10 +150,9 @@ def _checked(
         raise ValueError(f"slots must be [{samples}], got shape {list(slots.shape)}")
     if slots is None and slices is not None and slices < samples:
         raise ValueError(f"{samples} regions need as many slices, got {slices}: give slots")
-    height, width = (size, size) if isinstance(size, int) else size
     whole = integers(offset, slots, count)
     arguments = input.detach(), rows, scale, bias, amax, num_bits, *whole, margin
-    return arguments, (samples if slices is None else slices, height, width)
+    return arguments, (samples if slices is None else slices, *as_pair(size))
 
 
 def label_head_reference(

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns (y, x) of a pair, or of an int that stands for both."""
+    # as they are: int() would fix a size that tracing leaves open
+    y, x = (value, value) if isinstance(value, int) else value
+    return y, x
+
+
 def wide_dtype(input: Tensor) -> torch.dtype:
     """Returns the dtype of the arithmetic: float64 for float64, float32 for all others."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .crop_paste import as_pair
+from .layout import as_pair
 from .slots import check_offset, integers
 
 
