@@ -10,7 +10,8 @@ from torch import Tensor
 from .conv_pack import PackedConv, byte_planes, channels_last_planes, split_codes
 from .grid import qmax
 from .pairs import split_affine
-from .quantize import check_num_bits
+from .quantize import check_num_bits, whole_width
+from .slots import integers
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # float32 holds reciprocals, bounds and rests of such steps
@@ -164,10 +165,6 @@ def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
     return even_planes(planes)
 
 
-def _widths(num_bits: int | Tensor) -> int | Tensor:
-    return num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
-
-
 def _range(name: str, amax: Tensor, samples: int) -> Tensor:
     if amax.numel() not in (1, samples):
         raise ValueError(
@@ -190,10 +187,6 @@ def _check_output(call: ConvCall, stream: torch.dtype | None) -> None:
             f"residual must be {list(shape)} in float32, float16 or bfloat16, "
             f"got {residual.dtype} {list(residual.shape)}"
         )
-
-
-def _integers(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().to(torch.int32).reshape(-1)
 
 
 def checked_call(
@@ -221,11 +214,12 @@ def checked_call(
     check_num_bits("output_num_bits", output_num_bits, samples)
     if residual is not None:
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
+    slots, count = integers(slots, count)
     call = ConvCall(
-        planes, conv, _range("amax", amax, planes.shape[1]), _widths(num_bits), residual,
+        planes, conv, _range("amax", amax, planes.shape[1]), whole_width(num_bits), residual,
         split_affine(affine, conv.out_channels), relu,
         None if output_amax is None else _range("output_amax", output_amax, samples),
-        _widths(output_num_bits), _integers(slots), _integers(count),
+        whole_width(output_num_bits), slots, count,
     )  # fmt: skip
     _check_output(call, stream)
     return call

@@ -35,6 +35,7 @@ from . import conv_reference
 from .backend import onednn_runs, triton_runs
 from .conv_call import ConvCall, checked_call, even_planes
 from .conv_pack import PackedConv
+from .quantize import split_width
 
 
 class ConvOutput(NamedTuple):
@@ -148,14 +149,10 @@ def _call(
 
 def flat(call: ConvCall) -> tuple:
     """Reverses `_call`."""
-
-    def width(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
-        return (None, num_bits) if isinstance(num_bits, int) else (num_bits, 0)
-
     return (
-        call.input, call.amax, *width(call.num_bits), *call.conv, call.residual,
+        call.input, call.amax, *split_width(call.num_bits), *call.conv, call.residual,
         *(call.affine or (None, None)), call.relu, call.output_amax,
-        *width(call.output_num_bits), call.slots, call.count,
+        *split_width(call.output_num_bits), call.slots, call.count,
     )  # fmt: skip
 
 

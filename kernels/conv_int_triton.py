@@ -16,6 +16,7 @@ from .backend import tl, triton
 from .conv_call import ConvCall, pixel_pitch
 from .conv_kernel_triton import conv_kernel
 from .conv_pack import K_MULTIPLE, PackedConv
+from .quantize import split_width
 
 
 def supports(conv: PackedConv) -> bool:
@@ -76,10 +77,6 @@ def blocks(
     }
 
 
-def _widths(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
-    return (None, num_bits) if isinstance(num_bits, int) else (num_bits, 0)
-
-
 def _pitch(image: Tensor | None, channels: int) -> int:
     """Returns the elements from pixel to pixel; those of an output that is not stored."""
     pitch = channels if image is None else pixel_pitch(image)
@@ -135,9 +132,9 @@ def run(
     assert skip is None or call.skip_amax is not None, "skip codes need a range"
     assert moments is None or not call.conv.transposed, "a transposed one's tiles are no chunks"
     conv = call.conv
-    bits_tensor, bits = _widths(call.num_bits)
+    bits_tensor, bits = split_width(call.num_bits)
     light, wide, sizes = _launch_facts(call, codes, moments is not None)
-    out_bits_tensor, out_bits = _widths(call.output_num_bits)
+    out_bits_tensor, out_bits = split_width(call.output_num_bits)
     out_low, out_high = (None, None) if codes is None else (codes[0], codes[1:])
     out_high = out_high[0] if out_high is not None and len(out_high) else None
     several = bits_tensor is not None and len(conv.num_bits) > 1

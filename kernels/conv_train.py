@@ -23,7 +23,7 @@ from .conv_train_op import fake_quant_conv2d_op
 from .grid import amax_of
 from .layout import as_pair
 from .per_width import weight_amax
-from .quantize import check_num_bits, fake_quantize, fake_quantize_reference
+from .quantize import check_num_bits, fake_quantize, fake_quantize_reference, split_width
 
 
 def fake_quant_conv2d_reference(
@@ -90,10 +90,6 @@ def _quantised(
 def _per_sample(input: Tensor, amax: Tensor | None) -> bool:
     """Tells whether each sample has one range."""
     return amax is None or amax.numel() == 1 or amax.shape == (len(input), 1, 1, 1)
-
-
-def _as_width(num_bits: int | Tensor | None) -> tuple[Tensor | None, int]:
-    return (num_bits, 0) if isinstance(num_bits, Tensor) else (None, num_bits or 0)
 
 
 def _padded(
@@ -174,6 +170,6 @@ def fake_quant_conv2d(
     keep = amax is not None and not learning[0] and any(learning)
     mask = keep and learning[1] and input_amax is not None
     return fake_quant_conv2d_op(
-        input, weight, bias, *_as_width(num_bits), *_as_width(input_num_bits), amax, dtype,
+        input, weight, bias, *split_width(num_bits), *split_width(input_num_bits), amax, dtype,
         geometry, per_channel, keep, mask,
     )[0]  # fmt: skip

@@ -25,7 +25,7 @@ from .encode_call import EncodeCall
 from .grid import qmax, quantize_codes
 from .layout import as_pair, wide_dtype
 from .pairs import join_floats, split_affine
-from .quantize import check_num_bits
+from .quantize import check_num_bits, split_width, whole_width
 from .slots import check_offset, integers
 
 
@@ -131,12 +131,11 @@ def _checked(
         )
     if offset is not None:
         check_offset(offset, samples)
-    widths = num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
     offset, slots, count = integers(offset, slots, count)
     return EncodeCall(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
-        (input.shape[2], input.shape[3]) if size is None else as_pair(size), widths,
-        split_affine(affine, channels), relu, offset, slots, count,
+        (input.shape[2], input.shape[3]) if size is None else as_pair(size),
+        whole_width(num_bits), split_affine(affine, channels), relu, offset, slots, count,
     )  # fmt: skip
 
 
@@ -199,9 +198,7 @@ def encode(
     Source: Med-DANet V2, Eq. 6.
     """
     call = _checked(input, amax, num_bits, affine, relu, offset, size, slots, count)
-    several = isinstance(call.num_bits, Tensor)
     return _named(_encode(
-        call.input, call.amax, *call.size, call.num_bits if several else None,
-        0 if several else call.num_bits, *(call.affine or (None, None)), call.relu, call.offset,
-        call.slots, call.count,
+        call.input, call.amax, *call.size, *split_width(call.num_bits),
+        *(call.affine or (None, None)), call.relu, call.offset, call.slots, call.count,
     ))  # fmt: skip

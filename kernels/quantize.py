@@ -157,6 +157,16 @@ def check_num_bits(name: str, num_bits: int | Tensor, batch: int) -> None:
         raise ValueError(f"{name} must be an int from 2 to 16 or a tensor [N], got {num_bits!r}")
 
 
+def whole_width(num_bits: int | Tensor) -> int | Tensor:
+    """Returns an int, or widths [N] as int32, rid of the noise of a straight-through sum."""
+    return num_bits if isinstance(num_bits, int) else num_bits.detach().round().to(torch.int32)
+
+
+def split_width(num_bits: int | Tensor | None) -> tuple[Tensor | None, int]:
+    """Returns widths as operators take them: (tensor [N], 0), or (None, int), where 0 is none."""
+    return (num_bits, 0) if isinstance(num_bits, Tensor) else (None, num_bits or 0)
+
+
 def _range(input: Tensor, num_bits: int | Tensor, amax: Tensor | None) -> Tensor:
     """Checks the arguments; returns the range as [1], [N] or in the shape of the input."""
     check_num_bits("num_bits", num_bits, input.shape[0] if input.dim() else 1)
@@ -202,7 +212,7 @@ def fake_quantize(input: Tensor, num_bits: int | Tensor, amax: Tensor | None = N
     Source: Med-DANet V2, Eq. 6 (range max|x|, codes within +-qmax).
     """
     ranges = _range(input, num_bits, amax)
-    widths, width = (num_bits, 0) if isinstance(num_bits, Tensor) else (None, num_bits)
+    widths, width = split_width(num_bits)
     learns = widths is not None and widths.requires_grad
     # without a given range nothing lies outside of it
     mask = amax is not None and input.requires_grad and torch.is_grad_enabled() and not learns
