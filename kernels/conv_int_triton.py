@@ -216,10 +216,7 @@ def _launch_meta(
     relu: bool = False, codes: bool = True, skip: bool = False, moments: bool = False,
 ) -> None:  # fmt: skip
     """Launches a convolution whose tensors have no memory."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
     planes, depth = 1 + mixed, triton.cdiv(kernel**2 * c_in, K_MULTIPLE) * K_MULTIPLE
     conv = PackedConv(
         empty(planes, planes, c_out, depth, dtype=torch.int8),

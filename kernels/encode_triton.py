@@ -158,9 +158,7 @@ def _launch_meta(
     mixed: bool = False, affine: bool = False,
 ) -> None:  # fmt: skip
     """Launches an encoding whose tensors have no memory."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    empty = partial(torch.empty, device="meta", dtype=torch.int32)
 
     def last(channels: int, dtype: torch.dtype) -> Tensor:
         return empty(2, 96, 96, channels, dtype=dtype).permute(0, 3, 1, 2)

@@ -129,10 +129,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 
     Skip, two crops and whole, four stages; any number of slices.
     """
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, device="meta", dtype=torch.int32)
     logits, places = (empty(8, columns, dtype=torch.float32) for columns in (4, 2))
     frames = new_frames((240, 240), 96, (96, 128), (4, 4), "meta")
     return {

@@ -221,10 +221,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 
     Four channels of the image, 16 to 128 of the stages' inputs, two widths.
     """
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
     size = 96, 96
     image, sums = empty(2, 4, *size), new_sums(2, 4, size, "meta")
     bits, count = empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)

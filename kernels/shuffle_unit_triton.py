@@ -161,10 +161,7 @@ def _launch_meta(
     cin: int, cout: int, stride: int, dtype: torch.dtype = torch.float16
 ) -> None:
     """Launches a unit whose tensors have no memory."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
     branch = cin if stride == 2 else cin // 2
     k, h, o = map(padded, (branch, cout // 2, cout - branch))
     main = (

@@ -266,9 +266,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 
 def _launch_meta(channels: int, side: int = 96, *, tile: bool = False) -> None:
     """Launches a way up whose tensors have no memory."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    empty = partial(torch.empty, device="meta", dtype=torch.int8)
 
     def last(channels: int, side: int, dtype: torch.dtype = torch.int8) -> Tensor:
         return empty(2, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
