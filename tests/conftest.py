@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+from meddanet.data import VolumeError
 
 # the same examples on every run, and no deadline: a busy machine is no failure
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -112,6 +114,44 @@ def seed() -> None:
 def no_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+class Scans:
+    """Scans of noise as files, named as BraTS 2021 names them, and what reading a bad one says."""
+
+    MRI = ("flair", "t1ce", "t1", "t2")
+    AFFINE = np.array([[-1.0, 0, 0, 3], [0, -1, 0, 239], [0, 0, 2, -7], [0, 0, 0, 1]])
+    SHAPE = (6, 5, 4)
+
+    @staticmethod
+    def image(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, 3000, shape).astype(dtype)
+
+    @staticmethod
+    def write(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(data, affine), path)
+        return path
+
+    @classmethod
+    def write_case(cls, folder: Path, name: str = "p1") -> dict[str, Path]:
+        """Writes an image of each modality, the first of seed 0, the second of seed 1, ..."""
+        paths = {kind: folder / f"{name}_{kind}.nii.gz" for kind in cls.MRI}
+        return {kind: cls.write(path, cls.image(n)) for n, (kind, path) in enumerate(paths.items())}
+
+    @staticmethod
+    def error(call: Callable[[], object]) -> str:
+        """Returns the one line of the `VolumeError` that a call raises."""
+        with pytest.raises(VolumeError) as caught:
+            call()
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+
+@pytest.fixture(scope="session")
+def scans() -> type[Scans]:
+    return Scans
 
 
 @pytest.fixture

@@ -4,137 +4,105 @@ from __future__ import annotations
 
 import gzip
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from meddanet.data import (
-    VolumeError,
-    load_labels,
-    load_volume,
-)
-
-MRI = ("flair", "t1ce", "t1", "t2")
-AFFINE = np.array([[-1.0, 0, 0, 3], [0, -1, 0, 239], [0, 0, 2, -7], [0, 0, 0, 1]])
-SHAPE = (6, 5, 4)
+from meddanet.data import load_labels, load_volume
 
 
-def image(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 3000, shape).astype(dtype)
-
-
-def write(
-    path: Path, data: np.ndarray, affine: np.ndarray = AFFINE, form: type = nib.Nifti1Image
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(form(data, affine), path)
-    return path
-
-
-def write_case(folder: Path, name: str = "p1") -> dict[str, Path]:
-    return {
-        kind: write(folder / f"{name}_{kind}.nii.gz", image(seed)) for seed, kind in enumerate(MRI)
-    }
-
-
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(VolumeError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_a_missing_modality(tmp_path: Path) -> None:
-    write_case(tmp_path)["t1ce"].unlink()
-    message = error_of(lambda: load_volume(tmp_path))
+def test_a_missing_modality(scans, tmp_path: Path) -> None:
+    scans.write_case(tmp_path)["t1ce"].unlink()
+    message = scans.error(lambda: load_volume(tmp_path))
     assert message.startswith("p1: modality t1ce is missing; expected flair, t1ce, t1, t2")
     assert str(tmp_path) in message
 
 
-def test_a_modality_that_does_not_exist(tmp_path: Path) -> None:
-    write_case(tmp_path)
-    assert "modality adc is missing" in error_of(lambda: load_volume(tmp_path, ("flair", "adc")))
+def test_a_modality_that_does_not_exist(scans, tmp_path: Path) -> None:
+    scans.write_case(tmp_path)
+    assert "modality adc is missing" in scans.error(lambda: load_volume(tmp_path, ("flair", "adc")))
     for names in ((), ("t1", "T1w")):
         with pytest.raises(ValueError, match="expected each name once"):
             load_volume(tmp_path, names)
 
 
-def test_another_shape(tmp_path: Path) -> None:
-    path = write(write_case(tmp_path)["t1"], image(shape=(6, 5, 3)))
-    message = error_of(lambda: load_volume(tmp_path))
+def test_another_shape(scans, tmp_path: Path) -> None:
+    path = scans.write(scans.write_case(tmp_path)["t1"], scans.image(shape=(6, 5, 3)))
+    message = scans.error(lambda: load_volume(tmp_path))
     assert message.startswith(f"{path}: shape (6, 5, 3) differs from (6, 5, 4) of {tmp_path}")
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 3), (2, 2), (0, 1)])
-def test_another_affine(tmp_path: Path, row: int, column: int) -> None:
-    other = AFFINE.copy()
+def test_another_affine(scans, tmp_path: Path, row: int, column: int) -> None:
+    other = scans.AFFINE.copy()
     other[row, column] += 0.01
-    path = write(write_case(tmp_path)["t2"], image(), other)
-    message = error_of(lambda: load_volume(tmp_path))
+    path = scans.write(scans.write_case(tmp_path)["t2"], scans.image(), other)
+    message = scans.error(lambda: load_volume(tmp_path))
     assert message.startswith(f"{path}: the affine differs by up to 0.01 from that of {tmp_path}")
 
 
-def test_several_cases_where_one_is_expected(tmp_path: Path) -> None:
+def test_several_cases_where_one_is_expected(scans, tmp_path: Path) -> None:
     for name in ("p1", "p2"):
-        write_case(tmp_path / name, name)
-    assert "holds 2 cases (p1, p2" in error_of(lambda: load_volume(tmp_path))
+        scans.write_case(tmp_path / name, name)
+    assert "holds 2 cases (p1, p2" in scans.error(lambda: load_volume(tmp_path))
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
-def test_truncated_gzip(tmp_path: Path, kept: float) -> None:
-    path = write_case(tmp_path)["t1"]
+def test_truncated_gzip(scans, tmp_path: Path, kept: float) -> None:
+    path = scans.write_case(tmp_path)["t1"]
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert error_of(lambda: load_volume(tmp_path)).startswith(f"{path}: the gzip data is truncated")
+    message = scans.error(lambda: load_volume(tmp_path))
+    assert message.startswith(f"{path}: the gzip data is truncated")
 
 
 @pytest.mark.parametrize("position", [-6, -2, 300])
-def test_damaged_gzip(tmp_path: Path, position: int) -> None:
-    path = write_case(tmp_path)["t1"]
+def test_damaged_gzip(scans, tmp_path: Path, position: int) -> None:
+    path = scans.write_case(tmp_path)["t1"]
     content = bytearray(path.read_bytes())
     content[position] ^= 0x5A
     path.write_bytes(content)
-    assert error_of(lambda: load_volume(tmp_path)).startswith(f"{path}: the gzip data is damaged")
+    message = scans.error(lambda: load_volume(tmp_path))
+    assert message.startswith(f"{path}: the gzip data is damaged")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_voxels_that_are_not_finite(tmp_path: Path, bad: float, dtype: type) -> None:
-    data = image(dtype=dtype)
+def test_voxels_that_are_not_finite(scans, tmp_path: Path, bad: float, dtype: type) -> None:
+    data = scans.image(dtype=dtype)
     data[1, 2, 3] = data[0, 0, 0] = bad
-    path = write(write_case(tmp_path)["t2"], data)
-    message = error_of(lambda: load_volume(tmp_path))
+    path = scans.write(scans.write_case(tmp_path)["t2"], data)
+    message = scans.error(lambda: load_volume(tmp_path))
     assert message.startswith(f"{path}: 2 voxels are NaN or infinite")
 
 
-def test_a_flat_file(tmp_path: Path) -> None:
-    path = write(write_case(tmp_path)["t1"], image(shape=(6, 5)))
-    assert error_of(lambda: load_volume(tmp_path)).startswith(f"{path}: is 2-D with shape (6, 5)")
+def test_a_flat_file(scans, tmp_path: Path) -> None:
+    path = scans.write(scans.write_case(tmp_path)["t1"], scans.image(shape=(6, 5)))
+    message = scans.error(lambda: load_volume(tmp_path))
+    assert message.startswith(f"{path}: is 2-D with shape (6, 5)")
 
 
-def test_more_dimensions_than_channels(tmp_path: Path) -> None:
-    path = write(tmp_path / "scan.nii", image(shape=(*SHAPE, 2, 3)))
-    assert "has shape (6, 5, 4, 2, 3)" in error_of(lambda: load_volume({"t1": path}))
-    path = write(tmp_path / "scan.nii", image(shape=(*SHAPE, 2)))
-    assert "number of channels is 2, expected 1" in error_of(lambda: load_volume({"t1": path}))
+def test_more_dimensions_than_channels(scans, tmp_path: Path) -> None:
+    path = scans.write(tmp_path / "scan.nii", scans.image(shape=(*scans.SHAPE, 2, 3)))
+    assert "has shape (6, 5, 4, 2, 3)" in scans.error(lambda: load_volume({"t1": path}))
+    path = scans.write(tmp_path / "scan.nii", scans.image(shape=(*scans.SHAPE, 2)))
+    assert "number of channels is 2, expected 1" in scans.error(lambda: load_volume({"t1": path}))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("shape", [(32767, 32767, 32767), (512, 512, 512), (33, 32, 32)])
 def test_a_header_that_asks_for_more_than_the_file_holds(
-    tmp_path: Path, compressed: bool, shape: tuple[int, int, int]
+    scans, tmp_path: Path, compressed: bool, shape: tuple[int, int, int]
 ) -> None:
     data = np.random.default_rng(0).integers(0, 65536, (32, 32, 32)).astype(np.uint16)
-    raw = bytearray(nib.Nifti1Image(data, AFFINE).to_bytes())
+    raw = bytearray(nib.Nifti1Image(data, scans.AFFINE).to_bytes())
     raw[42:48] = np.array(shape, "<i2").tobytes()
     path = tmp_path / ("scan.nii.gz" if compressed else "scan.nii")
     path.write_bytes(gzip.compress(raw) if compressed else raw)
     tracemalloc.start()
-    message = error_of(lambda: load_volume({"t1": path}))
+    message = scans.error(lambda: load_volume({"t1": path}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     claimed = 352 + 2 * int(np.prod(shape, dtype=object))
@@ -150,60 +118,62 @@ def test_a_header_that_asks_for_more_than_the_file_holds(
         ((1000, 1000, 1000), "the header asks for 2000000352 bytes but the file holds at most"),
     ],
 )
-def test_a_forged_length_is_noticed(tmp_path: Path, shape: tuple[int, int, int], text: str) -> None:
+def test_a_forged_length_is_noticed(
+    scans, tmp_path: Path, shape: tuple[int, int, int], text: str
+) -> None:
     data = np.random.default_rng(0).integers(0, 65536, (96, 96, 96)).astype(np.uint16)
-    raw = bytearray(nib.Nifti1Image(data, AFFINE).to_bytes())
+    raw = bytearray(nib.Nifti1Image(data, scans.AFFINE).to_bytes())
     raw[42:48] = np.array(shape, "<i2").tobytes()
     claimed = 352 + 2 * int(np.prod(shape))
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(gzip.compress(raw, 1)[:-4] + claimed.to_bytes(4, "little"))
-    assert error_of(lambda: load_volume({"t1": path})).startswith(f"{path}: {text}")
+    assert scans.error(lambda: load_volume({"t1": path})).startswith(f"{path}: {text}")
 
 
-def test_the_checksum_is_verified_where_the_last_block_is_full(tmp_path: Path) -> None:
+def test_the_checksum_is_verified_where_the_last_block_is_full(scans, tmp_path: Path) -> None:
     # 352 bytes of header and these voxels are 2 MiB to the byte
     data = np.random.default_rng(0).integers(0, 65536, (20, 20, 2621)).astype(np.uint16)
-    content = bytearray(gzip.compress(nib.Nifti1Image(data, AFFINE).to_bytes(), 1))
+    content = bytearray(gzip.compress(nib.Nifti1Image(data, scans.AFFINE).to_bytes(), 1))
     content[-8] ^= 1
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(content)
-    message = error_of(lambda: load_volume({"t1": path}))
+    message = scans.error(lambda: load_volume({"t1": path}))
     assert message.startswith(f"{path}: the gzip data is damaged (CRC check failed")
 
 
 @pytest.mark.parametrize("values", [[0, 1, 2, 4], [0, 1], [0, 1, 2, 3, 4, 5, 6, 200]])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_a_label_file_where_an_image_belongs(
-    tmp_path: Path, values: list[int], dtype: type
+    scans, tmp_path: Path, values: list[int], dtype: type
 ) -> None:
-    labels = np.resize(values, SHAPE).astype(dtype)
-    path = write(write_case(tmp_path)["t1ce"], labels)
-    message = error_of(lambda: load_volume(tmp_path))
+    labels = np.resize(values, scans.SHAPE).astype(dtype)
+    path = scans.write(scans.write_case(tmp_path)["t1ce"], labels)
+    message = scans.error(lambda: load_volume(tmp_path))
     assert message.startswith(f"{path}: holds only the values {values}, so it is a label file")
 
 
 @pytest.mark.parametrize(
     "name", ["p_seg.nii", "p-seg.nii.gz", "segmentation-0.nii", "labels/p.nii"]
 )
-def test_a_label_files_name_where_an_image_belongs(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, image())
+def test_a_label_files_name_where_an_image_belongs(scans, tmp_path: Path, name: str) -> None:
+    path = scans.write(tmp_path / name, scans.image())
     for given in ({"t1": path}, path):
-        message = error_of(lambda: load_volume(given))  # noqa: B023
+        message = scans.error(lambda: load_volume(given))  # noqa: B023
         assert message == f"{path}: is a label file; expected an image"
 
 
-def test_blank_and_dark_images_are_no_label_files(tmp_path: Path) -> None:
-    blank = np.zeros(SHAPE, np.int16)
-    dark = np.resize([-1024, 0, 1], SHAPE).astype(np.int16)
-    fractions = np.resize([0, 0.25, 0.5], SHAPE).astype(np.float32)
-    few = np.resize(np.arange(9), SHAPE).astype(np.uint8)
+def test_blank_and_dark_images_are_no_label_files(scans, tmp_path: Path) -> None:
+    blank = np.zeros(scans.SHAPE, np.int16)
+    dark = np.resize([-1024, 0, 1], scans.SHAPE).astype(np.int16)
+    fractions = np.resize([0, 0.25, 0.5], scans.SHAPE).astype(np.float32)
+    few = np.resize(np.arange(9), scans.SHAPE).astype(np.uint8)
     for data in (blank, dark, fractions, few):
-        path = write(tmp_path / "scan.nii", data)
+        path = scans.write(tmp_path / "scan.nii", data)
         np.testing.assert_array_equal(load_volume({"t1": path}).data[0], data)
 
 
 def header_with(position: int, content: bytes) -> bytes:
-    raw = bytearray(nib.Nifti1Image(image(), AFFINE).to_bytes())
+    raw = bytearray(nib.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)).to_bytes())
     raw[position : position + len(content)] = content
     return bytes(raw)
 
@@ -226,17 +196,17 @@ def header_with(position: int, content: bytes) -> bytes:
         (header_with(0, b"")[:400], "the header asks for 592 bytes but the file holds 400"),
     ],
 )
-def test_files_that_are_no_valid_nifti(tmp_path: Path, content: bytes, text: str) -> None:
+def test_files_that_are_no_valid_nifti(scans, tmp_path: Path, content: bytes, text: str) -> None:
     for name, stored in (("scan.nii", content), ("scan.nii.gz", gzip.compress(content))):
         path = tmp_path / name
         path.write_bytes(stored)
-        message = error_of(lambda: load_volume({"t1": path}))  # noqa: B023
+        message = scans.error(lambda: load_volume({"t1": path}))  # noqa: B023
         assert message.replace("at most ", "").startswith(f"{path}: {text}")
 
 
-def test_absent_files_and_folders(tmp_path: Path) -> None:
+def test_absent_files_and_folders(scans, tmp_path: Path) -> None:
     path = tmp_path / "scan.nii.gz"
-    assert error_of(lambda: load_volume(path)) == f"{path}: no such file or folder"
-    message = error_of(lambda: load_volume({"t1": path}))
+    assert scans.error(lambda: load_volume(path)) == f"{path}: no such file or folder"
+    message = scans.error(lambda: load_volume({"t1": path}))
     assert message == f"{path}: cannot be read (No such file or directory)"
-    assert "Is a directory" in error_of(lambda: load_labels(tmp_path))
+    assert "Is a directory" in scans.error(lambda: load_labels(tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,77 +10,40 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from meddanet.data import (
-    Volume,
-    VolumeError,
-    load_labels,
-    load_volume,
-    save_image,
-    save_volume,
-)
-
-MRI = ("flair", "t1ce", "t1", "t2")
-AFFINE = np.array([[-1.0, 0, 0, 3], [0, -1, 0, 239], [0, 0, 2, -7], [0, 0, 0, 1]])
-SHAPE = (6, 5, 4)
+from meddanet.data import Volume, load_labels, load_volume, save_image, save_volume
 
 
-def image(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 3000, shape).astype(dtype)
-
-
-def write(
-    path: Path, data: np.ndarray, affine: np.ndarray = AFFINE, form: type = nib.Nifti1Image
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(form(data, affine), path)
-    return path
-
-
-def write_case(folder: Path, name: str = "p1") -> dict[str, Path]:
-    return {
-        kind: write(folder / f"{name}_{kind}.nii.gz", image(seed)) for seed, kind in enumerate(MRI)
-    }
-
-
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(VolumeError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def volume_in(tmp_path: Path) -> Volume:
-    write_case(tmp_path / "case")
+@pytest.fixture
+def volume(scans, tmp_path: Path) -> Volume:
+    scans.write_case(tmp_path / "case")
     return load_volume(tmp_path / "case")
 
 
-def test_labels_keep_their_values(tmp_path: Path) -> None:
-    volume = volume_in(tmp_path)
+def test_labels_keep_their_values(scans, tmp_path: Path, volume: Volume) -> None:
     for dtype, top in ((np.uint8, 4), (np.float64, 4), (np.int32, 117), (np.int16, 300)):
-        labels = np.resize([0, 1, 2, top], SHAPE).astype(dtype)
-        path = write(tmp_path / "labels.nii.gz", labels)
+        labels = np.resize([0, 1, 2, top], scans.SHAPE).astype(dtype)
+        path = scans.write(tmp_path / "labels.nii.gz", labels)
         result = load_labels(path, like=volume)
         np.testing.assert_array_equal(result, labels)
         assert result.dtype == (np.uint16 if top > 255 else np.uint8)
 
 
 @pytest.mark.parametrize("bad", [0.5, -1, np.nan, 70000])
-def test_values_that_are_no_labels(tmp_path: Path, bad: float) -> None:
-    data = np.zeros(SHAPE)
+def test_values_that_are_no_labels(scans, tmp_path: Path, bad: float) -> None:
+    data = np.zeros(scans.SHAPE)
     data[2, 2, 2] = bad
-    path = write(tmp_path / "p_seg.nii", data)
-    assert error_of(lambda: load_labels(path)).startswith(f"{path}: is no segmentation")
+    path = scans.write(tmp_path / "p_seg.nii", data)
+    assert scans.error(lambda: load_labels(path)).startswith(f"{path}: is no segmentation")
 
 
-def test_labels_of_another_grid(tmp_path: Path) -> None:
-    volume = volume_in(tmp_path)
-    path = write(tmp_path / "p_seg.nii", np.zeros((6, 5, 5), np.uint8))
-    assert "differs from (6, 5, 4) of volume p1" in error_of(lambda: load_labels(path, volume))
-    path = write(tmp_path / "p_seg.nii", np.zeros(SHAPE, np.uint8), np.diag([1.0, 1, 2, 1]))
-    assert "the affine differs" in error_of(lambda: load_labels(path, volume))
-    path = write(tmp_path / "p_seg.nii", np.zeros((*SHAPE, 2), np.uint8))
-    assert "number of channels is 2, expected 1" in error_of(lambda: load_labels(path, volume))
+def test_labels_of_another_grid(scans, tmp_path: Path, volume: Volume) -> None:
+    path = scans.write(tmp_path / "p_seg.nii", np.zeros((6, 5, 5), np.uint8))
+    assert "differs from (6, 5, 4) of volume p1" in scans.error(lambda: load_labels(path, volume))
+    other = np.diag([1.0, 1, 2, 1])
+    path = scans.write(tmp_path / "p_seg.nii", np.zeros(scans.SHAPE, np.uint8), other)
+    assert "the affine differs" in scans.error(lambda: load_labels(path, volume))
+    path = scans.write(tmp_path / "p_seg.nii", np.zeros((*scans.SHAPE, 2), np.uint8))
+    assert "number of channels is 2, expected 1" in scans.error(lambda: load_labels(path, volume))
 
 
 def labels_of(volume: Volume) -> np.ndarray:
@@ -90,13 +52,15 @@ def labels_of(volume: Volume) -> np.ndarray:
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("form", [nib.Nifti1Image, nib.Nifti2Image])
-def test_d10_labels_carry_the_inputs_geometry(tmp_path: Path, suffix: str, form: type) -> None:
+def test_d10_labels_carry_the_inputs_geometry(
+    scans, tmp_path: Path, suffix: str, form: type
+) -> None:
     header = form.header_class(endianness=">")
     header.set_data_dtype(">i2")
     header.set_xyzt_units("mm", "sec")
-    source = form(image(shape=(*SHAPE, 4)), None, header)
+    source = form(scans.image(shape=(*scans.SHAPE, 4)), None, header)
     qform = np.diag([-1.0, 1.0, 2.0, 1.0])
-    source.set_sform(AFFINE, code=4)
+    source.set_sform(scans.AFFINE, code=4)
     source.set_qform(qform, code=2)
     source.header["descrip"] = b"a patient's name"
     path = tmp_path / f"BRATS_001{suffix}"
@@ -107,11 +71,11 @@ def test_d10_labels_carry_the_inputs_geometry(tmp_path: Path, suffix: str, form:
     result = nib.load(out)
     assert type(result) is form and result.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asanyarray(result.dataobj), labels_of(volume))
-    np.testing.assert_array_equal(result.affine, AFFINE)
+    np.testing.assert_array_equal(result.affine, scans.AFFINE)
     sform, sform_code = result.get_sform(coded=True)
     stored_qform, qform_code = result.get_qform(coded=True)
     assert (sform_code, qform_code) == (4, 2)
-    np.testing.assert_array_equal(sform, AFFINE)
+    np.testing.assert_array_equal(sform, scans.AFFINE)
     np.testing.assert_allclose(stored_qform, qform, atol=1e-7)
     assert result.header.get_xyzt_units() == ("mm", "sec")
     assert bytes(result.header["descrip"]).strip(b"\0") == b""
@@ -139,8 +103,8 @@ def test_labels_of_a_cut_volume_lie_where_it_lies(tmp_path: Path, codes: tuple[i
     assert saved.header["sform_code"] == (codes[1] or codes[0] or 1)
 
 
-def test_a_label_file_of_a_scaled_image_is_not_scaled(tmp_path: Path) -> None:
-    raw = bytearray(nib.Nifti1Image(image(), AFFINE).to_bytes())
+def test_a_label_file_of_a_scaled_image_is_not_scaled(scans, tmp_path: Path) -> None:
+    raw = bytearray(nib.Nifti1Image(scans.image(), scans.AFFINE).to_bytes())
     raw[112:120] = np.array([0.5, -3], "<f4").tobytes()
     path = tmp_path / "scan.nii"
     path.write_bytes(raw)
@@ -149,8 +113,9 @@ def test_a_label_file_of_a_scaled_image_is_not_scaled(tmp_path: Path) -> None:
     np.testing.assert_array_equal(nib.load(tmp_path / "out.nii").get_fdata(), labels_of(volume))
 
 
-def test_equal_labels_give_equal_bytes_and_ordinary_permissions(tmp_path: Path) -> None:
-    volume = volume_in(tmp_path)
+def test_equal_labels_give_equal_bytes_and_ordinary_permissions(
+    tmp_path: Path, volume: Volume
+) -> None:
     first, second = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"
     save_volume(labels_of(volume), first, like=volume)
     save_volume(np.asfortranarray(labels_of(volume), int), second, like=volume)
@@ -160,33 +125,30 @@ def test_equal_labels_give_equal_bytes_and_ordinary_permissions(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bad", [0.5, -1, 256, np.nan])
-def test_only_bytes_are_saved(tmp_path: Path, bad: float) -> None:
-    volume = volume_in(tmp_path)
+def test_only_bytes_are_saved(scans, tmp_path: Path, volume: Volume, bad: float) -> None:
     with pytest.raises(ValueError, match="whole numbers from 0 to 255"):
-        save_volume(np.full(SHAPE, bad), tmp_path / "out.nii", like=volume)
+        save_volume(np.full(scans.SHAPE, bad), tmp_path / "out.nii", like=volume)
     with pytest.raises(ValueError, match=r"labels have shape \(4, 5, 6\), expected \(6, 5, 4\)"):
         save_volume(np.zeros((4, 5, 6), np.uint8), tmp_path / "out.nii", like=volume)
     with pytest.raises(ValueError, match="out.mha: expected a name that ends in"):
         save_volume(labels_of(volume), tmp_path / "out.mha", like=volume)
 
 
-def test_a_read_only_output_folder(tmp_path: Path) -> None:
-    volume = volume_in(tmp_path)
+def test_a_read_only_output_folder(scans, tmp_path: Path, volume: Volume) -> None:
     folder = tmp_path / "out"
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):
         # the superuser writes everywhere but into the kernel's own folder
         folder = Path("/proc")
     path = folder / "p1.nii.gz"
-    message = error_of(lambda: save_volume(labels_of(volume), path, like=volume))
+    message = scans.error(lambda: save_volume(labels_of(volume), path, like=volume))
     assert message.startswith(f"{path}: cannot be written (")
     assert message.endswith("; expected a writable folder")
 
 
 def test_an_interrupted_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scans, tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    volume = volume_in(tmp_path)
     folder = tmp_path / "out"
     folder.mkdir()
     path = folder / "p1.nii.gz"
@@ -196,27 +158,28 @@ def test_an_interrupted_write_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    message = error_of(lambda: save_volume(labels_of(volume), path, like=volume))
+    message = scans.error(lambda: save_volume(labels_of(volume), path, like=volume))
     assert message.startswith(f"{path}: cannot be written (No space left on device)")
     assert [entry.name for entry in folder.iterdir()] == ["p1.nii.gz"]
     assert path.read_bytes() == b"earlier result"
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, ">i2"])
-def test_images_are_written_as_they_are(tmp_path: Path, dtype: type | str) -> None:
-    for data in (image().astype(dtype), image(shape=(*SHAPE, 2)).astype(dtype)):
-        save_image(data, tmp_path / "scan.nii.gz", AFFINE)
+def test_images_are_written_as_they_are(scans, tmp_path: Path, dtype: type | str) -> None:
+    for data in (scans.image().astype(dtype), scans.image(shape=(*scans.SHAPE, 2)).astype(dtype)):
+        save_image(data, tmp_path / "scan.nii.gz", scans.AFFINE)
         result = nib.load(tmp_path / "scan.nii.gz")
         np.testing.assert_array_equal(np.asanyarray(result.dataobj), data)
-        np.testing.assert_array_equal(result.affine, AFFINE)
-        np.testing.assert_allclose(result.get_qform(), AFFINE, atol=1e-6)
+        np.testing.assert_array_equal(result.affine, scans.AFFINE)
+        np.testing.assert_allclose(result.get_qform(), scans.AFFINE, atol=1e-6)
         assert result.header.get_xyzt_units()[0] == "mm"
         assert result.get_data_dtype() == np.dtype(dtype).newbyteorder("<")
 
 
-def test_a_volume_that_comes_from_no_file_can_be_the_model(tmp_path: Path) -> None:
-    volume = Volume(image(shape=(1, *SHAPE)), AFFINE, None, ("t1",), "files", "p1")
+def test_a_volume_that_comes_from_no_file_can_be_the_model(scans, tmp_path: Path) -> None:
+    data = scans.image(shape=(1, *scans.SHAPE))
+    volume = Volume(data, scans.AFFINE, None, ("t1",), "files", "p1")
     save_volume(labels_of(volume), tmp_path / "out.nii.gz", like=volume)
     result = nib.load(tmp_path / "out.nii.gz")
-    np.testing.assert_array_equal(result.affine, AFFINE)
+    np.testing.assert_array_equal(result.affine, scans.AFFINE)
     np.testing.assert_array_equal(np.asanyarray(result.dataobj), labels_of(volume))
