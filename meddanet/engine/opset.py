@@ -170,7 +170,7 @@ class _Translation:
         norm = self._module(users[0]) if len(users) == 1 else None
         if isinstance(norm, nn.BatchNorm2d):
             gain, shift = affine(norm)
-        codes = self._on_grid(source, layer, str(node.target), input_num_bits)
+        codes = self._on_grid(source, layer, input_num_bits)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
         # int8 weights of floats would make OpenVINO round the floats to 8 bits as well
         integer = layer.quantize and max(num_bits, input_num_bits) <= 8
@@ -184,10 +184,10 @@ class _Translation:
             self.values[users[0]] = result
         return result
 
-    def _on_grid(self, node: Any, layer: Any, name: str, num_bits: int) -> Node:
+    def _on_grid(self, node: Any, layer: Any, num_bits: int) -> Node:
         if not layer.quantize:
             return self.values[node]
-        options = layer, name, num_bits, node in self.non_negative
+        options = layer, num_bits, node in self.non_negative
         if node.target is torch.cat:
             # codes are put side by side, not floats: a quarter of the bytes
             inputs, axis = node.args
@@ -207,17 +207,15 @@ class _Translation:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
 
-def on_grid(
-    input: Node, layer: QuantizedInput, name: str, num_bits: int, non_negative: bool = False
-) -> Node:
+def on_grid(input: Node, layer: Any, num_bits: int, non_negative: bool = False) -> Node:
     """Puts values on the grid of a layer's input, in the form that OpenVINO runs as codes.
 
     Beyond 8 bit the values stay float32. Up to 8 bit the range is clamped first, so that 256 levels
     of the right step serve for every width (255 levels of +-amax gave wrong sums, see
     docs/engine.md); what cannot be negative becomes unsigned codes, which x86 multiplies without a
-    correction.
+    correction. That the layer has a range is `compile_engine`'s to check.
     """
-    amax, step = input_step(layer, name, num_bits)
+    amax, step = float(layer.input_amax), float(layer.input_amax.float() / qmax(num_bits))
     if num_bits > 8:
         ends = constant(-amax), constant(amax)
         return ops.fake_quantize(input, *ends, *ends, 2 * qmax(num_bits) + 1)
@@ -227,20 +225,6 @@ def on_grid(
     input = ops.clamp(input, 0.0 if non_negative else -amax, amax)
     ends = constant(low * step), constant((low + 255) * step)
     return ops.fake_quantize(input, *ends, *ends, 256)
-
-
-def input_step(layer: Any, name: str, num_bits: int) -> tuple[float, float]:
-    """Returns (range, step) of a layer's input.
-
-    Raises:
-        ValueError: If the layer has no range.
-    """
-    amax = float(layer.input_amax)
-    if not 0 < amax < float("inf"):
-        raise ValueError(
-            f"layer {name} has no input range; train or calibrate the model before it is compiled"
-        )
-    return amax, float(layer.input_amax.float() / qmax(num_bits))
 
 
 def _out_axis(layer: nn.Module) -> int:
