@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from importlib import import_module
 
 import pytest
 import torch
@@ -104,7 +105,11 @@ def test_any_layout():
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(29, 12), (4, 257)], ids=str)
-def test_large_stems_run_in_the_reference(shape):
+def test_large_stems_run_in_the_reference(shape, monkeypatch):
+    # wherever Triton runs; the kernel would raise, as nothing launches it
+    module = import_module("meddanet.kernels.shuffle_stem")
+    monkeypatch.setattr(module, "triton_runs", lambda input: True)
+    monkeypatch.setattr("meddanet.kernels.shuffle_stem_triton.run", None)
     stem, x = folded(*shape, torch.float16), image(shape[0], torch.float16, samples=1)
     assert torch.equal(shuffle_stem(x, packed(stem)), shuffle_stem_reference(x, packed(stem)))
 
