@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .conventions import MODALITIES
 from .labels import from_classes
 from .nifti import save_image
 from .phantom_anatomy import FIELD_OF_VIEW, Anatomy, Grid, Noise, Point, draw_anatomy, inside
 
-MODALITIES = ("flair", "t1ce", "t1", "t2")  # the order of the columns below
-
 _BRAIN_BOX = ((42, 198), (36, 226), (0, 151))  # mm, no voxel outside it belongs to the brain
 _TUMOUR_SHARE = 0.58  # of the slices, at most
-# value of each tissue in standard deviations from the brain's mean, per modality
+# value of each tissue, per modality, in standard deviations from the brain's mean
 _CSF = np.array([-2.3, -1.5, -2.3, 3.2], np.float32)
 _GREY = np.array([0.5, -0.3, -0.3, -0.05], np.float32)
 _WHITE = np.array([-0.35, 0.35, 0.75, -0.6], np.float32)
