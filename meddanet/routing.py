@@ -122,17 +122,12 @@ class RoutedSegmenter(nn.Module, ABC):
             window: Side of a window in pixels; stride is a third of it.
 
         Returns:
-            A `Segmentation` with M windows per slice, in row-major order of their origins.
+            A `Segmentation` with M windows per slice, in the order of `window_corners`.
         """
-        origins = [
-            (y, x)
-            for y in window_origins(slices.shape[2], window)
-            for x in window_origins(slices.shape[3], window)
-        ]
         batch, _, height, width = slices.shape
         total = slices.new_zeros(batch, self.num_classes, height, width)
         routed = []
-        for y, x in origins:
+        for y, x in window_corners(height, width, window):
             view = slices[:, :, y : y + window, x : x + window]
             decisions, offsets, num_bits, groups = self._route(channels_last(view))
             target = total[:, :, y : y + window, x : x + window]
@@ -166,6 +161,12 @@ class RoutedSegmenter(nn.Module, ABC):
                     yield index, logits
 
         return decisions, offsets, num_bits, groups()
+
+
+def window_corners(height: int, width: int, window: int) -> tuple[tuple[int, int], ...]:
+    """Returns (y, x), in pixels, of every window of a slice, row by row; see `window_origins`."""
+    rows, columns = (window_origins(side, window) for side in (height, width))
+    return tuple((y, x) for y in rows for x in columns)
 
 
 def channels_last(input: Tensor) -> Tensor:
