@@ -10,7 +10,15 @@ from .layout import memory_format
 
 
 def pack_bits(inside: Tensor, rows: int) -> Tensor:
-    """Packs uint8 0 or 1 in the order of memory into [rows, ...], the first in the lowest bit."""
+    """Packs 0 or 1 in the order of memory, eight to a byte, the first in the lowest bit.
+
+    Args:
+        inside: uint8, dense: [N, C, H, W] in either memory format, or of any shape, contiguous.
+        rows: R, into how many equal parts it falls; each fills whole bytes.
+
+    Returns:
+        uint8 [R, elements of a row / 8, rounded up].
+    """
     if memory_format(inside) == torch.channels_last:
         inside = inside.permute(0, 2, 3, 1)
     inside = inside.reshape(rows, inside.numel() // max(1, rows))
@@ -20,7 +28,15 @@ def pack_bits(inside: Tensor, rows: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
-    """Reverses `pack_bits` for a tensor laid out like `like`: uint8, 0 or 1."""
+    """Reverses `pack_bits`.
+
+    Args:
+        packed: uint8 [R, bytes of a row].
+        like: A tensor of the shape and memory format that was packed, of any dtype.
+
+    Returns:
+        uint8, 0 or 1, in that shape and memory format.
+    """
     rows = packed.shape[0]
     # every byte holds all eight bits, then only its own; the constant is 0x8040201008040201
     eights = (packed.to(torch.int64) * 0x0101010101010101) & -0x7FBFDFEFF7FBFDFF

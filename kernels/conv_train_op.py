@@ -30,7 +30,17 @@ from .quantize import LN2, _fake_quantize, _masked_gradient, _width_gradient, fa
 def convolve(
     input: Tensor, weight: Tensor, geometry: list[int], bias: Tensor | None = None
 ) -> Tensor:
-    """Runs `F.conv2d` in the input's dtype; `geometry` as for `fake_quant_conv2d_op`."""
+    """Runs `F.conv2d` in the input's dtype.
+
+    Args:
+        input: [N, Cin, H, W].
+        weight: [Cout, Cin / groups, kH, kW], in the input's dtype.
+        geometry: As for `fake_quant_conv2d_op`.
+        bias: [Cout], of any dtype, or None.
+
+    Returns:
+        [N, Cout, Hout, Wout].
+    """
     bias = None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight, bias, geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
 
@@ -150,7 +160,18 @@ def conv_backward(
     per_channel: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by values, weight and its widths, those that are wanted; the others are empty."""
+    """Returns the gradients by values, weight and its widths; what is not wanted is empty.
+
+    Args:
+        grad: [N, Cout, Hout, Wout], of the output.
+        values: [N, Cin, H, W], in the dtype of `grad`: what was convolved.
+        weight: [Cout, Cin / groups, kH, kW], before it was quantised.
+        num_bits, width, geometry, per_channel: As for `fake_quant_conv2d_op`.
+        wanted: By values, by weight, by widths.
+
+    Returns:
+        Tensors of the shapes, dtypes and layouts of `values`, `weight` and `num_bits`.
+    """
     by_values, by_weight, by_bits = _empty_gradients(values, weight, num_bits, wanted)
     by_weight.zero_()
     weight = weight.detach()

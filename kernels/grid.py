@@ -74,7 +74,16 @@ def step_size(
 
 
 def quantize_codes(input: Tensor, step: Tensor, largest: Tensor | int) -> Tensor:
-    """Returns the integer codes of `input` as floats; a step of 0 gives zeros, NaN stays NaN."""
+    """Returns the integer codes of `input`; a step of 0 gives zeros, NaN stays NaN.
+
+    Args:
+        input: Of any shape and floating-point dtype.
+        step: float32 or float64, broadcastable to `input`, as `step_size` returns it.
+        largest: An int, or a tensor of the step's dtype, likewise.
+
+    Returns:
+        Whole numbers in the step's dtype and the input's shape.
+    """
     wide, divisor = input.to(step.dtype), step.masked_fill(step == 0, math.inf)
     # a copy is free to be written to
     codes = wide.div(divisor) if wide is input else wide.div_(divisor)
@@ -87,6 +96,11 @@ def quantize_codes(input: Tensor, step: Tensor, largest: Tensor | int) -> Tensor
 
 
 def inside(input: Tensor, amax: Tensor) -> Tensor:
-    """Returns 1 where |input| <= amax, as `step_size` returns it, 0 elsewhere: uint8."""
+    """Returns 1 where |input| <= amax, 0 elsewhere: uint8, in the input's shape.
+
+    Args:
+        input: Of any shape and floating-point dtype.
+        amax: Broadcastable to it, as `step_size` returns it; compared in its dtype.
+    """
     # in place and in one dtype: several times as fast as a tensor of booleans on a CPU
     return input.to(amax.dtype).abs().le_(amax).to(torch.uint8)

@@ -19,7 +19,22 @@ def convolve(
     step: float = 1.0, scale: Tensor | None = None, bias: Tensor | None = None,
     output_step: float = 1.0, relu: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Convolves uint8 codes with prepacked weights; sums as float32, or requantised as uint8."""
+    """Convolves codes with prepacked weights.
+
+    Args:
+        codes: uint8 [N, Cin, H, W], code + `ZERO_POINT`.
+        weight: int8 codes, [Cout, Cin / groups, kH, kW] before `onednn.qconv_prepack`.
+        stride, padding, dilation, groups: As in `F.conv2d`, the first three pairs (y, x).
+        step: Of the codes.
+        scale: float32 [Cout], steps of the weights, or None: 1.
+        bias: float32 [Cout] or None.
+        output_step: Of codes that go out.
+        relu: Whether to cut off below zero.
+        dtype: float32 for values, uint8 for codes + `ZERO_POINT`.
+
+    Returns:
+        [N, Cout, Hout, Wout] in that dtype.
+    """
     rows = weight.shape[0]
     ones, zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
     return torch.ops.onednn.qconv2d_pointwise(

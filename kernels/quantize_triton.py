@@ -153,7 +153,19 @@ def _ranges(input: Tensor, amax: Tensor) -> tuple[Tensor, int, dict]:
 def quantize(
     input: Tensor, num_bits: Tensor | None, width: int, amax: Tensor, packed: Tensor, rows: int
 ) -> Tensor:
-    """Launches the quantisation of a dense input; fills `packed` unless it is empty."""
+    """Launches the quantisation.
+
+    Args:
+        input: Floating point, dense, in either memory format.
+        num_bits: Widths [rows], or None: all have `width`.
+        width: See `num_bits`.
+        amax: Range, [1], [rows], or in the shape of the input.
+        packed: uint8 [rows, bytes of a row], receives the bits of |input| <= amax; empty: none.
+        rows: Into how many equal parts, each with one width, the input falls.
+
+    Returns:
+        The values, in shape, dtype and layout of the input.
+    """
     output = torch.empty_like(input)
     length, blocks, constants = _geometry(input, rows)
     amax, stride, range_constants = _ranges(input, amax)
@@ -168,7 +180,15 @@ def quantize(
 
 
 def masked_gradient(grad: Tensor, packed: Tensor) -> Tensor:
-    """Launches the masking of a dense gradient."""
+    """Launches the masking of a gradient.
+
+    Args:
+        grad: Floating point, dense, in the memory format that the mask was made in.
+        packed: uint8 [rows, bytes of a row], as `quantize` fills it.
+
+    Returns:
+        `grad` where the mask's bit is set, 0 elsewhere, in its shape, dtype and layout.
+    """
     output = torch.empty_like(grad)
     length, blocks, constants = _geometry(grad, len(packed))
     if len(packed) * blocks:
@@ -182,7 +202,18 @@ def masked_gradient(grad: Tensor, packed: Tensor) -> Tensor:
 def width_gradient(
     grad: Tensor, input: Tensor, num_bits: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Launches the gradients by a dense input and by the width of each sample."""
+    """Launches the gradients by the input and by the width of each sample.
+
+    Args:
+        grad: Of the output, floating point, in shape and layout of the input.
+        input: [N, ...], floating point, dense, in either memory format.
+        num_bits: Widths [N].
+        amax: Range, [1], [N], or in the shape of the input.
+
+    Returns:
+        The gradient by the input, in shape, dtype and layout of `grad`, and that by the widths,
+        [N], float32 (float64 for a float64 input).
+    """
     output, rows = torch.empty_like(grad), len(input)
     length, blocks, constants = _geometry(input, rows)
     amax, stride, range_constants = _ranges(input, amax)

@@ -100,7 +100,19 @@ class Group:
         num_bits: Tensor | None = None, affine: Affine | None = None,
         offset: Tensor | None = None, slots: Tensor | None = None, done: int = 0,
     ) -> None:  # fmt: skip
-        """Appends the quantisation of floats for the convolution that reads them."""
+        """Appends the quantisation of floats for the convolution that reads them.
+
+        Args:
+            name: Of the launch.
+            input: [N, C, H, W], float32 or the stream's dtype, dense or channels last.
+            target: That convolution.
+            codes: int8 [P, M, C, h, w], receives the codes.
+            num_bits: int32 [M], or None: the target's.
+            affine: The norm before, followed by a ReLU, or None.
+            offset: int32 [M, 2], (y, x) of the codes' corner in the input, or None: 0.
+            slots: int32 [M], the sample that each slot reads, or None: its own.
+            done: Slots of this width are left alone; 0: none are.
+        """
         call = EncodeCall(
             input, target.amax, (codes.shape[3], codes.shape[4]),
             target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
@@ -115,10 +127,26 @@ class Group:
         target_bits: int | Tensor | None = None, codes: Tensor | None = None,
         skip: tuple[Conv, Tensor] | None = None, moments: bool = False,
     ) -> Moments | None:  # fmt: skip
-        """Appends a convolution of codes; returns the moments of its sum if asked for.
+        """Appends a convolution of codes.
 
-        `target` is the one that reads what it stores as codes; `skip` the one that reads the sum
-        itself, and where its codes go.
+        Args:
+            name: Of the launch.
+            conv: The weights.
+            input: int8 [P, M, Cin, H, W].
+            num_bits: int32 [M], width of these codes, or None: the convolution's own.
+            residual: [M, Cout, h, w] in the stream's dtype, added to the sum, or None.
+            stream: Likewise, receives the sum; may be the residual. None: not stored.
+            affine: The norm that follows, or None.
+            relu: Whether to cut off below zero after it.
+            target: The convolution that reads what is stored as codes, or None.
+            target_bits: Their width, an int or int32 [M]; None: the target's own.
+            codes: int8 [P, M, Cout, h, w], receives them, or None: not stored.
+            skip: The convolution that reads the sum itself as codes, and int8 [M, Cout, h, w],
+                which receives these; or None.
+            moments: Whether the sum's are stored.
+
+        Returns:
+            The moments, or None.
         """
         skip_amax, skip_bits = (None, 8) if skip is None else (skip[0].amax, skip[0].num_bits)
         call = ConvCall(

@@ -115,12 +115,17 @@ class OpenVINONetworks(Graphs):
         return self._run(("locate",), images)[0]
 
     def begin(self, image: Array) -> tuple[Array, Array, Array]:
-        """Returns (input of stage 0, its spread, image gradients)."""
+        """Returns (input of stage 0 [1, H, W, b], its spread [b], image gradients [2 * C])."""
         feature, spread, gradients = self._run(("begin",), image)
         return feature, spread[0], gradients[0]
 
     def stage(self, index: int, num_bits: int, input: Array) -> tuple[Array, Array, Array | None]:
-        """Returns (skip, input of the next stage, its spread)."""
+        """Runs a stage on float32 [1, h, w, c].
+
+        Returns:
+            The skip, of the input's shape; the next stage's input [1, h / 2, w / 2, c']; its spread
+            [c']. Of the last stage the skip twice, and None.
+        """
         skip, *rest = self._run(("stage", index, num_bits), input)
         return (skip, rest[0], rest[1][0]) if rest else (skip, skip, None)
 

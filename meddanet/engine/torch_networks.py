@@ -64,7 +64,7 @@ class TorchNetworks:
 
     @torch.inference_mode()
     def begin(self, image: Array) -> tuple[Tensor, Array, Array]:
-        """Returns (input of stage 0, its spread, image gradients)."""
+        """Returns (input of stage 0 [1, b, H, W], its spread [b], image gradients [2 * C])."""
         batch = _batch(image)
         feature = self._model.segmenter.init(batch)
         return feature, _spread(feature), image_gradients(batch)[0].numpy()
@@ -73,7 +73,12 @@ class TorchNetworks:
     def stage(
         self, index: int, num_bits: int, input: Tensor
     ) -> tuple[Tensor, Tensor, Array | None]:
-        """Returns (skip, input of the next stage, its spread)."""
+        """Runs a stage on float32 [1, c, h, w].
+
+        Returns:
+            The skip, of the input's shape; the next stage's input [1, c', h / 2, w / 2]; its spread
+            [c']. Of the last stage the skip twice, and None.
+        """
         stage = self._model.segmenter.encoder[index]
         skip, feature = stage(input, num_bits)
         return skip, feature, None if stage.down is None else _spread(feature)

@@ -46,7 +46,10 @@ class EncoderStage(nn.Module):
             self.down = QuantConv2d(channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, input: Tensor, num_bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (feature kept for the decoder, input of the next stage)."""
+        """Maps [N, C, H, W] to (skip [N, C, H, W], next stage's input [N, C', H / 2, W / 2]).
+
+        `num_bits` [N] sets weights and inputs alike. The last stage returns its skip twice.
+        """
         x = input
         for block in self.blocks:
             x = block(x, num_bits)
