@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from .arguments import UsageError, parse_command
-from .messages import complain, say
+from .messages import complain, prepare_streams, say
 
 # commands that leave nothing to do when they return 0; training may have loggers and processes
 _AT_ONCE = ("demo", "segment", "evaluate", "info")
@@ -28,6 +28,7 @@ def entry() -> NoReturn:
 
     To take PyTorch apart takes half a second, for nobody.
     """
+    prepare_streams()
     code = main()
     if code == 0 and sys.argv[1] in _AT_ONCE:
         with suppress(OSError):  # then Python's own end says so

@@ -255,4 +255,5 @@ def write_csv(table: Mapping[str, Scores], path: Path, missing: Sequence[str] = 
     for name, scores in table.items():
         writer.writerow([name, *(scores[measure].get(region, "") for measure, region in columns)])
     writer.writerows([name, *[""] * len(columns)] for name in missing)
-    write_bytes(path, text.getvalue().encode())
+    # a file's name may hold bytes that are no text
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))

@@ -11,6 +11,13 @@ from typing import TextIO
 from .arguments import error_line
 
 
+def prepare_streams() -> None:
+    """Has stdout take every file's name: what its encoding lacks is escaped, as on stderr."""
+    # another rule, such as a locale's surrogateescape, is somebody's choice
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def complain(error: object) -> None:
     """Says on stderr, in one line, what went wrong."""
     say(error_line(error), sys.stderr)

@@ -539,6 +539,29 @@ def test_evaluate(cohort, tmp_path, capsys):
     assert "absent: no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "encoding", "shown"), [
+    (b"\xff", "utf-8:strict", "\\udcff"), ("ä".encode(), "ascii", "\\xe4"),
+    (b"\xff", "utf-8:surrogateescape", "\udcff"),
+])  # fmt: skip
+@pytest.mark.skipif(sys.platform != "linux", reason="names are not bytes there")
+def test_a_name_that_stdout_cannot_show_is_escaped(tmp_path, name, encoding, shown):
+    """And neither it nor the cases after it are lost."""
+    for side in ("p", "r"):
+        folder = label_files(tmp_path / side, {"z": [4], "a": [4]})
+        (folder / "a.nii.gz").rename(folder / os.fsdecode(name + b".nii.gz"))
+    given = ["evaluate", "p", "r", "--labels", "brats2021", "--csv", "t.csv"]
+    run = subprocess.run(
+        [sys.executable, "-X", "utf8", "-m", "meddanet", *given], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+        encoding="utf-8", errors="surrogateescape",
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [line.split("  ")[0] for line in run.stdout.splitlines()] == [
+        "z", shown, "mean of 2 of 2 cases",
+    ]
+    assert (tmp_path / "t.csv").read_bytes().splitlines()[2].startswith(name + b",")
+
+
 def label_files(folder: Path, contents: dict[str, list[int]]) -> Path:
     """Writes label files whose first voxels have the values given."""
     folder.mkdir()
