@@ -12,7 +12,14 @@ from .arguments import error_line
 
 
 def prepare_streams() -> None:
-    """Has stdout take every file's name: what its encoding lacks is escaped, as on stderr."""
+    """Has closed streams be as /dev/null, and stdout take every file's name.
+
+    What its encoding lacks is escaped, as it is on stderr.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # it gets the closed number, which the next file, a scan or a result, would get
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, it stays open
     # another rule, such as a locale's surrogateescape, is somebody's choice
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

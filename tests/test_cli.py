@@ -539,6 +539,26 @@ def test_evaluate(cohort, tmp_path, capsys):
     assert "absent: no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+@pytest.mark.parametrize(("closed", "heard"), [
+    ("<&- >&-", ["stderr"]), ("2>&-", ["stdout"]), ("<&- >&- 2>&-", []),
+])  # fmt: skip
+def test_a_closed_stream_is_as_the_null_device(tmp_path, closed, heard):
+    paths = [str(label_files(tmp_path / side, {"a": [4]})) for side in "pr"]
+    given = [sys.executable, "-m", "meddanet", "evaluate", *paths, "--labels", "brats2021"]
+
+    def run(*more: str) -> tuple[int, list[str], list[str]]:
+        shell = ["sh", "-c", f'"$@" {closed}', "sh"]
+        ended = subprocess.run([*shell, *given, *more], capture_output=True, text=True)
+        return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
+
+    code, results, messages = run("--csv", str(tmp_path / "t.csv"))
+    assert code == 0 and len(results) == 2 * ("stdout" in heard) and messages == []
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 2
+    code, results, messages = run("--tolerance", "-1")
+    assert code == 1 and results == [] and len(messages) == ("stderr" in heard)
+
+
 @pytest.mark.parametrize(("name", "encoding", "shown"), [
     (b"\xff", "utf-8:strict", "\\udcff"), ("ä".encode(), "ascii", "\\xe4"),
     (b"\xff", "utf-8:surrogateescape", "\udcff"),
