@@ -43,6 +43,10 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
         sources.append(named)
     for source in sources:
         try:
+            if not source:
+                raise VolumeError(
+                    "INPUT is empty; name a folder or a file, . for the current folder"
+                )
             found = survey(source) if isinstance(source, str) else Survey([_named_case(source)])
         except ValueError as error:
             errors.append(error)
@@ -68,6 +72,10 @@ def _named_case(pairs: list[list[str]]) -> Case:
     repeated = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
     if repeated:
         raise VolumeError(f"named files: {', '.join(repeated)} is named twice; expected once")
+    if empty := [key for key, path in pairs if not path]:
+        raise VolumeError(
+            f"named files: {', '.join(empty)} is empty; expected a file, {empty[0]}=a.nii.gz"
+        )
     return case_from_files(dict(pairs))
 
 

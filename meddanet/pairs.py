@@ -28,8 +28,11 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
         references: A label file, a folder of label files, or a folder of labelled cases.
 
     Raises:
-        VolumeError: If a path does not exist or nothing belongs together.
+        VolumeError: If a path is empty or does not exist, or nothing belongs together.
     """
+    for path, what in ((predictions, "PRED"), (references, "REF")):
+        if not str(path):
+            raise VolumeError(f"{what} is empty; name a folder or a file, . for the current folder")
     predictions, references = Path(predictions), Path(references)
     for path in (predictions, references):
         if not path.exists():

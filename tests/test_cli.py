@@ -447,6 +447,22 @@ def test_an_output_folder_without_a_name(command, tmp_path, monkeypatch, capsys)
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(("arguments", "what"), [
+    (["segment", "", "-o", "out"], "INPUT is empty; name a folder or a file, . for the"),
+    (["segment", "flair=", "-o", "out"], "named files: flair is empty; expected a file, flair=a."),
+    (["evaluate", "", "r"], "PRED is empty; name a folder or a file, . for the current folder"),
+    (["evaluate", "r", ""], "REF is empty; name a folder or a file, . for the current folder"),
+    (["bench", "", "--json", "absent/t.json"], "the case is empty; name a folder or"),
+])  # fmt: skip
+def test_an_input_without_a_name(arguments, what, cohort, monkeypatch, capsys):
+    """Nor is it one to read everything here."""
+    monkeypatch.chdir(cohort)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"meddanet: error: {what}")
+    assert captured.err.count("\n") == 1
+
+
 def test_every_parser_has_the_name_of_the_command(monkeypatch):
     """Those too that jsonargparse makes of the class, under `python -m meddanet`."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/meddanet/__main__.py"])

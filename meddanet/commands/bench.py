@@ -22,6 +22,8 @@ def run(options: Namespace) -> int:
     """Times one case and says the ratios."""
     # what is wrong with the arguments is said before a minute of work
     check_rounds(options.rounds)
+    if options.case == "":
+        raise ValueError("the case is empty; name a folder or a file, or leave it out")
     case = as_case(options.case) if options.case else None
     check_targets(options, case.paths if case else [])
     model = load_model(options.weights)
