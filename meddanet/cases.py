@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
-from .data.conventions import Survey, survey
+from .data.conventions import Survey, _cases_among, stem, survey
 from .data.sources import unnamed_channels
 from .data.storage import has_report, is_edited, is_result, write_errors
 
@@ -29,37 +29,63 @@ def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
 
     Args:
         inputs: Case folders, folders of cases and image files; named files, `flair=a.nii.gz`,
-            together make one case.
+            together make one case, and so do other files of one case that lie in one folder.
 
     Returns:
-        The cases, each once, and one error per input that holds none, or files that belong to
-        none, or whose case has the name of another one.
+        The cases, each once however often it is named, and one error per input that holds none, or
+        files that belong to none, or whose case has the name of another one.
     """
     cases: dict[str, Case] = {}
     errors: list[ValueError] = []
-    named = [text.split("=", 1) for text in inputs if _is_named_file(text)]
-    sources: list[str | list[list[str]]] = [text for text in inputs if not _is_named_file(text)]
-    if named:
-        sources.append(named)
-    for source in sources:
+    taken: set[tuple[str, Path]] = set()
+    for group in _groups(inputs):
         try:
-            if not source:
-                raise VolumeError(
-                    "INPUT is empty; name a folder or a file, . for the current folder"
-                )
-            found = survey(source) if isinstance(source, str) else Survey([_named_case(source)])
+            found = _survey(group)
         except ValueError as error:
             errors.append(error)
             continue
-        if isinstance(source, str) and (line := found.left_out(source)):
+        if line := found.left_out(group[0]):
             errors.append(VolumeError(line))
-        for case in found.cases:
-            if cases.setdefault(case.name, case).files != case.files:
+        for case in [case for case in found.cases if not _parts(case) <= taken]:
+            taken |= _parts(case)
+            if _parts(cases.setdefault(case.name, case)) <= _parts(case):
+                cases[case.name] = case
+            else:
                 errors.append(VolumeError(
                     f"{case.folder}: case {case.name} has the name of the one in "
                     f"{cases[case.name].folder}; expected different names in one output folder"
                 ))
     return list(cases.values()), errors
+
+
+def _groups(inputs: Sequence[str]) -> list[list[str]]:
+    """Puts together the inputs that may be of one case: named files, and files of one folder."""
+    groups: dict[str | Path | None, list[str]] = {}
+    for text in inputs:
+        path, key = Path(text), None if _is_named_file(text) else text
+        groups.setdefault(path.parent.resolve() if path.is_file() else key, []).append(text)
+    return list(groups.values())
+
+
+def _survey(group: list[str]) -> Survey:
+    """Finds the cases of a folder, of files of one folder, or of named files."""
+    text, paths = group[0], {Path(text).name: Path(text) for text in group}
+    if not text:
+        raise VolumeError("INPUT is empty; name a folder or a file, . for the current folder")
+    if _is_named_file(text):
+        return Survey([_named_case([text.split("=", 1) for text in group])])
+    if not Path(text).is_file():
+        return survey(text)
+    cases = _cases_among(list(paths.values()), Path(text).parent)
+    used = {path for case in cases for path in (*case.paths, *case.doubled, case.label)}
+    others = [Case(stem(path), path, "files") for path in paths.values() if path not in used]
+    return Survey(cases + others)
+
+
+def _parts(case: Case) -> set[tuple[str, Path]]:
+    """Returns the images and what each is of, however their folder was named."""
+    files = {"": case.files} if isinstance(case.files, Path) else case.files
+    return {(kind, path.parent.resolve() / path.name) for kind, path in files.items()}
 
 
 def _is_named_file(text: str) -> bool:

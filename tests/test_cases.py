@@ -32,6 +32,52 @@ def test_an_existing_path_is_no_named_file(tmp_path, monkeypatch):
     assert found.files == {"t1": Path("site=A/a_t1.nii")} and not errors
 
 
+def touch(folder: Path, *names: str) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return [str(folder / name) for name in names]
+
+
+@pytest.mark.parametrize("endings", [
+    ("-seg", "-t1c", "-t1n", "-t2f", "-t2w"), ("_flair", "_seg", "_t1", "_t1ce", "_t2"),
+    ("_0000", "_0001", "_0002"),
+])  # fmt: skip
+def test_files_of_one_folder_make_the_cases_of_the_folder(tmp_path, endings):
+    """As a shell lists them, in whatever order."""
+    names = [f"{case}{ending}.nii" for case in "ab" for ending in endings]
+    files = touch(tmp_path / "x", *names)
+    expected, none = gather_cases([str(tmp_path / "x")])
+    assert not none and [case.name for case in expected] == ["a", "b"]
+    assert gather_cases(files) == (expected, [])
+    turned, none = gather_cases(files[::-1])
+    assert not none and sorted(case.name for case in turned) == ["a", "b"]
+    assert {frozenset(case.files.items()) for case in turned} == {
+        frozenset(case.files.items()) for case in expected
+    }
+
+
+def test_files_named_one_by_one_are_told_apart(tmp_path):
+    files = touch(tmp_path / "x", "a_t1.nii", "a_t1.nii.gz", "b_seg.nii", "scan.nii")
+    found, errors = gather_cases([*files, *touch(tmp_path / "y", "a_t2.nii")])
+    assert [case.name for case in found] == ["a", "b_seg", "scan"]
+    assert [path.name for path in found[0].doubled] == ["a_t1.nii", "a_t1.nii.gz"]
+    (error,) = errors
+    assert str(error).startswith(f"{tmp_path / 'y'}: case a has the name of the one in ")
+
+
+def test_the_same_files_count_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = touch(Path("x"), "a_t1.nii", "a_t2.nii", "scan_0000.nii")
+    expected, _ = gather_cases(["x"])
+    Path("link").symlink_to("x")
+    others = ["x", "x/", "link", "x/../x", str(tmp_path / "x"), "link/a_t1.nii"]
+    assert gather_cases(["x", *others, *files]) == (expected, [])
+    # what was named in part before too
+    found, errors = gather_cases([files[0], "link/a_t1.nii", "x"])
+    assert not errors and [set(case.files) for case in found] == [{"t1", "t2"}, {"0000"}]
+
+
 def test_two_processes_try_the_same_output_folder(tmp_path, monkeypatch):
     """The other one takes its probe away between our two steps."""
     touch = Path.touch
