@@ -200,6 +200,11 @@ def _asked_recipe(arguments: Sequence[str]) -> str:
     return recipe
 
 
+def listed_names(text: str) -> list[str]:
+    """Reads names that are separated by commas, with or without spaces."""
+    return [name.strip() for name in text.split(",")]
+
+
 def train_config(options: Namespace) -> TrainConfig:
     """Returns the run that the options of `meddanet train` ask for.
 
@@ -216,7 +221,7 @@ def train_config(options: Namespace) -> TrainConfig:
     if values["baseline"] is not None:
         values["baseline"] = _phase("baseline", values["baseline"])
     if isinstance(values["modalities"], str):
-        values["modalities"] = values["modalities"].split(",")
+        values["modalities"] = listed_names(values["modalities"])
     values["decision"] = DecisionConfig(**values["decision"])
     values["augment"] = AugmentConfig(**values["augment"])
     return TrainConfig(**values)

@@ -203,7 +203,7 @@ def test_channels_that_only_the_user_can_name(cohort, tmp_path, segment):
     code, _, messages = segment(tmp_path / "scan.nii.gz", "-o", out)
     assert code == 1 and "channels are is unknown; name them in their order" in messages[0]
     assert "--modalities flair,t1ce,t1,t2" in messages[0]
-    order = ",".join(MRI[::-1])
+    order = ", ".join(MRI[::-1])
     assert segment(tmp_path / "scan.nii.gz", "-o", out, "--modalities", order)[0] == 0
     assert segment(cohort / "case_0", "-o", out)[0] == 0
     assert np.array_equal(values(out / "scan.nii.gz"), values(out / "case_0.nii.gz"))
@@ -720,6 +720,14 @@ def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     assert seen.pop() == TrainConfig(
         "a", "c", seed=7, crop_sizes=(64, 96), phases=[PhaseConfig("static", 3)]
     )
+
+
+@pytest.mark.parametrize("given", ["flair,t1ce", "flair, t1ce ", "[flair, t1ce]"])
+def test_train_reads_modalities(given, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_command, "train", seen.append)
+    assert main(["train", "--data", "a", "--out", "b", "--modalities", given]) == 0
+    assert list(seen[0].modalities) == ["flair", "t1ce"]
 
 
 def test_train_asks_for_modalities_as_its_option_is_called(decathlon, tmp_path, capsys):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from ..arguments import listed_names
 from ..data.conventions import stem
 
 
 def channel_names(options: Namespace) -> tuple[str, ...] | None:
     """Returns what --modalities says, None where it says nothing."""
-    return tuple(options.modalities.split(",")) if options.modalities else None
+    return tuple(listed_names(options.modalities)) if options.modalities else None
 
 
 def check_targets(options: Namespace, inputs: Sequence[Path]) -> None:
