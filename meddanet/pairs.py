@@ -72,9 +72,12 @@ def _label_files(folder: Path) -> dict[str, Path]:
     """Returns the label files in a folder by case.
 
     Raises:
-        VolumeError: If a case has two.
+        VolumeError: If the folder cannot be listed, or a case has two.
     """
-    paths = sorted(path for path in folder.iterdir() if is_nifti(path))
+    try:
+        paths = sorted(path for path in folder.iterdir() if is_nifti(path))
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be listed ({error.strerror})") from error
     # beside files that are named as labels the others are their scans
     paths = [path for path in paths if is_label_name(path)] or paths
     files: dict[str, Path] = {}
@@ -90,8 +93,12 @@ def _label_files(folder: Path) -> dict[str, Path]:
 def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
     """Returns label file and case by name: of the labelled cases, without any of loose files."""
     cases: list[Case] = []
-    with suppress(VolumeError):
+    try:
         cases = find_cases(folder)
+    except VolumeError as error:
+        # cases may lie where nobody may look; that none was found leaves loose files
+        if isinstance(error.__cause__, OSError):
+            raise
     known = {case.name: (case.label, case) for case in cases if case.label is not None}
     return known or {
         name: (path, Case(stem(path), path, "files")) for name, path in _label_files(folder).items()

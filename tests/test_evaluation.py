@@ -141,6 +141,25 @@ def test_what_belongs_to_nothing(tmp_path):
         find_pairs(tmp_path / "out", ours)
 
 
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    """It may hold what is looked for."""
+    ours = write(tmp_path / "p" / "a.nii.gz", {})
+    truth = write(tmp_path / "r" / "cases" / "a" / "a_seg.nii.gz", {})
+    locked, iterdir = [ours.parent], Path.iterdir
+
+    def listing(folder):
+        if folder in locked:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", listing)
+    with pytest.raises(VolumeError, match=r"/p: cannot be listed \(Permission denied\)$"):
+        find_pairs(ours.parent, tmp_path / "r")
+    locked[0] = truth.parent
+    with pytest.raises(VolumeError, match=r"/cases/a: cannot be listed \(Permission denied\)$"):
+        find_pairs(ours.parent, tmp_path / "r")
+
+
 def test_the_table(tmp_path):
     table = {
         "a": {"dice": {"WT": 0.5, "ET": 1.0}, "hd95_mm": {"WT": 4.0, "ET": 0.0}},
