@@ -252,6 +252,10 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--labels", choices=LABEL_CONVENTIONS, help="convention of label files that tell none"
     )
+    parser.add_argument(
+        "--prediction-labels", choices=LABEL_CONVENTIONS,
+        help="convention of predictions that tell none, default the reference's",
+    )
     parser.add_argument("--groups", help="regions by label values of the files: WT=1,2,4;TC=1,4")
     parser.add_argument(
         "--tolerance", type=float, default=1.0, help="of the surface Dice, in mm"

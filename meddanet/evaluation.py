@@ -46,10 +46,22 @@ def _classes(labels: np.ndarray, convention: str, path: Path) -> np.ndarray:
         raise VolumeError(f"{path}: {error}") from error
 
 
+def _classes_as_reference(labels: np.ndarray, convention: str, path: Path) -> np.ndarray:
+    values = _values(labels)
+    if not values <= set(LABELS[convention].values()):
+        # --labels would be the reference's too
+        raise VolumeError(
+            f"{path}: values {listed(values)} are not those of the {convention} convention, which "
+            "its reference has; name that of the predictions by --prediction-labels"
+        )
+    return _classes(labels, convention, path)
+
+
 def compare(
     pair: Pair,
     labels: str | None = None,
     *,
+    predicted: str | None = None,
     groups: Groups | None = None,
     tolerance: float = 1.0,
     empty: str = "brats",
@@ -58,12 +70,13 @@ def compare(
 
     Without groups the regions are those of a brain tumour and each file's values follow its own
     convention: that of the report beside it, else `labels`, else the one its naming and values
-    tell; a prediction without any follows its reference. A report that tells of other labels, the
-    prediction's or else the reference's, makes each of them a region.
+    tell; a prediction without a report follows `predicted`, else its reference. A report that tells
+    of other labels, the prediction's or else the reference's, makes each of them a region.
 
     Args:
         pair: From `find_pairs`.
         labels: Label convention of files that do not tell theirs.
+        predicted: The same of predictions alone, where theirs is another than the reference's.
         groups: Region -> values in both files.
         tolerance: Of the surface Dice, in mm.
         empty: Rule for empty masks, see `dice_score`.
@@ -88,9 +101,10 @@ def compare(
     if groups is None:
         convention = known.get("label_convention") or labels or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
-        prediction = _classes(
-            prediction, own.get("label_convention") or convention, pair.prediction
-        )
+        if told := own.get("label_convention") or predicted:
+            prediction = _classes(prediction, told, pair.prediction)
+        else:
+            prediction = _classes_as_reference(prediction, convention, pair.prediction)
     regions = groups or REGIONS
     scores = {"dice": dice_score(prediction, reference, labels=regions, empty=empty)}
     if find_spec("edt"):

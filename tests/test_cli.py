@@ -704,6 +704,23 @@ def test_evaluate_a_cohort_without_enhancing_tumour(tmp_path, capsys):
     assert all("ET 1.0000" in line for line in captured.out.splitlines())
 
 
+def test_evaluate_predictions_in_another_convention(cohort, tmp_path, capsys):
+    """The advice is one that works: the references' names tell theirs."""
+    for name in ("case_0", "case_1"):
+        truth = nib.load(cohort / name / f"{name}_seg.nii.gz")
+        labels = np.array([0, 2, 1, 0, 3], np.uint8)[np.asarray(truth.dataobj)]
+        (tmp_path / "p").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(labels, truth.affine), tmp_path / "p" / f"{name}.nii.gz")
+    arguments = ["evaluate", str(tmp_path / "p"), str(cohort)]
+    assert main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("of the predictions by --prediction-labels") for line in lines)
+    assert main([*arguments, "--prediction-labels", "msd"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("Dice WT 1.0000 TC 1.0000 ET 1.0000") == 3
+
+
 def test_train_reads_its_configuration(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(train_command, "train", lambda config: seen.append(config) or "model")

@@ -106,10 +106,13 @@ def test_references_in_a_decathlon_folder(tmp_path):
     write(task / "labelsTr" / "BRATS_001.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2, (3, 3, 3): 3})
     ours = write(tmp_path / "out" / "BRATS_001.nii.gz", {(1, 1, 1): 2, (2, 2, 2): 1, (3, 3, 3): 4})
     (pair,) = find_pairs(tmp_path / "out", task)
-    with pytest.raises(VolumeError, match=r"values \[1, 2, 4\] are not those of the msd"):
+    wanted = r"values 1, 2, 4 are not those of the msd convention, .* by --prediction-labels$"
+    with pytest.raises(VolumeError, match=wanted):
         compare(pair)
+    assert compare(pair, predicted="brats2021")["dice"] == {"WT": 1, "TC": 1, "ET": 1}
     ours.with_name("BRATS_001.json").write_text(json.dumps({"label_convention": "brats2021"}))
-    assert compare(pair)["dice"] == {"WT": 1, "TC": 1, "ET": 1}
+    # what a report says goes first
+    assert compare(pair, predicted="msd")["dice"] == {"WT": 1, "TC": 1, "ET": 1}
     alone = the_pair(ours, task / "labelsTr" / "BRATS_001.nii.gz")
     with pytest.raises(VolumeError, match="choose one of brats2023, msd"):
         compare(alone)

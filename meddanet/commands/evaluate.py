@@ -83,8 +83,8 @@ def _score_all(pairs: list[Any], groups: Any, options: Namespace) -> dict[str, A
     for pair in pairs:
         try:
             table[pair.name] = compare(
-                pair, options.labels, groups=groups, tolerance=options.tolerance,
-                empty=options.empty,
+                pair, options.labels, predicted=options.prediction_labels, groups=groups,
+                tolerance=options.tolerance, empty=options.empty,
             )
             say(f"{pair.name}  {score_line(table[pair.name])}")
         except (ValueError, OSError, MemoryError) as error:
