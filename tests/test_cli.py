@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from meddanet import engine, predictor
 from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS, command_parser
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
+from meddanet.commands import demo as demo_command
 from meddanet.commands import train as train_command
 from meddanet.data import LABELS
 from meddanet.data.phantom import write_phantom
@@ -911,6 +913,39 @@ def test_demo(tmp_path, capsys):
     assert dice(ours, truth, (1, 2, 4)) > 0.7
     for path in (ours, tmp_path / "phantom_000.json", tmp_path / "phantom_000.png"):
         assert str(path) in shown and path.is_file()
+
+
+@pytest.mark.parametrize("name", [
+    "phantom_000.nii.gz", "phantom_000.png", "phantom_000", "phantom_000/phantom_000_t1.nii.gz",
+    "phantom_000/phantom_000_seg.nii.gz", "phantom_000/another_t1.nii", "phantom_000/sub",
+])  # fmt: skip
+def test_demo_replaces_its_own_files_alone(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(demo_command, "write_phantom", small := partial(write_phantom, shape=SHAPE))
+    own = small(tmp_path, seed=1, name="phantom_000") / "phantom_000_t1.nii.gz"
+    out, path = tmp_path / "out", tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    shutil.copy(own, path) if "." in name or name == "phantom_000" else path.mkdir()
+    before = sorted(out.rglob("*"))
+    assert main(["demo", "-o", str(out)]) == 1
+    assert capsys.readouterr().err == (
+        f"meddanet: error: {path}: was not written by meddanet demo; name another folder with -o\n"
+    )
+    assert sorted(out.rglob("*")) == before
+
+
+def test_demo_runs_again_where_it_ran(tmp_path, monkeypatch, capsys):
+    """Also where it was ended, or with files that another machine compressed."""
+    monkeypatch.setattr(demo_command, "write_phantom", partial(write_phantom, shape=SHAPE))
+    given = ["demo", "-o", str(tmp_path)]
+    assert main(given) == 0
+    told = capsys.readouterr().out.splitlines()[1:]
+    for lost in ("phantom_000.json", "phantom_000.nii.gz", "phantom_000.png"):
+        (tmp_path / lost).unlink()
+    scan = tmp_path / "phantom_000" / "phantom_000_t1.nii.gz"
+    scan.write_bytes(gzip.compress(gzip.decompress(scan.read_bytes()), compresslevel=9))
+    for _ in range(2):
+        assert main(given) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == told
 
 
 def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):

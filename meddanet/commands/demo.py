@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 from jsonargparse import Namespace
 
 from ..cases import output_folder
 from ..cohort import segment_case
-from ..data import find_cases
+from ..data import VolumeError, find_cases
 from ..data.phantom import write_phantom
+from ..data.storage import is_result, read_head
 from ..evaluation import compare
 from ..messages import say
 from ..pairs import find_pairs
@@ -21,11 +26,15 @@ from .segment import running_on, summary
 
 def run(options: Namespace) -> int:
     """Makes a case, segments it, scores the labels and says where everything is."""
-    out = output_folder(options.out)
+    out, name = output_folder(options.out), f"phantom_{options.seed:03d}"
+    if foreign := _foreign_results(out, name) + _foreign_files(out / name, options.seed):
+        raise VolumeError(
+            f"{foreign[0]}: was not written by meddanet demo; name another folder with -o"
+        )
     predictor = VolumePredictor(load_model())
     say(running_on(predictor), sys.stderr)
     say("generating a phantom case ...", sys.stderr)
-    folder = write_phantom(out, seed=options.seed, name=f"phantom_{options.seed:03d}")
+    folder = write_phantom(out, seed=options.seed, name=name)
     case = find_cases(folder)[0]
     say("segmenting it ...", sys.stderr)
     report = segment_case(case, predictor, out, weights="brats2021", preview=True)
@@ -36,3 +45,32 @@ def run(options: Namespace) -> int:
         say(f"{what:8} {out / case.name}{ending}")
     say(f"{'input':8} {folder}")
     return 0
+
+
+def _foreign_results(out: Path, name: str) -> list[Path]:
+    """Returns what has the names of the results and is none."""
+    paths = [out / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
+    return [] if is_result(paths[0]) else [path for path in paths if path.exists()]
+
+
+def _foreign_files(folder: Path, seed: int) -> list[Path]:
+    """Returns what lies where the phantom is to be written and is not of an earlier demo."""
+    if not folder.is_dir():
+        return [folder] if folder.exists() else []
+    with tempfile.TemporaryDirectory() as place:
+        phantom = write_phantom(Path(place), seed=seed, name=folder.name)
+        # hidden files are the file manager's
+        return [
+            path for path in sorted(folder.glob("[!.]*"))
+            if not _same_content(path, phantom / path.name)
+        ]
+
+
+def _same_content(path: Path, own: Path) -> bool:
+    """Compares what was compressed: how that is done hangs on the machine."""
+    if not own.exists():
+        return False
+    content = gzip.decompress(own.read_bytes())
+    with suppress(VolumeError):
+        return read_head(path, len(content) + 1) == content
+    return False
