@@ -123,7 +123,7 @@ test)
   ;;
 
 sanitize)
-  need pytest hypothesis numpy triton nibabel
+  need pytest hypothesis numpy triton nibabel isal
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
   if [[ -z $sanitizer && -z $dry_run ]]; then
     say "compute-sanitizer is not here: install the CUDA toolkit's, or put it on the PATH"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
-from .data.conventions import Survey, _cases_among, stem, survey
+from .data.conventions import Survey, cases_among, stem, survey
 from .data.sources import unnamed_channels
 from .data.storage import has_report, is_edited, is_result, write_errors
 
@@ -76,7 +76,7 @@ def _survey(group: list[str]) -> Survey:
         return Survey([_named_case([text.split("=", 1) for text in group])])
     if not Path(text).is_file():
         return survey(text)
-    cases = _cases_among(list(paths.values()), Path(text).parent)
+    cases = cases_among(list(paths.values()), Path(text).parent)
     used = {path for case in cases for path in (*case.paths, *case.doubled, case.label)}
     others = [Case(stem(path), path, "files") for path in paths.values() if path not in used]
     return Survey(cases + others)

@@ -22,14 +22,19 @@ from .data import (
     from_slices,
     has_hounsfield_values,
     to_slices,
-    window_origins,
 )
 from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
 from .engine.slices import holds_signal
 from .frame import Frame, frame_of
-from .routing import RoutedSegmenter, Segmentation, channels_last, to_memory_format
+from .routing import (
+    RoutedSegmenter,
+    Segmentation,
+    channels_last,
+    to_memory_format,
+    window_corners,
+)
 
 
 @dataclass(frozen=True)
@@ -229,8 +234,7 @@ class VolumePredictor:
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         if self.window is None:
             return ()
-        rows, columns = (window_origins(side, self.window) for side in (height, width))
-        return tuple((y, x) for y in rows for x in columns)
+        return window_corners(height, width, self.window)
 
     def ordered(self, volume: Volume) -> Volume:
         """Puts the modalities of a volume into the model's order.

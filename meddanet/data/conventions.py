@@ -146,7 +146,7 @@ def survey(path: str | Path) -> Survey:
     """Does what `find_cases` does, and keeps what was left out."""
     path = Path(path)
     if path.is_file():
-        return Survey(_cases_among([path], path.parent) or [Case(stem(path), path, "files")])
+        return Survey(cases_among([path], path.parent) or [Case(stem(path), path, "files")])
     if not path.is_dir():
         raise VolumeError(f"{path}: no such file or folder")
     found = Survey()
@@ -180,10 +180,12 @@ def _walk(folder: Path, depth: int, found: Survey) -> None:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
         images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
     except OSError as error:
-        found.faulty[folder] = VolumeError(f"{folder}: cannot be listed ({error.strerror})")
+        fault = VolumeError(f"{folder}: cannot be listed ({error.strerror})")
+        fault.__cause__ = error
+        found.faulty[folder] = fault
         return
     try:
-        cases = _cases_among(images, folder)
+        cases = cases_among(images, folder)
     except VolumeError as error:
         found.faulty[folder], images, cases = error, [], []
     used = {path for case in cases for path in (*case.paths, *case.doubled)}
@@ -227,8 +229,12 @@ def _parse(path: Path) -> tuple[str, str, str] | None:
     return None
 
 
-def _cases_among(paths: list[Path], folder: Path) -> list[Case]:
-    """Groups the NIfTI files of one folder into cases; unknown names are left out."""
+def cases_among(paths: list[Path], folder: Path) -> list[Case]:
+    """Groups NIfTI files of one folder into cases; unknown names are left out.
+
+    Raises:
+        VolumeError: If a dataset.json that their channels hang on tells none.
+    """
     groups: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
     doubles: dict[Path, Path] = {}
     four_dimensional = []
