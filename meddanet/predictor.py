@@ -315,8 +315,8 @@ class VolumePredictor:
             warnings.warn(
                 f"{volume.name}: its voxels that are not 0 spread over {frame.height} x "
                 f"{frame.width} pixels, the model was trained on slices of "
-                f"{' x '.join(map(str, self.canvas))}; remove what is not brain, or expect worse "
-                "labels",
+                f"{' x '.join(map(str, self.canvas))}; cut off what lies around the organ, or "
+                "expect worse labels",
                 stacklevel=3,
             )
 
