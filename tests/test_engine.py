@@ -863,7 +863,7 @@ def test_a_plan_runs_v2_alone():
 class SomeGpu:
     """What `compile_engine` asks of a GPU."""
 
-    type = "cuda"
+    type, index = "cuda", 0
 
 
 @pytest.mark.parametrize(
