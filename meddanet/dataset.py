@@ -14,10 +14,10 @@ import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
 from .data import MODALITIES, VolumeError
-from .data.conventions import Survey, survey
+from .data.conventions import Survey, some, survey
 from .data.slices import CachedCase, folds, read_cache
 from .distributed import first_alone, rank
-from .frame import extents
+from .frame import STEP, middle_of
 from .recipe import TrainConfig
 
 _FIRST_PHANTOM = 1000
@@ -60,18 +60,18 @@ class Dataset:
         )
         return height, width
 
-    def centre(self) -> tuple[float, float] | None:
-        """Returns the mean (y, x) of the middle of what is not 0 in the training cases.
+    def placement(self) -> dict[str, tuple[float, float]]:
+        """Returns "canvas", the size of the training slices, and "centre", their mean `middle_of`.
 
-        Of each case its middle slice is looked at; None if all of these are empty.
+        Empty where sizes differ, so that the body lies in other places of what is padded.
         """
-        middles = [case.images[len(case.images) // 2] for case in self.training]
-        found = [extents(torch.from_numpy(image != 0).any(0)) for image in middles]
-        boxes = np.array([box for box in found if box is not None])
-        if not len(boxes):
-            return None
-        y, x = boxes.mean((0, 2)).round(1).tolist()
-        return y, x
+        sizes = {case.labels.shape[1:] for case in self.training}
+        few = (torch.from_numpy(np.array(case.images[::STEP, :1])) for case in self.training)
+        known = [middle for slices in few if (middle := middle_of(slices)) is not None]
+        if len(sizes) > 1 or not known:
+            return {}
+        y, x = np.mean(known, axis=0).round(1).tolist()
+        return {"canvas": sizes.pop(), "centre": (y, x)}
 
 
 def prepare_dataset(config: TrainConfig) -> Dataset:
@@ -119,13 +119,9 @@ def _left_out(there: Survey, root: Path) -> str:
     """Says what of a folder is in no split, and why; empty if everything is in one."""
     groups = {
         "cases without labels": [case.name for case in there.cases if case.label is None],
-        "NIfTI files that belong to no case": [str(p.relative_to(root)) for p in there.strays],
-        "folders too deep to look into": [str(p.relative_to(root)) for p in there.deep],
+        **there.unused(root),
     }
-    return ", ".join(
-        f"{why} ({', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''})"
-        for why, names in groups.items() if names
-    )
+    return ", ".join(f"{why} ({some(names)})" for why, names in groups.items() if names)
 
 
 def _facts(names: Iterable[str], cache: Path) -> dict[str, dict]:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 # first, and one after the last
 Extent = tuple[int, int]
-# pixels that the middle of slices as in training may be off; theirs were off by 5 and less
-_NEAR = 16
+# share of a side that the middle of slices as in training may be off; BraTS's is by a third of it
+_NEAR = 1 / 15
 # one in so many slices tells where the middle is
-_STEP = 8
+STEP = 8
+# pixels of a row or column that are no body, but strays
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -57,52 +59,64 @@ def frame_of(
     A network that decides by averages over a slice takes one with a wide margin for empty, and one
     whose middle lies elsewhere for another part of the body. So slices of another size than those
     that it was trained on, or whose middle is far off, are cut and padded until all that is not
-    zero lies where it lay there.
+    zero lies about where it lay there; strays, rows and columns of few pixels, may be cut off.
 
     Args:
         slices: [N, C, H, W], 0 outside of the body.
         stride: Sides are multiples of it.
         smallest: Sides are no smaller.
         canvas: Height and width of the slices in training; None: any size, padded at its ends.
-        centre: (y, x) of the middle of what was not zero there; None: the canvas's.
+        centre: (y, x) that `middle_of` had there; None: the canvas's.
     """
     size = slices.shape[2], slices.shape[3]
     if canvas is None:
         return Frame(0, 0, *(_rounded(max(side, smallest), stride) for side in size))
     centre = centre or (canvas[0] / 2, canvas[1] / 2)
-    if size == canvas and _is_near(_box(slices[::_STEP, :1]), centre):
-        return Frame(0, 0, *size)
-    lines = zip(_box(slices), canvas, centre, strict=True)
+    middle = middle_of(slices[::STEP, :1]) or middle_of(slices) or (size[0] / 2, size[1] / 2)
+    off = [here - there for here, there in zip(middle, centre, strict=True)]
+    near = all(abs(by) <= _NEAR * side for by, side in zip(off, canvas, strict=True))
+    if size == canvas and near:
+        return Frame(0, 0, *(_rounded(max(side, smallest), stride) for side in size))
+    # of nothing to be seen any part will do
+    bodies = _body(slices) or [(round(side / 2),) * 2 for side in size]
+    lines = zip(off, canvas, bodies, strict=True)
     (top, height), (left, width) = (_line(*line, stride, smallest) for line in lines)
     return Frame(top, left, height, width)
 
 
-def _box(slices: Tensor) -> tuple[Extent, Extent]:
-    """Returns the extents of what is not zero in any of the slices; their middle if nothing is."""
-    y, x = (side // 2 for side in slices.shape[2:])
-    return extents(slices.ne(0).flatten(0, 1).any(0)) or ((y, y), (x, x))
+def middle_of(slices: Tensor) -> tuple[float, float] | None:
+    """Returns the middle (y, x), in pixels, of what is not zero in slices [N, C, H, W], if any is.
+
+    It is that of the rows, and columns, that hold more than strays.
+    """
+    found = _body(slices)
+    if found is None:
+        return None
+    y, x = (sum(ends) / 2 for ends in found)
+    return y, x
 
 
-def _is_near(box: tuple[Extent, Extent], centre: tuple[float, float]) -> bool:
-    """Tells whether the middle of a box is about where it is expected."""
-    return all(abs(sum(ends) / 2 - at) <= _NEAR for ends, at in zip(box, centre, strict=True))
+def _body(slices: Tensor) -> tuple[Extent, Extent] | None:
+    """Returns the extents of the rows, and columns, with more than strays; of all if all are."""
+    seen = slices.ne(0).flatten(0, 1).any(0)
+    lines = seen.sum(1), seen.sum(0)
+    most = [int(pixels.max()) for pixels in lines]
+    if not most[0]:
+        return None
+    places = [
+        (pixels > min(_FEW, largest - 1)).nonzero().flatten().tolist()
+        for pixels, largest in zip(lines, most, strict=True)
+    ]
+    y, x = ((line[0], line[-1] + 1) for line in places)
+    return y, x
 
 
-def extents(seen: Tensor) -> tuple[Extent, Extent] | None:
-    """Returns the extent of the rows, and columns, of booleans [H, W] that hold True, if any do."""
-    rows, columns = (seen.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
-    return ((rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)) if rows else None
-
-
-def _line(
-    box: Extent, canvas: int, centre: float, stride: int, smallest: int
-) -> tuple[int, int]:
+def _line(off: float, canvas: int, body: Extent, stride: int, smallest: int) -> tuple[int, int]:
     """Returns start and length of the frame along one axis of the slices."""
-    begin, end = box
+    begin, end = body
     length = _rounded(max(canvas, smallest, end - begin), stride)
-    start = round((begin + end) / 2 - centre)
-    # all of the box
-    return min(max(start, end - length), begin), length
+    # all of the body
+    return min(max(round(off), end - length), begin), length
 
 
 def _rounded(side: int, stride: int) -> int:

@@ -120,7 +120,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         if not self.quantize:
             return super().forward(input)
         if input.dim() == 3:
-            return self(input[None], num_bits, input_num_bits)[0]
+            return self.forward(input[None], num_bits, input_num_bits)[0]
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -159,6 +159,16 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
             return amax[0]
         return amax.repeat_interleave(by_group.shape[1], 1).flatten(0, 1)
 
+    def output_padding_for(self, input: Tensor, output_size: list[int] | None) -> list[int]:
+        """Returns the padding by which [N, Cin, H, W] becomes as large as asked, or the layer's."""
+        sizes = self.stride, self.padding, self.kernel_size
+        stride, padding, kernel_size = map(list, sizes)
+        # of an input without a batch it has the channels as well
+        size = None if output_size is None else list(output_size)[-2:]
+        return self._output_padding(
+            input, size, stride, padding, kernel_size, 2, list(self.dilation)
+        )
+
     def forward(  # type: ignore[override]  # widths come first
         self,
         input: Tensor,
@@ -170,11 +180,8 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
         if not self.quantize:
             return super().forward(input, output_size)
         if input.dim() == 3:
-            return self(input[None], num_bits, input_num_bits, output_size)[0]
-        output_padding = self._output_padding(
-            input, output_size, list(self.stride), list(self.padding), list(self.kernel_size), 2,
-            list(self.dilation),
-        )  # fmt: skip
+            return self.forward(input[None], num_bits, input_num_bits, output_size)[0]
+        output_padding = self.output_padding_for(input, output_size)
 
         def convolve(x: Tensor, w: Tensor) -> Tensor:
             return F.conv_transpose2d(
@@ -200,7 +207,7 @@ class QuantLinear(QuantizedInput, nn.Linear):
         if not self.quantize:
             return super().forward(input)
         if input.dim() == 1:
-            return self(input[None], num_bits, input_num_bits)[0]
+            return self.forward(input[None], num_bits, input_num_bits)[0]
         width = self.num_bits if num_bits is None else num_bits
         output = _run(F.linear, self.quantized_input(input, input_num_bits), self.weight, width,
                       self.weight_range())

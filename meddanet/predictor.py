@@ -148,9 +148,8 @@ class VolumePredictor:
         self._warn_of_negative_scans(ordered)
         slices = self._slices(ordered)
         channels, height, width = slices.shape[1:]
-        frame = self.frame(slices)
+        frame, slices = self._framed(slices)
         self._warn_of_frame(volume, frame)
-        slices = frame.take(slices)
         seen = self._seen(slices)
         normalised = time.perf_counter()
         result = self._segment(slices)
@@ -227,6 +226,15 @@ class VolumePredictor:
         canvas, centre = tuple(self.canvas), self.centre
         return frame_of(slices, self.model.stride, smallest, canvas, centre)
 
+    def _framed(self, slices: Tensor) -> tuple[Frame, Tensor]:
+        """Returns the frame and what it shows, on the CPU where the device has no room for it."""
+        with suppress(torch.OutOfMemoryError):
+            frame = self.frame(slices)
+            return frame, frame.take(slices)
+        slices = slices.cpu()
+        frame = self.frame(slices)
+        return frame, frame.take(slices)
+
     def fitted(self, slices: Tensor) -> Tensor:
         """Cuts and pads slices [D, C, H, W] to what the networks see of them."""
         return self.frame(slices).take(slices)
@@ -279,6 +287,8 @@ class VolumePredictor:
     def _warn_of_flat_scans(self, volume: Volume) -> None:
         # few voxels tell that a scan is not flat
         few = volume.data[..., ::8, ::8, ::8]
+        if not few.size:
+            return
         flat = [
             name
             for name, some, every in zip(volume.modalities, few, volume.data, strict=True)
@@ -309,14 +319,14 @@ class VolumePredictor:
     def _warn_of_frame(self, volume: Volume, frame: Frame) -> None:
         if self.canvas is None or self.window:
             return
-        # sides are rounded up to a multiple of the stride
-        rounded = self.model.stride - 1
-        if frame.height > self.canvas[0] + rounded or frame.width > self.canvas[1] + rounded:
+        sides = (frame.height, frame.width)
+        # they are rounded up to a multiple of the stride
+        most = (max(side, self.model.smallest_side) + self.model.stride for side in self.canvas)
+        if any(side >= too_much for side, too_much in zip(sides, most, strict=True)):
             warnings.warn(
-                f"{volume.name}: its voxels that are not 0 spread over {frame.height} x "
-                f"{frame.width} pixels, the model was trained on slices of "
-                f"{' x '.join(map(str, self.canvas))}; cut off what lies around the organ, or "
-                "expect worse labels",
+                f"{volume.name}: what is not 0 needs slices of {frame.height} x {frame.width} "
+                f"pixels, the model was trained on {' x '.join(map(str, self.canvas))}; cut off "
+                "what lies around the organ, or expect worse labels",
                 stacklevel=3,
             )
 

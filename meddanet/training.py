@@ -145,7 +145,7 @@ class _Run:
                 notes["decision_labels"] = dict(zip(self.model.routes, counts, strict=True))
         path = self.out / "model.safetensors"
         if rank() == 0:
-            notes |= {"canvas": self.canvas, "centre": self.data.centre()}
+            notes |= self.data.placement()
             save_model(self.model.eval(), path, modalities=self.data.modalities, **notes)
             _warn_of_ranges(self.model, path)
         if self.config.baseline is not None:

@@ -928,7 +928,7 @@ def test_demo_replaces_its_own_files_alone(tmp_path, monkeypatch, capsys, name):
     before = sorted(out.rglob("*"))
     assert main(["demo", "-o", str(out)]) == 1
     assert capsys.readouterr().err == (
-        f"meddanet: error: {path}: was not written by meddanet demo; name another folder with -o\n"
+        f"meddanet: error: {path}: is not as meddanet demo writes it; name another folder with -o\n"
     )
     assert sorted(out.rglob("*")) == before
 
@@ -946,6 +946,10 @@ def test_demo_runs_again_where_it_ran(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         assert main(given) == 0
         assert capsys.readouterr().out.splitlines()[1:] == told
+    ours = tmp_path / "phantom_000.nii.gz"
+    ours.write_bytes(b"corrected")
+    assert main(given) == 1 and ours.read_bytes() == b"corrected"
+    assert "is not as meddanet demo writes it" in capsys.readouterr().err
 
 
 def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):

@@ -254,6 +254,8 @@ def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> No
         return listing(folder)
 
     monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.warns(UserWarning, match="lost.found: cannot be listed .* its cases are left out"):
+        assert len(find_cases(tmp_path)) == 2
     found = survey(tmp_path)
     assert [case.name for case in found.cases] == [long, "p"]
     lost, images = tmp_path / "lost+found", tmp_path / "study" / "imagesTr"
@@ -268,14 +270,31 @@ def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> No
         find_cases(lost)
 
 
-def test_a_link_that_leads_back_is_not_followed(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_entered_stops_no_other(tmp_path: Path, monkeypatch) -> None:
+    """It can be listed, but nothing can be asked of what lies in it."""
+    brats2021(tmp_path, "p")
+    touch(tmp_path, "locked/x")
+    asking = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return asking(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    found = survey(tmp_path)
+    assert [case.name for case in found.cases] == ["p"] and "locked" in found.left_out(tmp_path)
+
+
+def test_a_folder_is_walked_once_whatever_leads_there(tmp_path: Path) -> None:
+    """A case counted twice would be segmented twice, or trained on and held out."""
     brats2021(tmp_path / "cohort", "p")
     (tmp_path / "cohort" / "p" / "self").symlink_to(".")
     (tmp_path / "cohort" / "up").symlink_to("..")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "elsewhere").symlink_to(tmp_path / "cohort" / "p")
     found = survey(tmp_path)
-    assert [case.name for case in found.cases] == ["p_p", "elsewhere_p"][::-1]
+    assert [case.name for case in found.cases] == ["p"]
     assert found.left_out(tmp_path) == ""
 
 

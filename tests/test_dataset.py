@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -159,8 +160,11 @@ def test_what_is_not_trained_on_is_told(decathlon, tmp_path):
         (decathlon / "labelsTr" / f"disc_{number:03d}.nii.gz").unlink()
     deep = decathlon / "a" / "b" / "c" / "d" / "e" / "f"
     deep.mkdir(parents=True)
-    for number in range(5):
-        shutil.copy(decathlon / "imagesTr" / "disc_000.nii.gz", decathlon / f"x{number}.nii.gz")
+    faulty = decathlon / "study" / "imagesTr"
+    faulty.mkdir(parents=True)
+    (faulty.parent / "dataset.json").write_text("{")
+    for path in (*(decathlon / f"x{number}.nii.gz" for number in range(5)), faulty / "y.nii.gz"):
+        shutil.copy(decathlon / "imagesTr" / "disc_000.nii.gz", path)
     with pytest.warns(UserWarning) as warned:
         data = prepare_dataset(config(decathlon, tmp_path / "run"))
     (text,) = [str(warning.message) for warning in warned]
@@ -168,9 +172,23 @@ def test_what_is_not_trained_on_is_told(decathlon, tmp_path):
         f"{decathlon}: 3 labelled cases, 2 to train on and 1 held out; left out are "
         "cases without labels (disc_002, disc_004), NIfTI files that belong to no case "
         "(x0.nii.gz, x1.nii.gz, x2.nii.gz, x3.nii.gz and 1 more), "
-        "folders too deep to look into (a/b/c/d/e/f)"
+        "folders too deep to look into (a/b/c/d/e/f), folders with a fault (study/imagesTr)"
     )
     assert (len(data.training), len(data.held_out)) == (2, 1)
+
+
+def test_where_the_body_lies_is_known_where_slices_have_one_size(decathlon, tmp_path):
+    data = prepare_dataset(config(decathlon, tmp_path / "run"))
+    assert len({case.labels.shape[1:] for case in data.training}) > 1 and data.placement() == {}
+
+    def case(top: int, left: int) -> SimpleNamespace:
+        images = np.zeros((9, 1, 40, 48), np.float16)
+        images[::8, :, top : top + 10, left : left + 20] = 1
+        return SimpleNamespace(images=images, labels=np.zeros((9, 40, 48)))
+
+    known = replace(data, training=[case(4, 8), case(8, 12), case(40, 0)])
+    assert known.placement() == {"canvas": (40, 48), "centre": (11.0, 20.0)}
+    assert replace(data, training=[case(40, 0)]).placement() == {}
 
 
 def test_what_a_refusal_advises_can_be_done_in_the_same_folder(decathlon, tmp_path):

@@ -100,6 +100,11 @@ def test_a_transposed_convolution_takes_the_size_it_should_have():
         assert ours.shape == parents.shape
     with pytest.raises(ValueError, match="requested an output size"):
         layers[0](x, output_size=[11, 11])
+    assert layers[0](x[0], output_size=[2, 10, 12]).shape == (2, 10, 12)
+    calls = []
+    layers[0].register_forward_hook(lambda *_: calls.append(1))
+    layers[0](x[0])
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("name", CASES)

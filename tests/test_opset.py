@@ -75,6 +75,16 @@ def test_a_range_per_channel(layer, bits):
     assert (np.abs(found - exact) <= 1e-5 * scale).mean() >= 0.98
 
 
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = QuantConvTranspose2d(2, 3, 3, stride=2)
+        self.up.input_amax.fill_(3.0)
+
+    def forward(self, slices):
+        return self.up(slices, output_size=[10, 12])
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +109,7 @@ class Meaning(nn.Module):
 @pytest.mark.parametrize(("module", "message"), [
     (Overwriting(), "relu overwrites what others read"),
     (Meaning(), "Meaning has no translation to OpenVINO"),
+    (Sized(), "output_size has no translation"),
     (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode, dilation, indices"),
     (Hooked(), "Hooked has hooks, which OpenVINO would not call"),
 ])  # fmt: skip

@@ -14,7 +14,7 @@ from ..cases import output_folder
 from ..cohort import segment_case
 from ..data import VolumeError, find_cases
 from ..data.phantom import write_phantom
-from ..data.storage import is_result, read_head
+from ..data.storage import is_edited, is_result, read_head
 from ..evaluation import compare
 from ..messages import say
 from ..pairs import find_pairs
@@ -29,7 +29,7 @@ def run(options: Namespace) -> int:
     out, name = output_folder(options.out), f"phantom_{options.seed:03d}"
     if foreign := _foreign_results(out, name) + _foreign_files(out / name, options.seed):
         raise VolumeError(
-            f"{foreign[0]}: was not written by meddanet demo; name another folder with -o"
+            f"{foreign[0]}: is not as meddanet demo writes it; name another folder with -o"
         )
     predictor = VolumePredictor(load_model())
     say(running_on(predictor), sys.stderr)
@@ -48,8 +48,10 @@ def run(options: Namespace) -> int:
 
 
 def _foreign_results(out: Path, name: str) -> list[Path]:
-    """Returns what has the names of the results and is none."""
+    """Returns what has the names of the results and is none, or none any more."""
     paths = [out / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
+    if is_edited(paths[0]):
+        return paths[:1]
     return [] if is_result(paths[0]) else [path for path in paths if path.exists()]
 
 

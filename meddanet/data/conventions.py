@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -81,17 +82,21 @@ class Survey:
     deep: list[Path] = field(default_factory=list)
     faulty: dict[Path, VolumeError] = field(default_factory=dict)
 
+    def unused(self, root: str | Path) -> dict[str, list[str]]:
+        """Returns what was left out below a folder: why -> names; nothing that nothing is of."""
+        groups = {
+            "NIfTI files that belong to no case": self.strays,
+            "folders too deep to look into": self.deep,
+            "folders with a fault": list(self.faulty),
+        }
+        return {
+            why: [str(path.relative_to(root)) for path in paths]
+            for why, paths in groups.items() if paths
+        }
+
     def left_out(self, root: str | Path) -> str:
         """Says in one line what was left out below a folder; empty if nothing was."""
-        parts = [
-            f"{what} ({_some([str(path.relative_to(root)) for path in paths])})"
-            for what, paths in (
-                ("NIfTI files that belong to no case", self.strays),
-                ("folders too deep to look into", self.deep),
-                ("folders with a fault", list(self.faulty)),
-            )
-            if paths
-        ]
+        parts = [f"{what} ({some(names)})" for what, names in self.unused(root).items()]
         count = len(self.strays) + len(self.deep) + len(self.faulty)
         cure = "; name them as inputs of their own, or rename them"
         if self.faulty:
@@ -134,12 +139,15 @@ def find_cases(path: str | Path) -> list[Case]:
 
     Returns:
         Cases sorted by name. Whether each one is complete is `load_volume`'s to say, so that one
-        bad case does not stop the others.
+        bad case does not stop the others; folders with a fault are warned of.
 
     Raises:
         VolumeError: If the path does not exist or holds nothing recognised.
     """
-    return survey(path).cases
+    found = survey(path)
+    for fault in found.faulty.values():
+        warnings.warn(f"{fault}; its cases are left out", stacklevel=2)
+    return found.cases
 
 
 def survey(path: str | Path) -> Survey:
@@ -150,7 +158,7 @@ def survey(path: str | Path) -> Survey:
     if not path.is_dir():
         raise VolumeError(f"{path}: no such file or folder")
     found = Survey()
-    _walk(path, _MAX_DEPTH, found)
+    _walk(path, _MAX_DEPTH, found, set())
     if not found.cases:
         raise next(iter(found.faulty.values()), None) or VolumeError(_nothing_found(path))
     cases = sorted(_with_unique_names(found.cases, path), key=lambda case: case.name)
@@ -174,11 +182,18 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
     return Case(name or (shared[1] if shared else stem(first)), paths, convention, tuple(paths))
 
 
-def _walk(folder: Path, depth: int, found: Survey) -> None:
-    """Adds what lies in a folder and below; what is wrong with one folder stops no other."""
+def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
+    """Adds what lies in a folder and below; what is wrong with one folder stops no other.
+
+    Where links lead to a folder again it is passed over.
+    """
+    if (here := folder.resolve()) in walked:
+        return
+    walked.add(here)
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
         images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
+        below = [entry for entry in entries if entry.is_dir() and not _is_label_folder(entry)]
     except OSError as error:
         fault = VolumeError(f"{folder}: cannot be listed ({error.strerror})")
         fault.__cause__ = error
@@ -191,17 +206,11 @@ def _walk(folder: Path, depth: int, found: Survey) -> None:
     used = {path for case in cases for path in (*case.paths, *case.doubled)}
     found.cases.extend(cases)
     found.strays.extend(path for path in images if path not in used and not _is_label(path))
-    for entry in entries:
-        if entry.is_dir() and not _is_label_folder(entry) and not _leads_back(entry):
-            if depth:
-                _walk(entry, depth - 1, found)
-            else:
-                found.deep.append(entry)
-
-
-def _leads_back(folder: Path) -> bool:
-    """Tells whether a folder is a link to one that it lies in."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+    for entry in below:
+        if depth:
+            _walk(entry, depth - 1, found, walked)
+        else:
+            found.deep.append(entry)
 
 
 def _is_label(path: Path) -> bool:
@@ -328,10 +337,11 @@ def _nothing_found(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if not names:
         return f"{folder}: the folder is empty; recognised namings are {RECOGNISED}"
-    return f"{folder}: no case found among {_some(names)}; recognised namings are {RECOGNISED}"
+    return f"{folder}: no case found among {some(names)}; recognised namings are {RECOGNISED}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Returns the first few of some names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

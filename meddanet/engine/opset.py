@@ -161,7 +161,9 @@ class _Translation:
         """A quantised layer; a norm that alone follows it becomes part of its scale and shift."""
         source, *rest = node.args
         names = "num_bits", "input_num_bits"
-        given: Any = {**dict(zip(names, rest, strict=False)), **node.kwargs}
+        given: Any = {**dict(zip((*names, "output_size"), rest, strict=False)), **node.kwargs}
+        if given.get("output_size") is not None:
+            raise ValueError("a transposed convolution's output_size has no translation")
         num_bits, input_num_bits = (
             getattr(layer, name) if given.get(name) is None else given[name] for name in names
         )

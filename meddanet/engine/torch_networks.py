@@ -153,7 +153,11 @@ class _Frozen(nn.Module):
         self.packed = lru_cache(KEPT)(self._pack)
 
     def forward(
-        self, input: Tensor, num_bits: int | None = None, input_num_bits: int | None = None
+        self,
+        input: Tensor,
+        num_bits: int | None = None,
+        input_num_bits: int | None = None,
+        output_size: list[int] | None = None,
     ) -> Tensor:
         """Runs the layer at one width; None means its own."""
         layer = self.layer
@@ -171,8 +175,8 @@ class _Frozen(nn.Module):
             return F.linear(values, weight, layer.bias)
         if isinstance(layer, QuantConvTranspose2d):
             return F.conv_transpose2d(
-                values, weight, layer.bias, layer.stride, layer.padding, layer.output_padding,
-                layer.groups, layer.dilation,
+                values, weight, layer.bias, layer.stride, layer.padding,
+                layer.output_padding_for(values, output_size), layer.groups, layer.dilation,
             )
         return layer._conv_forward(values, weight, layer.bias)
 

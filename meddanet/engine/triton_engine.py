@@ -148,8 +148,10 @@ class TritonEngine:
         except RuntimeError as error:
             # where a kernel is loaded or a graph made it is told in words alone
             full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-            if not full or not (smaller or self._plans):
+            if not full:
                 raise
+            if not smaller and not self._plans:
+                raise torch.OutOfMemoryError(str(error)) from error
         plan = None
         # what is missing may be what other plans hold
         shrink = not self._plans
