@@ -72,6 +72,8 @@ def process_group(device: str) -> Iterator[torch.device]:
     try:
         yield own
     except RuntimeError as error:
+        # which may come while this is said
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not isinstance(error, dist.DistError | _Stopped) and "onnection" not in str(error):
             raise
         raise ConnectionError(
@@ -79,8 +81,8 @@ def process_group(device: str) -> Iterator[torch.device]:
             "give the same command again to go on from the last checkpoint"
         ) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Stopped(RuntimeError):
