@@ -51,7 +51,8 @@ def build_segmenter(name: str, in_channels: int = 4, num_classes: int = 4) -> UN
     if build is None and (width := re.fullmatch(r"unet-([1-9]\d{0,3})", name)):
         build = partial(UNet, int(width[1]))
     if build is None:
-        raise ValueError(f"unknown segmenter {name!r}; known are {', '.join(SEGMENTERS)}")
+        known = ", ".join(SEGMENTERS)
+        raise ValueError(f"unknown segmenter {name!r}; known are {known}, or any unet-WIDTH")
     model = build(in_channels, num_classes)
     set_quantization(model, quantize=False, update_range=True)
     return model
