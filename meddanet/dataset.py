@@ -66,9 +66,11 @@ class Dataset:
         Empty where sizes differ, so that the body lies in other places of what is padded.
         """
         sizes = {case.labels.shape[1:] for case in self.training}
+        if len(sizes) > 1:
+            return {}
         few = (torch.from_numpy(np.array(case.images[::STEP, :1])) for case in self.training)
         known = [middle for slices in few if (middle := middle_of(slices)) is not None]
-        if len(sizes) > 1 or not known:
+        if not known:
             return {}
         y, x = np.mean(known, axis=0).round(1).tolist()
         return {"canvas": sizes.pop(), "centre": (y, x)}

@@ -69,14 +69,15 @@ def frame_of(
         centre: (y, x) that `middle_of` had there; None: the canvas's.
     """
     size = slices.shape[2], slices.shape[3]
+    whole = Frame(0, 0, *(_rounded(max(side, smallest), stride) for side in size))
     if canvas is None:
-        return Frame(0, 0, *(_rounded(max(side, smallest), stride) for side in size))
+        return whole
     centre = centre or (canvas[0] / 2, canvas[1] / 2)
     middle = middle_of(slices[::STEP, :1]) or middle_of(slices) or (size[0] / 2, size[1] / 2)
     off = [here - there for here, there in zip(middle, centre, strict=True)]
     near = all(abs(by) <= _NEAR * side for by, side in zip(off, canvas, strict=True))
     if size == canvas and near:
-        return Frame(0, 0, *(_rounded(max(side, smallest), stride) for side in size))
+        return whole
     # of nothing to be seen any part will do
     bodies = _body(slices) or [(round(side / 2),) * 2 for side in size]
     lines = zip(off, canvas, bodies, strict=True)

@@ -126,7 +126,9 @@ class VolumePredictor:
         self.modalities = tuple(facts.get("modalities", ()))
         self.spacing = facts.get("spacing_mm")
         self.window_hu = facts.get("window_hu")
-        self.canvas, self.centre = facts.get("canvas"), facts.get("centre")
+        # windows go over whatever there is
+        self.canvas = tuple(facts["canvas"]) if "canvas" in facts and not window else None
+        self.centre = facts.get("centre")
         self.trained_labels = facts.get("label_convention", "brats2021")
         # JSON has no whole numbers as keys
         self.label_values = {int(k): v for k, v in facts.get("label_values", {}).items()}
@@ -148,7 +150,10 @@ class VolumePredictor:
         self._warn_of_negative_scans(ordered)
         slices = self._slices(ordered)
         channels, height, width = slices.shape[1:]
-        frame, slices = self._framed(slices)
+        try:
+            frame, slices = self._framed(slices)
+        except torch.OutOfMemoryError:
+            frame, slices = self._framed(slices.cpu())
         self._warn_of_frame(volume, frame)
         seen = self._seen(slices)
         normalised = time.perf_counter()
@@ -218,26 +223,15 @@ class VolumePredictor:
             parts.append([tensor.cpu() for tensor in part])
         return Segmentation.joined(parts)
 
-    def frame(self, slices: Tensor) -> Frame:
-        """Returns which part of slices [D, C, H, W] the networks see; windows go over all of it."""
-        smallest = max(self.window or 0, self.model.smallest_side)
-        if self.window or self.canvas is None:
-            return frame_of(slices, self.model.stride, smallest)
-        canvas, centre = tuple(self.canvas), self.centre
-        return frame_of(slices, self.model.stride, smallest, canvas, centre)
-
-    def _framed(self, slices: Tensor) -> tuple[Frame, Tensor]:
-        """Returns the frame and what it shows, on the CPU where the device has no room for it."""
-        with suppress(torch.OutOfMemoryError):
-            frame = self.frame(slices)
-            return frame, frame.take(slices)
-        slices = slices.cpu()
-        frame = self.frame(slices)
-        return frame, frame.take(slices)
-
     def fitted(self, slices: Tensor) -> Tensor:
         """Cuts and pads slices [D, C, H, W] to what the networks see of them."""
-        return self.frame(slices).take(slices)
+        return self._framed(slices)[1]
+
+    def _framed(self, slices: Tensor) -> tuple[Frame, Tensor]:
+        """Returns which part of slices the networks see, and that part."""
+        smallest = max(self.window or 0, self.model.smallest_side)
+        frame = frame_of(slices, self.model.stride, smallest, self.canvas, self.centre)
+        return frame, frame.take(slices)
 
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         if self.window is None:
@@ -317,7 +311,7 @@ class VolumePredictor:
             )
 
     def _warn_of_frame(self, volume: Volume, frame: Frame) -> None:
-        if self.canvas is None or self.window:
+        if self.canvas is None:
             return
         sides = (frame.height, frame.width)
         # they are rounded up to a multiple of the stride
