@@ -129,15 +129,26 @@ def output_folder(path: str | Path) -> Path:
 
 def is_finished(case: Case, out: Path, preview: bool) -> bool:
     """Tells whether an earlier run left everything that is asked for."""
-    labels, _, picture = result_paths(case, out)
+    labels, _, picture = result_paths(case.name, out)
     wanted = [labels, *([picture] if preview else [])]
     return has_report(labels) and all(path.is_file() for path in wanted)
 
 
-def result_paths(case: Case, out: Path) -> tuple[Path, Path, Path]:
-    """Returns the labels, the report and the picture of a case."""
-    labels, report, picture = (out / f"{case.name}{end}" for end in (".nii.gz", ".json", ".png"))
+def result_paths(name: str, out: Path) -> tuple[Path, Path, Path]:
+    """Returns the labels, the report and the picture of a case of that name."""
+    labels, report, picture = (out / f"{name}{end}" for end in (".nii.gz", ".json", ".png"))
     return labels, report, picture
+
+
+def kept_result(results: tuple[Path, Path, Path]) -> tuple[Path, str] | None:
+    """Returns which file must not be replaced by results, and why; None if they may be written."""
+    labels = results[0]
+    if is_edited(labels):
+        return labels, "was changed after meddanet wrote it"
+    there = [path for path in results if path.exists()]
+    if there and not is_result(labels):
+        return there[0], "was not written by meddanet"
+    return None
 
 
 class Reading(NamedTuple):
@@ -163,24 +174,17 @@ def read_case(
             others that meddanet did not write, or of labels that were changed since.
     """
     began = time.perf_counter()
-    results = result_paths(case, out)
+    results = result_paths(case.name, out)
     labels = results[0]
-    kept = case.paths if case.label is None else [*case.paths, case.label]
-    if labels.resolve() in [file.resolve() for file in kept]:
+    own = case.paths if case.label is None else [*case.paths, case.label]
+    if labels.resolve() in [file.resolve() for file in own]:
         raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
     with write_errors(labels):
-        there = [path for path in results if path.exists()]
-        foreign = [] if overwrite or is_result(labels) else there
-        edited = not overwrite and is_edited(labels)
-    if edited:
+        kept = kept_result(results)
+    if kept and not overwrite:
+        path, why = kept
         raise VolumeError(
-            f"{labels}: was changed after meddanet wrote it; name another folder with -o, "
-            "or replace it with --overwrite"
-        )
-    if foreign:
-        raise VolumeError(
-            f"{foreign[0]}: was not written by meddanet; name another folder with -o, "
-            "or replace it with --overwrite"
+            f"{path}: {why}; name another folder with -o, or replace it with --overwrite"
         )
     volume = load_volume(case, unnamed_channels(case, modalities))
     return Reading(volume, time.perf_counter() - began)

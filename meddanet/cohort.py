@@ -124,7 +124,7 @@ def _write(
     seconds: float,
 ) -> dict:
     """Writes labels, picture and report; returns the report."""
-    labels, report, picture = result_paths(case, out)
+    labels, report, picture = result_paths(case.name, out)
     with _marked(labels):
         # the report marks a case as finished, so an old one goes first and the new one comes last
         if has_report(labels):

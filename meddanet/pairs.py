@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import is_label_name, is_nifti, labelled_case, stem
+from .data.conventions import is_label_name, is_nifti, labelled_case, listing, stem
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ def _label_files(folder: Path) -> dict[str, Path]:
     Raises:
         VolumeError: If the folder cannot be listed, or a case has two.
     """
-    try:
+    with listing(folder):
         paths = sorted(path for path in folder.iterdir() if is_nifti(path))
-    except OSError as error:
-        raise VolumeError(f"{folder}: cannot be listed ({error.strerror})") from error
     # beside files that are named as labels the others are their scans
     paths = [path for path in paths if is_label_name(path)] or paths
     files: dict[str, Path] = {}

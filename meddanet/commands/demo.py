@@ -10,11 +10,11 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from ..cases import output_folder
+from ..cases import kept_result, output_folder, result_paths
 from ..cohort import segment_case
 from ..data import VolumeError, find_cases
 from ..data.phantom import write_phantom
-from ..data.storage import is_edited, is_result, read_head
+from ..data.storage import read_head
 from ..evaluation import compare
 from ..messages import say
 from ..pairs import find_pairs
@@ -27,7 +27,8 @@ from .segment import running_on, summary
 def run(options: Namespace) -> int:
     """Makes a case, segments it, scores the labels and says where everything is."""
     out, name = output_folder(options.out), f"phantom_{options.seed:03d}"
-    if foreign := _foreign_results(out, name) + _foreign_files(out / name, options.seed):
+    kept = kept_result(result_paths(name, out))
+    if foreign := [kept[0]] if kept else _foreign_files(out / name, options.seed):
         raise VolumeError(
             f"{foreign[0]}: is not as meddanet demo writes it; name another folder with -o"
         )
@@ -45,14 +46,6 @@ def run(options: Namespace) -> int:
         say(f"{what:8} {out / case.name}{ending}")
     say(f"{'input':8} {folder}")
     return 0
-
-
-def _foreign_results(out: Path, name: str) -> list[Path]:
-    """Returns what has the names of the results and is none, or none any more."""
-    paths = [out / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
-    if is_edited(paths[0]):
-        return paths[:1]
-    return [] if is_result(paths[0]) else [path for path in paths if path.exists()]
 
 
 def _foreign_files(folder: Path, seed: int) -> list[Path]:

@@ -6,7 +6,8 @@ import json
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,6 +123,15 @@ def is_nifti(path: Path) -> bool:
     return not name.startswith(".") and name.endswith((".nii", ".nii.gz")) and path.is_file()
 
 
+@contextmanager
+def listing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while a folder is listed into a VolumeError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be listed ({error.strerror})") from error
+
+
 def is_label_name(path: Path) -> bool:
     """Tells whether a path names a segmentation in any recognised convention."""
     parsed = _parse(path)
@@ -190,19 +200,15 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
     if (here := folder.resolve()) in walked:
         return
     walked.add(here)
+    images, below, cases = [], [], []
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-        images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
-        below = [entry for entry in entries if entry.is_dir() and not _is_label_folder(entry)]
-    except OSError as error:
-        fault = VolumeError(f"{folder}: cannot be listed ({error.strerror})")
-        fault.__cause__ = error
-        found.faulty[folder] = fault
-        return
-    try:
+        with listing(folder):
+            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+            below = [entry for entry in entries if entry.is_dir() and not _is_label_folder(entry)]
+            images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
         cases = cases_among(images, folder)
     except VolumeError as error:
-        found.faulty[folder], images, cases = error, [], []
+        found.faulty[folder], images = error, []
     used = {path for case in cases for path in (*case.paths, *case.doubled)}
     found.cases.extend(cases)
     found.strays.extend(path for path in images if path not in used and not _is_label(path))

@@ -106,12 +106,17 @@ def is_result(labels: Path) -> bool:
 
 def has_report(labels: Path) -> bool:
     """Tells whether `<case>.json` beside `<case>.nii.gz` is the report of that case."""
+    return bool(_report(labels))
+
+
+def _report(labels: Path) -> dict[str, Any]:
+    """Returns the report of a label file's case; empty if there is none."""
     name = labels.name.removesuffix(".nii.gz")
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError):
         content = json.loads(labels.with_name(f"{name}.json").read_bytes())
-        return bool(content["case"] == name and content["versions"]["meddanet"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+        if content["case"] == name and content["versions"]["meddanet"]:
+            return content
+    return {}
 
 
 def digest(path: Path) -> str:
@@ -121,10 +126,9 @@ def digest(path: Path) -> str:
 
 def is_edited(labels: Path) -> bool:
     """Tells whether a label file is no longer the one that its report tells of."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        name = labels.name.removesuffix(".nii.gz")
-        report = json.loads(labels.with_name(f"{name}.json").read_bytes())
-        return report["labels_sha256"] != digest(labels)
+    known = _report(labels).get("labels_sha256")
+    with suppress(OSError):
+        return known is not None and known != digest(labels)
     return False
 
 
