@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from meddanet import load_model, load_volume
 from meddanet.data import canonical, find_cases, load_labels, normalize, to_slices
 from meddanet.data.phantom import make_phantom
 from meddanet.engine import compile_engine
+from meddanet.engine.decisions import answers
 from meddanet.predictor import VolumePredictor
 
 REPEATS = 20
@@ -83,7 +85,7 @@ def every_slice_whole(plan: Any) -> Callable[[], None]:
     return run
 
 
-def parts_of(network: Any, view: Tensor, rounds: int) -> dict[str, float]:
+def parts_of(network: Any, view: Tensor, seen: Tensor, rounds: int) -> dict[str, float]:
     """Returns the times of a decision network's layers, those of its `stages` one by one."""
     found, x = {}, view
     for name, child in network.named_children():
@@ -92,8 +94,9 @@ def parts_of(network: Any, view: Tensor, rounds: int) -> dict[str, float]:
             break
         for number, layer in enumerate(child if name == "stages" else [child]):
             label = f"{name} {number}" if name == "stages" else name
-            time = microseconds(captured(lambda f=layer, x=x: f(x), REPEATS), rounds) / REPEATS
-            found[label], x = round(time, 2), layer(x)
+            run = partial(answers, layer, x, seen)
+            found[label] = round(microseconds(captured(run, REPEATS), rounds) / REPEATS, 2)
+            x = run()
     return found
 
 
@@ -117,7 +120,7 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
         assert torch.equal(plan.num_bits, widths), "the volume's widths have changed"
         planned = plan._planned
         networks = {
-            name: parts_of(getattr(planned, name), plan._view, rounds)
+            name: parts_of(getattr(planned, name), plan._view, plan._seen, rounds)
             for name in ("policy", "position")
         }
         roomy, _ = engine.plan(len(slices), *slices.shape[2:], roomy=True)

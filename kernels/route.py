@@ -1,7 +1,7 @@
 """From logits to slots: each slice's route and place, and the slices of every route in a row.
 
-    decision = seen * argmax_r logits_r
-    offset   = round(min(max((sigmoid(place) - 1/2) * play + last / 2, 0), last))
+    decision = argmax_r logits_r            0 where nothing is seen
+    offset   = round(min(max((sigmoid(place) - 1/2) * play + last / 2, 0), last))       likewise
     corner   = offset, 0 where it is NaN
     start    = min(max(corner - reach, 0), limit)         shift = start - corner
 
@@ -30,10 +30,11 @@ def route_slices_reference(
     """Plain PyTorch statement of `route_slices`, group by group."""
     logits, places = _checked(logits, places, seen, frames)
     found = new_routing(len(logits), len(frames), logits.device)
-    decisions = logits.argmax(1) * seen.any(1)
+    decisions = logits.argmax(1).where(seen != 0, 0)
     play, last, reach, limit = frames[decisions].unbind(1)
     offsets = (places.sigmoid() - 0.5) * play + last.float() / 2
     offsets = torch.minimum(offsets.clamp_min(0), last.float()).round()
+    offsets = offsets.where(seen[:, None] != 0, 0)
     corner = offsets.nan_to_num().int()
     start = torch.minimum((corner - reach).clamp_min(0), limit)
     for group, count in enumerate(found.counts):
@@ -52,8 +53,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:
     """Checks the arguments and returns the first two as kernels read them."""
     samples, routes = len(seen), len(frames)
-    if seen.dim() != 2 or seen.is_floating_point():
-        raise ValueError(f"seen must be integer flags [N, T], got {seen.dtype} {list(seen.shape)}")
+    if seen.dim() != 1 or seen.is_floating_point():
+        raise ValueError(f"seen must be integers [N], got {seen.dtype} {list(seen.shape)}")
     if frames.dtype != torch.int32 or routes < 2 or frames.shape[1:] != (4, 2):
         raise ValueError(
             f"frames must be int32 [R, 4, 2], got {frames.dtype} {list(frames.shape)}"
@@ -70,9 +71,9 @@ def route_slices(logits: Tensor, places: Tensor, seen: Tensor, frames: Tensor) -
     """Routes slices and lists those of every route; has no gradient.
 
     Args:
-        logits: [N, R] of the routes.
-        places: [N, 2], (y, x), logits of the crop's place.
-        seen: Integer [N, T]: a slice whose flags are all zero is skipped.
+        logits: [N, R] of the routes; anything where `seen` is 0.
+        places: [N, 2], (y, x), logits of the crop's place; likewise.
+        seen: Integer [N]: a slice is skipped where it is 0.
         frames: int32 [R, 4, 2], as `route_call.new_frames` makes them.
 
     Returns:

@@ -11,21 +11,8 @@ from torch import Tensor
 from .backend import tl, triton
 from .route_call import Routing, new_frames, new_routing
 
-# slices at a time, each in a thread of its own, and flags of each; others were not tried on a GPU
+# slices at a time, each in a thread of its own; others were not tried on a GPU
 BLOCK = 256
-FLAGS = 16
-
-
-@triton.jit
-def _any_seen(seen_ptr, n, samples, tiles, FLAGS: tl.constexpr):
-    """Merges the flags of slices n."""
-    seen = tl.zeros(n.shape, tl.int32)
-    for first in tl.range(0, tiles, FLAGS):
-        tile = first + tl.arange(0, FLAGS)
-        mask = (n < samples)[:, None] & (tile < tiles)[None, :]
-        flags = tl.load(seen_ptr + n[:, None] * tiles + tile[None, :], mask=mask, other=0)
-        seen |= tl.max((flags != 0).to(tl.int32), 1)
-    return seen != 0
 
 
 @triton.jit
@@ -55,12 +42,12 @@ def _offset(place, play, last):
     return (offset + 12582912.0) - 12582912.0
 
 
-@triton.jit(do_not_specialize=["samples", "tiles", "stages", "pitch", "count_pitch"])
+@triton.jit(do_not_specialize=["samples", "stages", "pitch", "count_pitch"])
 def route_kernel(
     logits_ptr, places_ptr, seen_ptr, frames_ptr, decisions_ptr, offsets_ptr, slices_ptr, count_ptr,
     corner_ptr, start_ptr, shift_ptr, bits_ptr,
-    samples, tiles, stages, pitch, count_pitch,
-    ROUTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, FLAGS: tl.constexpr,
+    samples, stages, pitch, count_pitch,
+    ROUTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Routes all slices, BLOCK after BLOCK in one program, so that groups keep their order."""
     route = tl.arange(0, BLOCK_R)
@@ -69,7 +56,7 @@ def route_kernel(
     for first in tl.range(0, samples, BLOCK):
         n = first + tl.arange(0, BLOCK)
         known = n < samples
-        seen = _any_seen(seen_ptr, n, samples, tiles, FLAGS)
+        seen = tl.load(seen_ptr + n, mask=known, other=0) != 0
         decision = tl.where(seen, _largest(logits_ptr, n, samples, ROUTES), 0)
         tl.store(decisions_ptr + n, decision.to(tl.int64), mask=known)
         if bits_ptr is not None:
@@ -80,6 +67,8 @@ def route_kernel(
         frame_ptr = frames_ptr + 8 * decision[:, None] + axis
         place = tl.load(places_ptr + pair, mask=both, other=0.0)
         offset = _offset(place, tl.load(frame_ptr), tl.load(frame_ptr + 2))
+        # of what is not seen the networks may say anything
+        offset = tl.where(seen[:, None], offset, 0.0)
         tl.store(offsets_ptr + pair, offset, mask=both)
         corner = tl.where(offset == offset, offset, 0.0).to(tl.int32)
         start = tl.maximum(corner - tl.load(frame_ptr + 4), 0)
@@ -108,7 +97,7 @@ def run(
     Args:
         logits: float32 [N, R], dense.
         places: float32 [N, 2], dense.
-        seen: int32 [N, T], dense.
+        seen: int32 [N], dense.
         frames: int32 [R, 4, 2], dense.
         routing: Of `new_routing`; slots that are not in use stay as they are.
         num_bits: int32 [S, N], dense, set to 0: no stage has run yet. None: there is none.
@@ -117,9 +106,9 @@ def run(
     with torch.cuda.device_of(logits):
         route_kernel[(1,)](
             logits, places, seen, frames, *routing, num_bits,
-            samples, seen.shape[1], 0 if num_bits is None else len(num_bits),
+            samples, 0 if num_bits is None else len(num_bits),
             routing.slices.stride(0), routing.counts.stride(0),
-            ROUTES=routes, BLOCK=BLOCK, BLOCK_R=triton.next_power_of_2(routes), FLAGS=FLAGS,
+            ROUTES=routes, BLOCK=BLOCK, BLOCK_R=triton.next_power_of_2(routes),
             num_warps=BLOCK // 32, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -134,6 +123,6 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     frames = new_frames((240, 240), 96, (96, 128), (4, 4), "meta")
     return {
         "route, four routes": partial(
-            run, logits, places, empty(8, 29), frames, new_routing(8, 4, "meta"), empty(4, 8)
+            run, logits, places, empty(8), frames, new_routing(8, 4, "meta"), empty(4, 8)
         )
     }

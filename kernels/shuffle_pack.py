@@ -52,7 +52,9 @@ def padded(channels: int) -> int:
     return max(NARROWEST, 1 << (channels - 1).bit_length())
 
 
-def checked_input(input: Tensor, what: str, channels: int, weight: Tensor) -> Tensor:
+def checked_input(
+    input: Tensor, what: str, channels: int, weight: Tensor, seen: Tensor | None
+) -> Tensor:
     """Returns an operation's input without its gradient.
 
     Args:
@@ -60,9 +62,11 @@ def checked_input(input: Tensor, what: str, channels: int, weight: Tensor) -> Te
         what: "stem" or "unit".
         channels: That its input has.
         weight: One of its packed weights.
+        seen: int32 [N] where the input is, or None.
 
     Raises:
-        ValueError: If shape, dtype or device are not those that it was packed for.
+        ValueError: If shape, dtype or device are not those that it was packed for, or `seen` does
+            not fit.
     """
     if input.dim() != 4 or input.shape[1] != channels:
         raise ValueError(f"input must be [N, {channels}, H, W], got {list(input.shape)}")
@@ -70,6 +74,13 @@ def checked_input(input: Tensor, what: str, channels: int, weight: Tensor) -> Te
         raise ValueError(
             f"input is {input.dtype} on {input.device}, the {what} is packed in {weight.dtype} on "
             f"{weight.device}"
+        )
+    if seen is not None and (
+        seen.shape != input.shape[:1] or seen.dtype != torch.int32 or seen.device != input.device
+    ):
+        raise ValueError(
+            f"seen must be int32 [{len(input)}] on {input.device}, got {seen.dtype} "
+            f"{list(seen.shape)} on {seen.device}"
         )
     return input.detach()
 

@@ -72,7 +72,9 @@ def _run_reference(input: Tensor, weight: Tensor, bias: Tensor, channels: int) -
 
 
 @torch.library.custom_op("meddanet::shuffle_stem", mutates_args=())
-def _shuffle_stem(input: Tensor, weight: Tensor, bias: Tensor, channels: int) -> Tensor:
+def _shuffle_stem(
+    input: Tensor, weight: Tensor, bias: Tensor, channels: int, seen: Tensor | None
+) -> Tensor:
     """Returns the output [N, channels, ...], channels last."""
     output = _new_output(input, channels)
     if not output.numel():
@@ -83,14 +85,14 @@ def _shuffle_stem(input: Tensor, weight: Tensor, bias: Tensor, channels: int) ->
 
         if pixel_pitch(input) != input.shape[1]:
             input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, weight, bias)
+        run(output, input, weight, bias, seen)
     else:
         output.copy_(_run_reference(input, weight, bias, channels))
     return output
 
 
 @_shuffle_stem.register_fake
-def _(input, weight, bias, channels):
+def _(input, weight, bias, channels, seen):
     return _new_output(input, channels)
 
 
@@ -99,18 +101,18 @@ def _new_output(input: Tensor, channels: int) -> Tensor:
     return input.new_empty(input.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
-def _checked(input: Tensor, stem: PackedStem) -> tuple:
+def _checked(input: Tensor, stem: PackedStem, seen: Tensor | None = None) -> tuple:
     """Checks the arguments and returns those of the operator."""
-    input = checked_input(input, "stem", stem.in_channels, stem.weight)
-    return input, stem.weight, stem.bias, stem.out_channels
+    input = checked_input(input, "stem", stem.in_channels, stem.weight, seen)
+    return input, stem.weight, stem.bias, stem.out_channels, seen
 
 
 def shuffle_stem_reference(input: Tensor, stem: PackedStem) -> Tensor:
-    """Plain PyTorch statement of `shuffle_stem`, layer by layer."""
-    return _run_reference(*_checked(input, stem))
+    """Plain PyTorch statement of `shuffle_stem`, layer by layer, of every sample."""
+    return _run_reference(*_checked(input, stem)[:4])
 
 
-def shuffle_stem(input: Tensor, stem: PackedStem) -> Tensor:
+def shuffle_stem(input: Tensor, stem: PackedStem, seen: Tensor | None = None) -> Tensor:
     """Runs the stem of ShuffleNetV2 without gradients.
 
     Stems with more than 256 weights per output channel or output channels, and float64, run in the
@@ -119,6 +121,8 @@ def shuffle_stem(input: Tensor, stem: PackedStem) -> Tensor:
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.
         stem: From `pack_stem`, in the input's dtype and where the input is.
+        seen: int32 [N], where the input is: samples for which it is 0 may be left out, what the
+            output holds of them is anything. None: all samples are seen.
 
     Returns:
         [N, Cout, H / 4, W / 4], rounded up, in the input's dtype, channels last.
@@ -128,4 +132,4 @@ def shuffle_stem(input: Tensor, stem: PackedStem) -> Tensor:
 
     Source: Ma et al. 2018, Table 5 (Conv1 and MaxPool).
     """
-    return _shuffle_stem(*_checked(input, stem))
+    return _shuffle_stem(*_checked(input, stem, seen))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .shuffle_pack import padded
-from .within_triton import within
+from .within_triton import any_seen, within
 
 # pooled pixels per program; others were not tried
 BLOCK_M = 64
@@ -23,11 +23,13 @@ BLOCK_M = 64
 
 @triton.jit(do_not_specialize=["height_in", "width_in", "height", "width", "pixels"])
 def shuffle_stem_kernel(
-    in_ptr, weight_ptr, bias_ptr, out_ptr, height_in, width_in, height, width, pixels,
+    in_ptr, weight_ptr, bias_ptr, seen_ptr, out_ptr, height_in, width_in, height, width, pixels,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M neighbouring output pixels of the whole batch, all channels."""
+    if seen_ptr is not None and not any_seen(seen_ptr, pixels, height * width, BLOCK_M):
+        return
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     used = pixel < pixels
     row, column = pixel // width % height, pixel % width
@@ -62,7 +64,9 @@ def shuffle_stem_kernel(
     tl.store(out_ptr + offs, best.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def run(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> None:
+def run(
+    output: Tensor, input: Tensor, weight: Tensor, bias: Tensor, seen: Tensor | None = None
+) -> None:
     """Launches a stem into a given output, once.
 
     Args:
@@ -70,6 +74,7 @@ def run(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> None:
         input: [N, Cin, H, W], dense, channels last, in float16, bfloat16 or float32.
         weight: Of a `PackedStem`, no side above `LARGEST`.
         bias: Likewise.
+        seen: int32 [N], or None: what is 0 there may be left out of the output.
 
     Raises:
         ValueError: If the batch has 2^31 output pixels or an image 2^31 elements.
@@ -81,7 +86,7 @@ def run(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"a batch of {list(input.shape)} has too many pixels for one launch")
     with torch.cuda.device_of(input):
         shuffle_stem_kernel[(triton.cdiv(pixels, BLOCK_M),)](
-            input, weight, bias, output, *size, *output.shape[2:], pixels,
+            input, weight, bias, seen, output, *size, *output.shape[2:], pixels,
             CHANNELS=channels, OUT_CHANNELS=output.shape[1], BLOCK_M=BLOCK_M,
             BLOCK_K=weight.shape[0], BLOCK_O=weight.shape[1], enable_fp_fusion=True,
         )  # fmt: skip
@@ -100,4 +105,5 @@ def _launch_meta(cin: int, cout: int, dtype: torch.dtype = torch.float16) -> Non
     weight = torch.empty(padded(9 * cin), padded(cout), dtype=dtype, device="meta")
     maps = [torch.empty(2, s, s, c, dtype=dtype, device="meta") for s, c in ((32, cin), (8, cout))]
     image, output = (t.permute(0, 3, 1, 2) for t in maps)
-    run(output, image, weight, torch.empty(weight.shape[1], device="meta"))
+    seen = torch.empty(2, dtype=torch.int32, device="meta")
+    run(output, image, weight, torch.empty(weight.shape[1], device="meta"), seen)

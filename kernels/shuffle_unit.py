@@ -52,8 +52,9 @@ def _run_reference(
 
 @torch.library.custom_op("meddanet::shuffle_unit", mutates_args=())
 def _shuffle_unit(
-    input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int
-) -> Tensor:
+    input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int,
+    seen: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Returns the output [N, channels, ...], channels last; `mid` as in `PackedUnit`."""
     output = _new_output(input, len(side) > 0, channels)
     if not output.numel():
@@ -65,14 +66,14 @@ def _shuffle_unit(
 
         if pixel_pitch(input) != input.shape[1]:
             input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, main, side)
+        run(output, input, main, side, seen)
     else:
         output.copy_(_run_reference(input, main, side, mid, channels))
     return output
 
 
 @_shuffle_unit.register_fake
-def _(input, main, side, mid, channels):
+def _(input, main, side, mid, channels, seen):
     return _new_output(input, len(side) > 0, channels)
 
 
@@ -81,18 +82,18 @@ def _new_output(input: Tensor, halved: bool, channels: int) -> Tensor:
     return input.new_empty(input.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
-def _checked(input: Tensor, unit: PackedUnit) -> tuple:
+def _checked(input: Tensor, unit: PackedUnit, seen: Tensor | None = None) -> tuple:
     """Checks the arguments and returns those of the operator."""
-    input = checked_input(input, "unit", unit.in_channels, unit.main[0])
-    return input, unit.main, unit.side, unit.mid_channels, unit.out_channels
+    input = checked_input(input, "unit", unit.in_channels, unit.main[0], seen)
+    return input, unit.main, unit.side, unit.mid_channels, unit.out_channels, seen
 
 
 def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
-    """Plain PyTorch statement of `shuffle_unit`, layer by layer."""
-    return _run_reference(*_checked(input, unit))
+    """Plain PyTorch statement of `shuffle_unit`, layer by layer, of every sample."""
+    return _run_reference(*_checked(input, unit)[:5])
 
 
-def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
+def shuffle_unit(input: Tensor, unit: PackedUnit, seen: Tensor | None = None) -> Tensor:
     """Runs a unit of ShuffleNetV2 without gradients.
 
     Units with more than 128 channels (64 in float32) into, within or out of a branch, and float64,
@@ -101,6 +102,8 @@ def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.
         unit: From `pack_unit`, in the input's dtype and where the input is.
+        seen: int32 [N], where the input is: samples for which it is 0 may be left out, what the
+            output holds of them is anything. None: all samples are seen.
 
     Returns:
         [N, Cout, H / stride, W / stride], rounded up, in the input's dtype, channels last.
@@ -110,4 +113,4 @@ def shuffle_unit(input: Tensor, unit: PackedUnit) -> Tensor:
 
     Source: Ma et al. 2018, Fig. 3 (c, d).
     """
-    return _shuffle_unit(*_checked(input, unit))
+    return _shuffle_unit(*_checked(input, unit, seen))

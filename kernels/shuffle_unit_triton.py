@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .shuffle_pack import padded
+from .within_triton import any_seen
 
 # elements of a layer's output per program, and their bounds in pixels; others were not tried: the
 # lower one is the least that a tensor core takes
@@ -68,12 +69,14 @@ def _pointwise(x, weight, bias):
 @triton.jit(do_not_specialize=["height_in", "width_in", "height", "width", "pixels"])
 def shuffle_unit_kernel(
     in_ptr, expand_ptr, expand_bias_ptr, depth_ptr, depth_bias_ptr, mix_ptr, mix_bias_ptr,
-    side_depth_ptr, side_depth_bias_ptr, side_mix_ptr, side_mix_bias_ptr, out_ptr,
+    side_depth_ptr, side_depth_bias_ptr, side_mix_ptr, side_mix_bias_ptr, seen_ptr, out_ptr,
     height_in, width_in, height, width, pixels,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M neighbouring output pixels of the whole batch, all channels."""
+    if seen_ptr is not None and not any_seen(seen_ptr, pixels, height * width, BLOCK_M):
+        return
     SIDE: tl.constexpr = side_mix_ptr is not None
     STRIDE: tl.constexpr = 2 if SIDE else 1
     BLOCK_C: tl.constexpr = BLOCK_K if SIDE else 2 * BLOCK_K
@@ -117,7 +120,10 @@ def shuffle_unit_kernel(
     _store(out_ptr, passed, pixel, used, OUT_CHANNELS, 0, BRANCH)
 
 
-def run(output: Tensor, input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor]) -> None:
+def run(
+    output: Tensor, input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor],
+    seen: Tensor | None = None,
+) -> None:  # fmt: skip
     """Launches a unit into a given output, once.
 
     Args:
@@ -125,6 +131,7 @@ def run(output: Tensor, input: Tensor, main: Sequence[Tensor], side: Sequence[Te
         input: [N, Cin, H, W], dense, channels last, in float16, bfloat16 or float32.
         main: Of a `PackedUnit` whose rows of weights have at most `WIDEST` bytes.
         side: Likewise.
+        seen: int32 [N], or None: what is 0 there may be left out of the output.
 
     Raises:
         ValueError: If the batch has 2^31 pixels.
@@ -138,7 +145,7 @@ def run(output: Tensor, input: Tensor, main: Sequence[Tensor], side: Sequence[Te
     block = min(max(FEWEST, BLOCK // max(inputs, mid, outputs)), MOST)
     with torch.cuda.device_of(input):
         shuffle_unit_kernel[(triton.cdiv(pixels, block),)](
-            input, *main, *(side or (None,) * 4), output, *size, *output.shape[2:], pixels,
+            input, *main, *(side or (None,) * 4), seen, output, *size, *output.shape[2:], pixels,
             CHANNELS=channels, OUT_CHANNELS=output.shape[1], BLOCK_M=block,
             BLOCK_K=inputs, BLOCK_H=mid, BLOCK_O=outputs, enable_fp_fusion=True,
         )  # fmt: skip
@@ -171,4 +178,4 @@ def _launch_meta(
     side = (empty(9, k), empty(k), empty(k, k, dtype=dtype), empty(k)) if stride == 2 else ()
     maps = (empty(2, 8 * stride, 8 * stride, cin, dtype=dtype), empty(2, 8, 8, cout, dtype=dtype))
     image, output = (t.permute(0, 3, 1, 2) for t in maps)
-    run(output, image, main, side)
+    run(output, image, main, side, empty(2, dtype=torch.int32))

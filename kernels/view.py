@@ -33,10 +33,10 @@ def _checked(images: Tensor, scale: int) -> Tensor:
 def view_slices_reference(
     images: Tensor, scale: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch statement of `view_slices`; one flag per slice."""
+    """Plain PyTorch statement of `view_slices`."""
     images = _checked(images, scale)
     view = F.avg_pool2d(images, scale).to(dtype, memory_format=torch.channels_last)
-    return view, images.flatten(1).any(1, keepdim=True).int()
+    return view, images.flatten(1).any(1).int()
 
 
 def view_slices(
@@ -50,8 +50,8 @@ def view_slices(
         dtype: Of the view; sums are float32.
 
     Returns:
-        The view [N, C, H // scale, W // scale], channels last, and flags int32 [N, T], of parts of
-        each slice: all zero where the slice is. T is at least 1 and up to the executor.
+        The view [N, C, H // scale, W // scale], channels last, and int32 [N], 0 where a slice is
+        all zero and 1 elsewhere.
 
     Raises:
         ValueError: If a shape, dtype or scale does not fit.
@@ -62,6 +62,8 @@ def view_slices(
     from . import view_triton
 
     view = view_triton.new_view(images, scale, dtype)
-    seen = view_triton.new_flags(images, scale)
-    view_triton.run(images, view, seen, scale)
+    flags = view_triton.new_flags(images, scale)
+    seen = flags.new_empty(len(images))
+    view_triton.run(images, view, flags, scale)
+    view_triton.merge(flags, seen)
     return view, seen

@@ -1,4 +1,4 @@
-"""The Triton kernel that looks at slices once: averaged squares, and flags; `view.py` has both."""
+"""The Triton kernels that look at slices once: averaged squares, and flags; `view.py` has both."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .backend import tl, triton
 
-# averages per program; other sizes were not tried on a GPU
+# averages per program, and slices and their flags at a time; others were not tried on a GPU
 BLOCK = 2048
+SLICES, FLAGS = 16, 32
 
 
 @triton.jit(do_not_specialize=["height", "width", "tiles"])
 def view_kernel(
-    images_ptr, view_ptr, seen_ptr, height, width, tiles,
+    images_ptr, view_ptr, flags_ptr, height, width, tiles,
     CHANNELS: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Averages BLOCK_M squares of one slice and stores whether a pixel of theirs is not zero."""
@@ -39,7 +40,7 @@ def view_kernel(
             total += pixel
             # a NaN differs from zero
             seen |= (pixel != 0).to(tl.int32)
-    tl.store(seen_ptr + tl.program_id(0), tl.max(tl.max(seen, 1), 0))
+    tl.store(flags_ptr + tl.program_id(0), tl.max(tl.max(seen, 1), 0))
 
     if SCALE & (SCALE - 1) == 0:
         # a power of two, whose inverse is exact
@@ -50,6 +51,21 @@ def view_kernel(
     mask = (channel < CHANNELS) & ((row < height) & (column < width))[None, :]
     view_ptr += (sample * height * width + row * width + column)[None, :] * CHANNELS
     tl.store(view_ptr + channel, mean.to(view_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["samples", "tiles"])
+def seen_kernel(
+    flags_ptr, seen_ptr, samples, tiles, SLICES: tl.constexpr, FLAGS: tl.constexpr
+):  # fmt: skip
+    """Merges the flags of SLICES slices."""
+    n = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
+    seen = tl.zeros([SLICES], tl.int32)
+    for first in tl.range(0, tiles, FLAGS):
+        tile = first + tl.arange(0, FLAGS)
+        mask = (n < samples)[:, None] & (tile < tiles)[None, :]
+        flags = tl.load(flags_ptr + n[:, None] * tiles + tile[None, :], mask=mask, other=0)
+        seen |= tl.max(flags, 1)
+    tl.store(seen_ptr + n, seen, mask=n < samples)
 
 
 def _block(channels: int) -> dict[str, int]:
@@ -65,27 +81,41 @@ def new_view(images: Tensor, scale: int, dtype: torch.dtype) -> Tensor:
 
 
 def new_flags(images: Tensor, scale: int) -> Tensor:
-    """Allocates the flags of images [N, C, H, W]: int32 [N, T], one per program of a slice."""
+    """Allocates a flag for each of the T programs of each of the images [N, C, H, W]: [N, T]."""
     samples, channels, height, width = images.shape
     squares = triton.cdiv(height, scale) * triton.cdiv(width, scale)
     tiles = triton.cdiv(squares, _block(channels)["BLOCK_M"])
     return torch.empty(samples, tiles, dtype=torch.int32, device=images.device)
 
 
-def run(images: Tensor, view: Tensor, seen: Tensor, scale: int) -> None:
+def run(images: Tensor, view: Tensor, flags: Tensor, scale: int) -> None:
     """Launches the pass over images, once; every element of both outputs is written.
 
     Args:
         images: float32 [N, C, H, W], dense.
         view: Of `new_view`.
-        seen: Of `new_flags`.
+        flags: Of `new_flags`: 1 where the part of a slice holds anything, 0 elsewhere.
         scale: Side of the squares.
     """
     channels, height, width = images.shape[1:]
     with torch.cuda.device_of(images):
-        view_kernel[(seen.numel(),)](
-            images, view, seen, height, width, seen.shape[1], CHANNELS=channels, SCALE=scale,
+        view_kernel[(flags.numel(),)](
+            images, view, flags, height, width, flags.shape[1], CHANNELS=channels, SCALE=scale,
             **_block(channels), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def merge(flags: Tensor, seen: Tensor) -> None:
+    """Launches the merging of a slice's flags, once.
+
+    Args:
+        flags: int32 [N, T], dense.
+        seen: int32 [N]: 1 where any of a slice's flags is set, 0 elsewhere.
+    """
+    with torch.cuda.device_of(flags):
+        seen_kernel[(triton.cdiv(len(seen), SLICES),)](
+            flags, seen, *flags.shape, SLICES=SLICES, FLAGS=FLAGS, num_warps=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -95,5 +125,9 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     Four channels, squares of 2 x 2, half precision; any size and number of slices.
     """
     images = torch.empty(2, 4, 240, 240, device="meta")
-    view, seen = new_view(images, 2, torch.float16), new_flags(images, 2)
-    return {"view of slices": partial(run, images, view, seen, 2)}
+    view, flags = new_view(images, 2, torch.float16), new_flags(images, 2)
+    seen = torch.empty(2, dtype=torch.int32, device="meta")
+    return {
+        "view of slices": partial(run, images, view, flags, 2),
+        "flags of slices": partial(merge, flags, seen),
+    }

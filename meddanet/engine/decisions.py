@@ -53,7 +53,12 @@ class _OneKernel(nn.Module):
     Args:
         operation: `shuffle_stem` or `shuffle_unit`.
         packed: Its weights as they run, where they run: they cannot be moved or cast.
+
+    Attributes:
+        seen: int32 [N], 0 where the next input's sample may be left out; None: all are seen.
     """
+
+    seen: Tensor | None = None
 
     def __init__(self, operation: Callable[..., Tensor], packed: PackedStem | PackedUnit) -> None:
         super().__init__()
@@ -61,7 +66,7 @@ class _OneKernel(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Runs the part on input [N, Cin, H, W]."""
-        return self.operation(input, self.packed)
+        return self.operation(input, self.packed, self.seen)
 
 
 class _FewOutputs(nn.Module):
@@ -122,6 +127,27 @@ def frozen(
         if isinstance(part, (ShuffleStem, ShuffleUnit)) and not _rounds(part):
             network.set_submodule(name, _one_kernel(part))
     return network
+
+
+def answers(network: nn.Module, view: Tensor, seen: Tensor) -> Tensor:
+    """Runs a network of `frozen`, which leaves out what is not seen as far as it can.
+
+    Args:
+        network: Which see; one caller at a time.
+        view: [N, C, H, W].
+        seen: int32 [N]; where it is 0 the answer is anything.
+
+    Returns:
+        Logits [N, K].
+    """
+    parts = [part for part in network.modules() if isinstance(part, _OneKernel)]
+    for part in parts:
+        part.seen = seen
+    try:
+        return network(view)
+    finally:
+        for part in parts:
+            part.seen = None
 
 
 def _rounds(network: nn.Module) -> bool:

@@ -5,7 +5,8 @@
 Everything that depends on the slices is decided where they lie: routes, offsets, widths, which slot
 of which group a slice takes and how many are in use. So `run` allocates no map of features or
 labels, waits for nothing and reads nothing back, and a CUDA graph of it serves every chunk. Kernels
-of slots that are not in use return at once.
+of slots that are not in use return at once, and so do those of the decision networks' stems and
+units for slices that hold nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..kernels import route_triton as route_kernel
 from ..kernels import view_triton as view_kernel
 from ..kernels.route_call import new_frames, new_routing
 from ..med_danet_v2 import MedDANetV2
-from .decisions import frozen
+from .decisions import answers, frozen
 from .lowering import Group, Launch, lower_empty, lower_features, lower_last
 from .packed_unet import Last, PackedUNet
 from .routing import halo
@@ -117,7 +118,8 @@ class Plan:
         self.labels = zeros(capacity, *size, dtype=torch.uint8)
         self.num_bits = zeros(model.num_stages, capacity, dtype=torch.int32)
         self._view = view_kernel.new_view(self.images, scale, planned.dtype)
-        self._seen = view_kernel.new_flags(self.images, scale)
+        self._flags = view_kernel.new_flags(self.images, scale)
+        self._seen = zeros(capacity, dtype=torch.int32)
         self._routes, self._places = zeros(capacity, routes), zeros(capacity, 2)
         self._backgrounds = zeros(routes, *size, dtype=torch.uint8)
         self._margins = [halo(stage) for stage in model.crop_last_stages]
@@ -172,13 +174,14 @@ class Plan:
 
     def _look(self) -> None:
         scale = self._planned.model.decision_scale
-        view_kernel.run(self.images, self._view, self._seen, scale)
+        view_kernel.run(self.images, self._view, self._flags, scale)
+        view_kernel.merge(self._flags, self._seen)
 
     def _decide(self) -> None:
-        self._routes.copy_(self._planned.policy(self._view))
+        self._routes.copy_(answers(self._planned.policy, self._view, self._seen))
 
     def _locate(self) -> None:
-        self._places.copy_(self._planned.position(self._view))
+        self._places.copy_(answers(self._planned.position, self._view, self._seen))
 
     def _route(self) -> None:
         """Turns logits into decisions, offsets and the slots of every group."""

@@ -144,7 +144,8 @@ LAUNCHED = [
 ]  # fmt: skip
 KERNELS = {
     *LAUNCHED, "encode_kernel", "gradients_kernel", "route_kernel",
-    "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel", "way_up_kernel",
+    "seen_kernel", "select_kernel", "shuffle_stem_kernel", "shuffle_unit_kernel", "view_kernel",
+    "way_up_kernel",
 }  # fmt: skip
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block", "way up")
 FIRST = "first convolution, 4 to 16 channels, 240"

@@ -127,11 +127,12 @@ SAMPLES = {
          torch.tensor([2, 0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), 3, 9, 9),
     ),
     "unit of stride 1": lambda: (
-        OPS.shuffle_unit, (torch.randn(2, 6, 7, 8), *packed_unit(()))
+        OPS.shuffle_unit, (torch.randn(2, 6, 7, 8), *packed_unit(()), None)
     ),
     "unit of stride 2": lambda: (
         OPS.shuffle_unit,
-        (image(LAST).detach(), *packed_unit([point(3, 1, 3, 3), point(3, 3, 1, 1)])),
+        (image(LAST).detach(), *packed_unit([point(3, 1, 3, 3), point(3, 3, 1, 1)]),
+         torch.ones(2, dtype=torch.int32)),
     ),
     "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),
     "crop, channels last": lambda: (OPS.bilinear_shift, (image(LAST), leaf(2, 2), 4, 5, False)),

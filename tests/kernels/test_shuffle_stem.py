@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meddanet.build import build_decision_network
-from meddanet.engine.decisions import _OneKernel, frozen
+from meddanet.engine.decisions import _OneKernel, answers, frozen
 from meddanet.kernels import pack_stem, shuffle_stem, shuffle_stem_reference
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleStem
@@ -104,6 +104,20 @@ def test_any_layout():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 7), (40, 36)], ids=str)
+def test_samples_that_are_not_seen(size, backend):
+    """Several in a program, and several programs for each: the others are as ever."""
+    stem, x = packed(folded(4, 12, torch.float16)), image(4, torch.float16, samples=50, size=size)
+    seen = (torch.arange(50) % 20 > 16).int()
+    expected, found = shuffle_stem(x, stem), shuffle_stem(x, stem, seen)
+    assert torch.equal(found[seen > 0], expected[seen > 0])
+    # what memory held before is NaN here
+    assert found[:10].isnan().all() == (backend == "triton")
+    nothing = shuffle_stem(x, stem, torch.zeros_like(seen))
+    assert nothing.isnan().all() == (backend == "triton")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("shape", [(29, 12), (4, 257)], ids=str)
 def test_large_stems_run_in_the_reference(shape, monkeypatch):
     # wherever Triton runs; the kernel would raise, as nothing launches it
@@ -125,6 +139,19 @@ def test_a_quantised_stem_keeps_its_layers():
     small, x = frozen(network, torch.float64), torch.randn(2, 4, 40, 32, dtype=torch.float64)
     assert isinstance(small.stem, ShuffleStem)
     torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_network_leaves_out_what_is_not_seen(backend):
+    network = build_decision_network("shufflenetv2-m", 4, 4).eval()
+    set_quantization(network, quantize=False, update_range=False)
+    small, view = frozen(network, torch.float32), image(4, torch.float32, samples=6, size=(64, 64))
+    seen = torch.tensor([0, 0, 1, 0, 1, 0], dtype=torch.int32)
+    found, expected = answers(small, view, seen), small(view)
+    assert not expected.isnan().any(), "the next call knows nothing of it"
+    assert torch.equal(found[seen > 0], expected[seen > 0])
+    # what memory held before is NaN here
+    assert found[0].isnan().all() == (backend == "triton")
 
 
 def test_padding_is_zero():
@@ -162,6 +189,15 @@ def test_inputs_that_do_not_fit(x, message):
     for function in (shuffle_stem, shuffle_stem_reference):
         with pytest.raises(ValueError, match=message):
             function(x, stem)
+
+
+@pytest.mark.parametrize("seen", [
+    torch.ones(2, dtype=torch.int32), torch.ones(1), torch.ones(1, dtype=torch.int32, device="meta")
+], ids=["samples", "dtype", "device"])  # fmt: skip
+def test_flags_that_do_not_fit(seen):
+    stem = pack_stem(torch.zeros(6, 4, 3, 3), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"seen must be int32 \[1\] on cpu, got"):
+        shuffle_stem(torch.zeros(1, 4, 9, 9), stem, seen)
 
 
 def test_a_batch_of_too_many_pixels():

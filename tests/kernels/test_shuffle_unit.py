@@ -163,6 +163,25 @@ def test_any_layout(shape):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("size", [(3, 4), (16, 11)], ids=str)
+def test_samples_that_are_not_seen(shape, size, backend):
+    """Several in a program, and several programs for each: the others are as ever."""
+    unit = folded(unit_with_norms(*shape), torch.float16)
+    x, own = image(unit, torch.float16, samples=50, size=size), packed(unit)
+    seen = (torch.arange(50) % 20 > 16).int()
+    # what another unit has left out
+    x[seen == 0] = float("nan")
+    expected, found = shuffle_unit(x, own), shuffle_unit(x, own, seen)
+    assert torch.equal(found[seen > 0], expected[seen > 0])
+    assert not found[seen > 0].isnan().any()
+    assert found[:10].isnan().all()
+    nothing = shuffle_unit(torch.zeros_like(x), own, torch.zeros_like(seen))
+    # what memory held before is NaN here
+    assert nothing.isnan().all() == (backend == "triton")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("branch", "dtype"), [(130, torch.float16), (65, torch.float32)])
 def test_wide_units_run_in_the_reference(branch, dtype, monkeypatch):
     # wherever Triton runs; the kernel would raise, as nothing launches it
