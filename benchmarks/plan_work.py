@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -41,11 +41,20 @@ class Slots:
         used: How many of them are in use.
         widths: For each encoder stage, width -> slots in use that chose it.
         tiles: Of the card's architecture.
+        cached: Whether what a launch leaves for the next one stays in the L2 cache.
     """
 
     used: int
     widths: list[dict[int, int]]
     tiles: Tiles
+    cached: bool = False
+
+    def from_first(self, first: int, slots: int) -> Slots:
+        """Returns those of a turn of so many slots, all in the cache."""
+        used = max(0, min(slots, self.used - first))
+        share = used / max(1, self.used)
+        widths = [{b: round(n * share) for b, n in stage.items()} for stage in self.widths]
+        return Slots(used, widths, self.tiles, True)
 
 
 @contextmanager
@@ -75,15 +84,23 @@ def _planned() -> PlannedModel:
 
 
 @cache
-def shipped_plan(roomy: bool) -> Plan:
-    """Returns the plan of the shipped weights for a head; `roomy` as there."""
+def shipped_plan(roomy: bool, cache_bytes: int = 0) -> Plan:
+    """Returns the plan of the shipped weights for a head; `roomy` as there.
+
+    Args:
+        roomy: As of `Plan`.
+        cache_bytes: That whole slices should stay in; 0: nothing is done about it.
+    """
+    planned = copy(_planned())
+    planned.cache = cache_bytes
     with counted_programs():
-        return Plan(_planned(), CAPACITY, (SIDE, SIDE), roomy)
+        return Plan(planned, CAPACITY, (SIDE, SIDE), roomy)
 
 
 def plan_work(
-    routes: dict[str, int], num_bits: list[dict[str, int]], tiles: Tiles, decided: bool = True
-) -> list[Work]:
+    routes: dict[str, int], num_bits: list[dict[str, int]], tiles: Tiles, decided: bool = True,
+    cache_bytes: int = 0,
+) -> list[Work]:  # fmt: skip
     """Returns the work of all launches of one volume, in the plan's order.
 
     Args:
@@ -91,18 +108,24 @@ def plan_work(
         num_bits: For each encoder stage, width -> slices that ran at it.
         tiles: Of the card's architecture.
         decided: Whether the decision networks run; without them it is a static network.
+        cache_bytes: As of `shipped_plan`.
     """
     ran = max(1, sum(count for route, count in routes.items() if route != "skip"))
-    plan, slots = shipped_plan(_overflows(routes)), {}
+    plan, slots = shipped_plan(_overflows(routes), cache_bytes), {}
     for group in plan.groups:
         share = (used := routes.get(group.name, 0)) / ran
         widths = [{int(b): round(n * share) for b, n in stage.items()} for stage in num_bits]
         slots[group.name] = Slots(used, widths, tiles)
-    work = []
+    work, turn = [], {}
     for launch in plan.launches:
         group, _, kernel = launch.name.partition(": ")
-        if kernel:
-            found = _group_work(kernel, launch.run, slots[group])
+        if kernel.startswith("slots"):
+            part, _, first = launch.run.func.__self__, *launch.run.args
+            turn = {group: slots[group].from_first(first, len(part.slices))}
+            # the slots' slices and their number
+            found = Work(kernel, 0, launches=2)
+        elif kernel:
+            found = _group_work(kernel, launch.run, turn.get(group, slots[group]))
         elif launch.name in ("decide", "locate") and not decided:
             continue
         else:
@@ -157,7 +180,17 @@ def _size(tensor: Tensor) -> int:
 def _group_work(kernel: str, run: Any, slots: Slots) -> Work:
     """Returns the work of one launch for the slots of a group; nothing but a launch if empty."""
     model = MODELS[run.func]
-    return model(kernel, slots, *run.args) if slots.used else Work(kernel, 0)
+    if not slots.used:
+        return Work(kernel, 0)
+    found = model(kernel, slots, *run.args)
+    return replace(found, bytes=slots.used * _streamed(kernel, run)) if slots.cached else found
+
+
+def _streamed(kernel: str, run: Any) -> int:
+    """Returns the bytes of a slot that come from or go to memory even if all else is cached."""
+    if kernel == "image":
+        return _size(run.args[0].input[0])
+    return _size(run.args[0][0]) if kernel == "labels" else 0
 
 
 def _stage(kernel: str) -> int:

@@ -27,6 +27,8 @@ from typing import Any
 from gpu_work import Tiles, Work, last_stage, unet
 from plan_work import SIDE, plan_work
 
+from meddanet.engine.turns import SHARE
+
 RESULTS = Path(__file__).parent / "results"
 SLICES = 155
 # a kernel without work in a CUDA graph on an H200: the shortest "width" of the groups without
@@ -51,6 +53,8 @@ class Card:
         gigabytes_per_second: Memory bandwidth.
         tera_ops: int8 on tensor cores, without sparsity; half precision has half of it.
         source: Where the vendor says so.
+        cache_megabytes: Of the L2 cache, where whole slices are to stay in it (`engine/turns.py`);
+            0: they are not, or nobody says how large it is.
         devices: What PyTorch calls it, whole: a "Laptop GPU" or "D" is another card.
     """
 
@@ -60,28 +64,34 @@ class Card:
     gigabytes_per_second: float
     tera_ops: float
     source: str
+    cache_megabytes: int = 0
     devices: tuple[str, ...] = ()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What `engine.turns.cache_of` says of this card."""
+        return int(SHARE * self.cache_megabytes * 2**20)
 
 
 CARDS = {
     "RTX 3090": Card("sm_86", 82, 1.695, 936, 284,
-                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A",
+                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A", 6,
                      ("NVIDIA GeForce RTX 3090",)),
     "RTX 4090": Card("sm_89", 128, 2.52, 1008, 660.6,
-                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A",
+                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A", 72,
                      ("NVIDIA GeForce RTX 4090",)),
     "RTX 5090": Card("sm_120", 170, 2.407, 1792, 838,
-                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A",
+                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A", 96,
                      ("NVIDIA GeForce RTX 5090",)),
     "L40S": Card("sm_89", 142, 2.52, 864, 733,
                  "NVIDIA L40S datasheet; clock and SMs: NVIDIA Ada GPU Architecture, whitepaper",
-                 ("NVIDIA L40S",)),
+                 devices=("NVIDIA L40S",)),
     "A100 80 GB": Card("sm_80", 108, 1.41, 2039, 624,
                        "NVIDIA A100 datasheet; NVIDIA A100 Architecture, whitepaper V1, Table 4",
-                       ("NVIDIA A100-SXM4-80GB",)),
+                       devices=("NVIDIA A100-SXM4-80GB",)),
     "H200": Card("sm_90", 132, 1.83, 4800, 1979,
                  "NVIDIA H200 datasheet; clock and SMs: NVIDIA H100 Architecture, whitepaper",
-                 ("NVIDIA H200",)),
+                 devices=("NVIDIA H200",)),
 }  # fmt: skip
 
 
@@ -192,8 +202,9 @@ def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[s
             for case, found in cases.items()
         }
         volumes["static, every slice whole"] = plan_work(
-            {"whole": SLICES}, [{"8": SLICES}] * 4, tiles, decided=False
-        )
+            {"whole": SLICES}, [{"8": SLICES}] * 4, tiles, decided=False,
+            cache_bytes=card.cache_bytes,
+        )  # fmt: skip
         cards[name] = {
             "peaks": vars(card), "kernels": kernel_rows(card, tiles),
             "volumes": {case: predict_volume(work, card) for case, work in volumes.items()},

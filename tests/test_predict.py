@@ -199,6 +199,29 @@ def test_the_plans_convolutions_are_those_of_the_list(num_bits):
     assert all(part.shared_bytes for part in planned)
 
 
+def test_whole_slices_in_turns_move_images_and_labels_alone():
+    """25 slices, eleven at a time: three turns of fifteen do anything, and what is in the cache
+    does not count; what is computed is as ever."""
+    routes, chosen = {"skip": 130, "whole": 25}, [{"8": 20, "16": 5}] * 4
+    cache_bytes = 11 * 5 * 16 * 240 * 240 + 1
+    once, turned = (
+        [w for w in plan_work.plan_work(routes, chosen, TILES, cache_bytes=size)
+         if w.name.startswith("whole")]
+        for size in (0, cache_bytes)
+    )  # fmt: skip
+    names = [work.name for work in once]
+    expected = [f"whole: slots from {first}" for first in range(0, 160, 11)]
+    assert [work.name for work in turned] == [n for turn in expected for n in (turn, *names)]
+    pixels = 25 * 240 * 240
+    assert sum(work.bytes for work in turned) == pixels * (4 * 4 + 1)
+    assert {w.name for w in turned if w.bytes} == {"whole: image", "whole: labels"}
+    for amount in ("operations", "instructions", "shared_bytes"):
+        assert sum(getattr(work, amount) for work in turned) == pytest.approx(
+            sum(getattr(work, amount) for work in once), rel=0.05
+        ), amount
+    assert not any(work.operations for work in turned[3 * (1 + len(names)) :])
+
+
 def test_launches_of_a_group_by_hand():
     """Five crops of 96: what is read once and written once."""
     work = plan_work.plan_work({"skip": 150, "crop-96": 5}, [{"8": 4, "16": 1}] * 4, TILES)

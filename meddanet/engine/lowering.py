@@ -80,6 +80,18 @@ class Group:
         count = routing.counts[index]
         return cls(name, size, slices, count, corner, start, shift)
 
+    def part(self, slots: int) -> Group:
+        """Returns a group of fewer slots, which takes these in turns; views lie at one corner."""
+        buffers = torch.zeros_like(self.slices[:slots]), torch.zeros_like(self.count)
+        corner, start, shift = (part[:slots] for part in (self.corner, self.start, self.shift))
+        return Group(self.name, self.size, *buffers, corner, start, shift)
+
+    def take(self, group: Group, first: int) -> None:
+        """Makes these slots those of a group, its first one given; the count may be negative."""
+        slices = group.slices[first : first + len(self.slices)]
+        self.slices[: len(slices)].copy_(slices)
+        torch.sub(group.count, first, out=self.count)
+
     def add(self, name: str, function: Callable, *arguments: object) -> None:
         """Appends a launch."""
         self.launches.append(Launch(f"{self.name}: {name}", partial(function, *arguments)))

@@ -27,6 +27,7 @@ from .decisions import answers, frozen
 from .lowering import Group, Launch, lower_empty, lower_features, lower_last
 from .packed_unet import Last, PackedUNet
 from .routing import halo
+from .turns import cache_of, slots_of
 
 # what share of a chunk's slices the smallest crop, each larger one and the whole slices have room
 # for: launches and buffers of slots not in use are not free
@@ -57,7 +58,7 @@ def overflows(decisions: Tensor, capacity: int, routes: int) -> bool:
 
 
 class PlannedModel:
-    """What the plans of one model share: its weights as they run.
+    """What the plans of one model share: its weights as they run, and what is known of where.
 
     Args:
         model: In `eval()`, every quantised layer with a range.
@@ -68,6 +69,7 @@ class PlannedModel:
         policy: The policy network, frozen.
         position: The position network, frozen.
         dtype: Of both: float16 on a GPU.
+        cache: Bytes that whole slices should stay in: `turns.cache_of`.
 
     Raises:
         ValueError: If the model has no integer form.
@@ -76,6 +78,7 @@ class PlannedModel:
     def __init__(self, model: MedDANetV2, device: torch.device) -> None:
         self.model: Any = model
         self.device = device
+        self.cache = cache_of(device)
         self.unet = PackedUNet(model, device)
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         self.policy, self.position = (
@@ -193,9 +196,18 @@ class Plan:
     # groups ------------------------------------------------------------------------------------
 
     def _lower_whole(self, group: Group) -> None:
-        last = self._planned.unet.whole
-        level = lower_features(self._planned.unet, group, self.images, self.num_bits, last)
-        lower_last(group, last, level, self.labels, group.corner, 0)
+        """Appends the way of whole slices; where all of a chunk may be, some at a time."""
+        net, room = self._planned.unet, len(group.slices)
+        slots = room
+        if self.roomy:
+            slots = slots_of(self._planned.cache, net.channels[0], group.size, room)
+        part = group if slots == room else group.part(slots)
+        level = lower_features(net, part, self.images, self.num_bits, net.whole)
+        lower_last(part, net.whole, level, self.labels, part.corner, 0)
+        if part is not group:
+            for first in range(0, room, slots):
+                group.add(f"slots from {first}", part.take, group, first)
+                group.launches += part.launches
 
     def _lower_crop(self, index: int, group: Group) -> None:
         """Appends a crop's way; its last stage sees the patch and two halos: `routing.Tile`."""

@@ -9,8 +9,10 @@ in twice the share in which that model in float32 does (`tests/test_engine.py` h
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import islice, permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from meddanet.engine import compile_engine, triton_engine
 from meddanet.engine.decisions import _OneKernel
 from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
+from meddanet.engine.turns import cache_of, slots_of
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
 from meddanet.layers import QuantLinear, image_gradients, quantized_layers, set_quantization
 
@@ -246,6 +249,57 @@ def test_a_roomy_plan_is_kept_as_long_as_it_is_needed(engine, mixed):
     assert engine.plan(CAPACITY, *SIDES)[0].roomy
     assert all(torch.equal(*pair) for pair in zip(engine.segment(MIXED), mixed, strict=True))
     assert not engine.plan(CAPACITY, *SIDES)[0].roomy
+
+
+@pytest.fixture(scope="module")
+def in_turns(model):
+    """An engine whose roomy plans take two whole slices at a time."""
+    engine = TritonEngine(deepcopy(model), made_engine(model).device, capacities=(CAPACITY,))
+    engine._planned.cache = 2 * 5 * 4 * SIDES[0] * SIDES[1]
+    return engine
+
+
+@pytest.mark.parametrize("decisions", [[3, 3, 3], [3, 1, 3], [2, None, 2]], ids=str)
+def test_whole_slices_in_turns(engine, in_turns, decisions):
+    """A full turn and one of a slice, one that is just full, and none: as all at once, of which
+    the first are checked above."""
+    slices, plans = slices_for(decisions, seed=2), []
+    with use_backend("triton" if INTERPRETING else "auto"):
+        for one in (engine, in_turns):
+            plan, run = one.plan(CAPACITY, *SIDES, roomy=True)
+            plan.images.copy_(slices)
+            plan.labels.fill_(9)
+            run()
+            plans.append(plan)
+    names = [[launch.name for launch in plan.launches] for plan in plans]
+    turn = [name for name in names[0] if name.startswith("whole")]
+    turns = [name for name in names[1] if name.startswith("whole")]
+    assert turns == ["whole: slots from 0", *turn, "whole: slots from 2", *turn]
+    for part in ("labels", "decisions", "offsets", "num_bits"):
+        assert torch.equal(*(getattr(plan, part) for plan in plans)), part
+
+
+def test_turns():
+    """As many slots as fit, if that is some and not all."""
+    slot = 5 * 16 * 240 * 240
+    found = [slots_of(cache, 16, (240, 240), 160) for cache in (0, 2 * slot - 1, 2 * slot)]
+    assert found == [160, 160, 2]
+    assert slots_of(11 * slot + 5, 16, (240, 240), 160) == 11
+    assert slots_of(200 * slot, 16, (240, 240), 160) == 160
+    assert cache_of(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(("bus", "cache"), [(384, 54 << 20), (512, 54 << 20), (5120, 0)])
+def test_only_where_memory_is_no_stack(bus, cache, monkeypatch):
+    """Of an RTX 4090's cache, 72 MB, three quarters; none of an A100's."""
+    driver = pytest.importorskip("triton.runtime").driver
+    utils = SimpleNamespace(get_device_properties=lambda index: {"mem_bus_width": bus})
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
+    properties = SimpleNamespace(L2_cache_size=72 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert cache_of(torch.device("cuda", 0)) == cache
 
 
 def test_rooms():
