@@ -27,7 +27,7 @@ from .data import (
     to_classes,
 )
 from .data.conventions import stem
-from .data.nifti import load_affine
+from .data.nifti import load_header
 from .data.storage import write_bytes
 from .metrics import brats_regions, dice_score, surface_scores
 from .pairs import Pair
@@ -91,8 +91,9 @@ def compare(
     """
     reference = load_labels(pair.reference)
     # a volume only to have the prediction's grid compared with the reference's
+    header = load_header(pair.reference)
     like = Volume(
-        reference[None], load_affine(pair.reference), None, ("labels",), "files",
+        reference[None], header.get_best_affine(), header, ("labels",), "files",
         pair.reference.name,
     )
     prediction = load_labels(pair.prediction, like=like)

@@ -70,6 +70,17 @@ def test_distances_are_in_millimetres(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"WT": 0, "TC": 0, "ET": 0}
 
 
+def test_files_in_metres(tmp_path):
+    ours = write(tmp_path / "a.nii", {(1, 4, 3): 4}, SPACING / 1000)
+    truth = write(tmp_path / "r" / "a.nii", {(6, 4, 3): 4}, SPACING / 1000)
+    for path in (ours, truth):
+        image = nib.load(path)
+        image.header.set_xyzt_units("meter")
+        nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), path)
+    scores = compare(the_pair(ours, truth))
+    assert scores["hd95_mm"]["WT"] == pytest.approx(10) and scores["volume_ml"]["WT"] == 0.006
+
+
 def test_structures_that_are_empty(tmp_path):
     ours = write(tmp_path / "a.nii.gz", {})
     nothing = write(tmp_path / "r" / "a.nii.gz", {})

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from meddanet.data import find_cases, load_labels, load_volume
+from meddanet.data import find_cases, load_labels, load_volume, save_volume
 
 
 def test_a_case_folder(scans, tmp_path: Path) -> None:
@@ -21,6 +21,23 @@ def test_a_case_folder(scans, tmp_path: Path) -> None:
         np.testing.assert_array_equal(data, nib.load(files[kind]).get_fdata())
     np.testing.assert_array_equal(volume.affine, scans.AFFINE)
     assert volume.spacing == (1, 1, 2)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [
+    ("meter", 0.001), ("mm", 1), ("micron", 1000), ("unknown", 1)
+])  # fmt: skip
+def test_a_spacing_is_in_millimetres_whatever_the_unit(scans, tmp_path: Path, unit, factor) -> None:
+    """The labels keep the scan's own grid and unit: programs lay one on the other."""
+    affine = np.diag([factor, factor, 2 * factor, 1])
+    image = nib.Nifti1Image(scans.image(), affine)
+    image.header.set_xyzt_units(unit, "sec")
+    nib.save(image, tmp_path / "flair.nii")
+    volume = load_volume({"flair": tmp_path / "flair.nii"})
+    assert volume.spacing == pytest.approx((1, 1, 2))
+    save_volume(np.zeros(scans.SHAPE, np.uint8), tmp_path / "labels.nii", volume)
+    labels = nib.load(tmp_path / "labels.nii")
+    np.testing.assert_allclose(labels.affine, affine, rtol=1e-6)
+    assert labels.header.get_xyzt_units()[0] == unit
 
 
 def test_modalities_choose_and_order_the_channels(scans, tmp_path: Path) -> None:

@@ -109,13 +109,13 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
     return labels
 
 
-def load_affine(path: str | Path) -> np.ndarray:
-    """Returns the affine [4, 4] of a NIfTI file, voxels to RAS+ millimetres; reads the header only.
+def load_header(path: str | Path) -> Any:
+    """Returns the NIfTI header of a file, as nibabel has it; reads nothing else.
 
     Raises:
         VolumeError: If the file is unreadable or its header invalid.
     """
-    return _header(Path(path))[1]
+    return _header(Path(path))[0]
 
 
 def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:

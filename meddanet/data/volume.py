@@ -12,6 +12,8 @@ import numpy as np
 
 # the sign of each world axis (+x right, +y anterior, +z superior) along the voxel axes of "LPS"
 _LPS = np.array([-1, -1, 1])
+# of NIfTI's codes for metre and micrometre
+_MILLIMETRES = {1: 1000.0, 3: 0.001}
 NOT_FINITE = "voxels are NaN or infinite; expected finite ones"
 
 Box = tuple[slice, ...]
@@ -27,7 +29,8 @@ class Volume:
 
     Attributes:
         data: Raw intensities [C, H, W, D], float32, in the file's voxel order.
-        affine: Voxel indices (h, w, d) to millimetres in RAS+ world space, [4, 4] float64.
+        affine: Voxel indices (h, w, d) to RAS+ world space, [4, 4] float64, in the header's unit,
+            millimetres nearly always.
         header: NIfTI header of the first modality, whose codes and units `save_volume` copies;
             None for a volume that comes from no file.
         modalities: Name of each channel.
@@ -45,8 +48,10 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Voxel size along (h, w, d) in millimetres."""
-        h, w, d = np.linalg.norm(self.affine[:3, :3], axis=0)
+        """Voxel size along (h, w, d) in millimetres, whatever the header's unit."""
+        # the three lowest bits; 0 says nothing
+        unit = 0 if self.header is None else int(self.header["xyzt_units"]) & 7
+        h, w, d = np.linalg.norm(self.affine[:3, :3], axis=0) * _MILLIMETRES.get(unit, 1.0)
         return float(h), float(w), float(d)
 
 
