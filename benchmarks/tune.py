@@ -54,10 +54,11 @@ def candidates(launch: Any) -> Iterator[Sizes]:
         if chunk not in (None, m):
             continue
         parts = (min(m, 32), 16) if chunk is None else (m, max(16, n // 2))
-        for stages in (1, 3) if wide or depth > 18 * k else (1,):
+        # copies ahead in a loop, loads ahead where it is unrolled
+        for stages, ahead in [(1, 2), (3, 2)] if wide or depth > 18 * k else [(1, 2), (1, 4)]:
             sizes = {"BLOCK_M": m, "BLOCK_N": n, "PART_M": parts[0], "PART_N": parts[1]}
-            others = {"BLOCK_K": k, "STAGES": stages, "num_warps": warps, "maxnreg": None}
-            yield sizes | others
+            loads = {"BLOCK_K": k, "STAGES": stages, "AHEAD": ahead}
+            yield sizes | loads | {"num_warps": warps, "maxnreg": None}
 
 
 def _moments(launch: Any) -> bool:
@@ -122,6 +123,8 @@ original: Callable[..., Sizes] = conv_int_triton.blocks
 def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     """Returns the convolutions of the groups in use by their classes."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
+    # all whole slices in one launch
+    engine._planned.cache = 0
     plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
     plan.images.zero_()[: len(slices)].copy_(slices)
     (every_slice_whole(plan) if whole else plan.run)()

@@ -72,6 +72,7 @@ def blocks(
         "PART_M": parts[0],
         "PART_N": min(columns, parts[1]),
         "STAGES": 1 if conv.codes.shape[3] <= (160 if light else 320) else 3,
+        "AHEAD": 2,
         "num_warps": 4,
         "maxnreg": None if columns > 16 else 96 if heavy else 112,
     }

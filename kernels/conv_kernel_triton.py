@@ -100,32 +100,29 @@ def _integer_sum(
     low_ptr, high_ptr, weight_ptr, first, taps, rows, width, depth, precise,
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sums over taps and channels, as head + tail; first and taps as in `_load`."""
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     high_high = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     if K <= 18 * BLOCK_K and not WIDE:
-        # as for 3x3 on 32 or 128 channels: addresses are known in advance, two loads run ahead, and
-        # no compiler pass carries bytes around a loop (up to sm_89 more than half of all issued)
+        # as for 3x3 on 32 or 128 channels: addresses are known in advance, loads run ahead, and no
+        # compiler pass carries bytes around a loop (up to sm_89 more than half of all issued)
         taken: tl.constexpr = KERNEL * KERNEL * C_IN
-        tile = _load(
-            0, low_ptr, high_ptr, weight_ptr, first, taps, rows, width, C_IN, PITCH, KERNEL, K,
-            ROWS, WIDE, BLOCK_N, BLOCK_K, taken >= BLOCK_K,
-        )  # fmt: skip
-        following = tile
-        for start in tl.static_range(BLOCK_K, K + 2 * BLOCK_K, BLOCK_K):
-            ahead = following
+        loaded = ()
+        for start in tl.static_range(0, K + AHEAD * BLOCK_K, BLOCK_K):
             if start < K:
-                ahead = _load(
+                tile = _load(
                     start, low_ptr, high_ptr, weight_ptr, first, taps, rows, width, C_IN, PITCH,
                     KERNEL, K, ROWS, WIDE, BLOCK_N, BLOCK_K, taken >= start + BLOCK_K,
                 )  # fmt: skip
-            if start > BLOCK_K:
-                low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
-                tile = following
-            following = ahead
+                loaded = loaded + (tile,)
+            if start >= AHEAD * BLOCK_K:
+                low_low, mixed, high_high = _add_products(
+                    loaded[0], low_low, mixed, high_high, WIDE
+                )
+                loaded = loaded[1:]
     else:
         # `depth` is K, but unknown to the compiler, which would unroll the loop, too, and spill
         for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
@@ -223,6 +220,7 @@ def _tile(
     OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
     PRECISE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M pixels from `start` on by BLOCK_N rows; pointers are those of its slot."""
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
@@ -241,12 +239,12 @@ def _tile(
     if WIDE and (not NARROW or bits > 8):
         head, tail = _integer_sum(
             low_ptr, high_ptr, weight_ptr, first, taps, rows, width, depth, precise,
-            C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD,
         )  # fmt: skip
     else:
         head, tail = _integer_sum(
             low_ptr, low_ptr, weight_ptr, first, taps, rows, width, depth, precise,
-            C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD,
         )  # fmt: skip
 
     size = tl.minimum(pixels - start, BLOCK_M)
@@ -290,7 +288,7 @@ def conv_kernel(
     PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, WIDTHS: tl.constexpr,
     NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PART_M: tl.constexpr, PART_N: tl.constexpr, STAGES: tl.constexpr,
+    PART_M: tl.constexpr, PART_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels.
 
@@ -344,7 +342,7 @@ def conv_kernel(
                 skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width, out_height,
                 out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH,
                 OUT_PITCH, SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, MILD, INDEX, PART_M, PART_N,
-                BLOCK_K, STAGES,
+                BLOCK_K, STAGES, AHEAD,
             )  # fmt: skip
     else:
         _tile(
@@ -353,5 +351,5 @@ def conv_kernel(
             out_amax_ptr, skip_ptr, skip_amax_ptr, bits, out_bits, skip_bits, height, width,
             out_height, out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K,
             PITCH, OUT_PITCH, SKIP_PITCH, True, False, False, RELU, MILD, INDEX, BLOCK_M, BLOCK_N,
-            BLOCK_K, STAGES,
+            BLOCK_K, STAGES, AHEAD,
         )  # fmt: skip
