@@ -21,7 +21,8 @@ from gpu_work import Convolution, Tiles, WayUp, Work, half_precision, one_launch
 from torch import Tensor
 
 from meddanet.engine import lowering
-from meddanet.engine.plan import Plan, PlannedModel, rooms
+from meddanet.engine.plan import Plan, PlannedModel, Room, room_for
+from meddanet.engine.turns import slots_of
 from meddanet.kernels.conv_call import ConvCall
 from meddanet.kernels.encode_call import EncodeCall
 from meddanet.kernels.way_up import WayUpCall
@@ -41,7 +42,7 @@ class Slots:
         used: How many of them are in use.
         widths: For each encoder stage, width -> slots in use that chose it.
         tiles: Of the card's architecture.
-        cached: Whether what a launch leaves for the next one stays in the L2 cache.
+        cached: Whether what a launch leaves for the next one is taken to stay in the L2 cache.
     """
 
     used: int
@@ -84,17 +85,17 @@ def _planned() -> PlannedModel:
 
 
 @cache
-def shipped_plan(roomy: bool, cache_bytes: int = 0) -> Plan:
-    """Returns the plan of the shipped weights for a head; `roomy` as there.
+def shipped_plan(room: Room, cache_bytes: int = 0) -> Plan:
+    """Returns the plan of the shipped weights for a head.
 
     Args:
-        roomy: As of `Plan`.
-        cache_bytes: That whole slices should stay in; 0: nothing is done about it.
+        room: As of `Plan`.
+        cache_bytes: That whole slices which take turns should stay in.
     """
     planned = copy(_planned())
     planned.cache = cache_bytes
     with counted_programs():
-        return Plan(planned, CAPACITY, (SIDE, SIDE), roomy)
+        return Plan(planned, CAPACITY, (SIDE, SIDE), room)
 
 
 def plan_work(
@@ -111,7 +112,10 @@ def plan_work(
         cache_bytes: As of `shipped_plan`.
     """
     ran = max(1, sum(count for route, count in routes.items() if route != "skip"))
-    plan, slots = shipped_plan(_overflows(routes), cache_bytes), {}
+    counts = [routes.get(name, 0) for name in _planned().model.routes[1:]]
+    plan, slots = shipped_plan(room_for(counts, CAPACITY), cache_bytes), {}
+    channels = _planned().unet.channels[0]
+    turn_slots = slots_of(cache_bytes, channels, (SIDE, SIDE), CAPACITY)
     for group in plan.groups:
         share = (used := routes.get(group.name, 0)) / ran
         widths = [{int(b): round(n * share) for b, n in stage.items()} for stage in num_bits]
@@ -119,9 +123,8 @@ def plan_work(
     work, turn = [], {}
     for launch in plan.launches:
         group, _, kernel = launch.name.partition(": ")
-        if kernel.startswith("slots"):
-            part, _, first = launch.run.func.__self__, *launch.run.args
-            turn = {group: slots[group].from_first(first, len(part.slices))}
+        if first := re.fullmatch(r"slots from (\d+)", kernel):
+            turn[group] = slots[group].from_first(int(first[1]), turn_slots)
             # the slots' slices and their number
             found = Work(kernel, 0, launches=2)
         elif kernel:
@@ -136,13 +139,6 @@ def plan_work(
                 launch.run()
         work.append(replace(found, name=launch.name, programs=sum(programs)))
     return work
-
-
-def _overflows(routes: dict[str, int]) -> bool:
-    """Returns whether a route has more slices than the usual plan has room for."""
-    names = _planned().model.routes
-    counts = [routes.get(name, 0) for name in names[1:]]
-    return any(n > room for n, room in zip(counts, rooms(len(names), CAPACITY, False), strict=True))
 
 
 # launches for all slices -----------------------------------------------------------------------

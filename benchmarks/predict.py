@@ -53,8 +53,8 @@ class Card:
         gigabytes_per_second: Memory bandwidth.
         tera_ops: int8 on tensor cores, without sparsity; half precision has half of it.
         source: Where the vendor says so.
-        cache_megabytes: Of the L2 cache, where whole slices are to stay in it (`engine/turns.py`);
-            0: they are not, or nobody says how large it is.
+        cache_megabytes: Of the L2 cache, where whole slices take turns (`engine/turns.py`); 0: they
+            take none, or the vendor does not say.
         devices: What PyTorch calls it, whole: a "Laptop GPU" or "D" is another card.
     """
 
@@ -69,7 +69,7 @@ class Card:
 
     @property
     def cache_bytes(self) -> int:
-        """What `engine.turns.cache_of` says of this card."""
+        """What `engine.turns.cache_of` says of it, by what is published."""
         return int(SHARE * self.cache_megabytes * 2**20)
 
 
@@ -198,7 +198,8 @@ def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[s
     for name, card in CARDS.items():
         tiles = Tiles(variants, card.arch)
         volumes = {
-            case: plan_work(found["decisions"]["routes"], found["decisions"]["num_bits"], tiles)
+            case: plan_work(found["decisions"]["routes"], found["decisions"]["num_bits"], tiles,
+                            cache_bytes=card.cache_bytes)
             for case, found in cases.items()
         }
         volumes["static, every slice whole"] = plan_work(
@@ -250,7 +251,8 @@ def bounds_of_launches(
     num_bits = [{"8": sum(measured["decisions"][1:])}] * 4
     if measured["case"] in cases:
         num_bits = cases[measured["case"]]["decisions"]["num_bits"]
-    work = plan_work(counts, num_bits, Tiles(variants, card.arch))
+    tiles = Tiles(variants, card.arch)
+    work = plan_work(counts, num_bits, tiles, cache_bytes=card.cache_bytes)
     if [part.name for part in work] != as_today(name for name, _ in measured["launches_us"]):
         return None
     return predict_volume(work, card)

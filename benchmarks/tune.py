@@ -29,7 +29,7 @@ from torch import Tensor
 from meddanet import load_model
 from meddanet.engine import compile_engine
 from meddanet.engine.lowering import Launch
-from meddanet.engine.plan import Plan, PlannedModel
+from meddanet.engine.plan import Plan, PlannedModel, Room
 from meddanet.kernels import conv_int_triton, variants
 from meddanet.kernels.conv_call import ConvCall
 
@@ -123,9 +123,8 @@ original: Callable[..., Sizes] = conv_int_triton.blocks
 def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     """Returns the convolutions of the groups in use by their classes."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
-    # all whole slices in one launch
-    engine._planned.cache = 0
-    plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
+    room = Room.ALL if whole else Room.USUAL
+    plan, _ = engine.plan(len(slices), *slices.shape[2:], room)
     plan.images.zero_()[: len(slices)].copy_(slices)
     (every_slice_whole(plan) if whole else plan.run)()
     found: dict[tuple, list[Launch]] = {}
@@ -141,7 +140,7 @@ def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
 def compile_part(arch: int, part: int, parts: int) -> None:
     """Compiles every so-many-th candidate into the JIT's cache, from a plan without memory."""
     planned, plans = PlannedModel(load_model(), torch.device("cpu")), []
-    variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), roomy=False)))
+    variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), Room.USUAL)))
     found: dict[tuple, Launch] = {}
     for launch in plans[0].groups[0].launches:
         if launch.run.func is conv_int_triton.run:

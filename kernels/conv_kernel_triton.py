@@ -110,7 +110,7 @@ def _integer_sum(
         # as for 3x3 on 32 or 128 channels: addresses are known in advance, loads run ahead, and no
         # compiler pass carries bytes around a loop (up to sm_89 more than half of all issued)
         taken: tl.constexpr = KERNEL * KERNEL * C_IN
-        loaded = ()
+        loaded = ()  # type: tuple
         for start in tl.static_range(0, K + AHEAD * BLOCK_K, BLOCK_K):
             if start < K:
                 tile = _load(

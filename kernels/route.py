@@ -52,9 +52,9 @@ def _checked(
     logits: Tensor, places: Tensor, seen: Tensor, frames: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Checks the arguments and returns the first two as kernels read them."""
-    samples, routes = len(seen), len(frames)
     if seen.dim() != 1 or seen.is_floating_point():
         raise ValueError(f"seen must be integers [N], got {seen.dtype} {list(seen.shape)}")
+    samples, routes = len(seen), len(frames)
     if frames.dtype != torch.int32 or routes < 2 or frames.shape[1:] != (4, 2):
         raise ValueError(
             f"frames must be int32 [R, 4, 2], got {frames.dtype} {list(frames.shape)}"

@@ -12,6 +12,7 @@ import torch
 from meddanet.data import Volume, from_classes, from_slices, normalize, to_slices
 from meddanet.data.phantom import make_phantom
 from meddanet.engine import compile_engine
+from meddanet.engine.plan import Room
 from meddanet.engine.triton_engine import TritonEngine, captured
 from meddanet.metrics import dice_score
 from meddanet.predictor import VolumePredictor
@@ -114,7 +115,7 @@ def test_whole_slices_in_turns(slices):
     for slots in (0, 16):
         engine._plans.clear()
         engine._planned.cache = slots * 5 * 16 * 240 * 240
-        plan, _ = engine.plan(40, 240, 240, roomy=True)
+        plan, _ = engine.plan(40, 240, 240, Room.TURNS)
         turns = sum("slots from" in launch.name for launch in plan.launches)
         assert turns == (3 if slots else 0)
         # all are whole, whatever the policy says
@@ -125,9 +126,11 @@ def test_whole_slices_in_turns(slices):
             plan.labels.fill_(9)
             run()
             torch.cuda.synchronize()
-            answers.append(plan.labels.clone())
-    assert answers[0].any() and (answers[0] <= 3).all()
-    assert all(torch.equal(answer, answers[0]) for answer in answers)
+            answers.append((plan.labels.clone(), plan.num_bits.clone()))
+    labels, num_bits = answers[0]
+    assert labels.any() and (labels <= 3).all() and num_bits.all()
+    for answer in answers:
+        assert torch.equal(answer[0], labels) and torch.equal(answer[1], num_bits)
 
 
 def test_a_smaller_volume_takes_a_smaller_plan(engine, slices):

@@ -81,13 +81,13 @@ class Group:
         return cls(name, size, slices, count, corner, start, shift)
 
     def part(self, slots: int) -> Group:
-        """Returns a group of fewer slots, which takes these in turns; views lie at one corner."""
+        """Returns a group of fewer slots for `load` to fill; views keep the first ones' corners."""
         buffers = torch.zeros_like(self.slices[:slots]), torch.zeros_like(self.count)
         corner, start, shift = (part[:slots] for part in (self.corner, self.start, self.shift))
         return Group(self.name, self.size, *buffers, corner, start, shift)
 
-    def take(self, group: Group, first: int) -> None:
-        """Makes these slots those of a group, its first one given; the count may be negative."""
+    def load(self, group: Group, first: int) -> None:
+        """Loads a group's slots from one on; the count is what is left, negative if nothing is."""
         slices = group.slices[first : first + len(self.slices)]
         self.slices[: len(slices)].copy_(slices)
         torch.sub(group.count, first, out=self.count)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from enum import IntEnum
 from itertools import chain
 from typing import Any
 
@@ -38,23 +39,39 @@ ROOM = 1.0, 0.4, 0.1
 CAPTURED = -1
 
 
-def rooms(routes: int, capacity: int, roomy: bool) -> list[int]:
-    """Returns how many slices of a chunk each route but skip takes; `roomy`: all of them."""
+# with what share of a chunk's slices whole, turns are worth the launches of those that are empty
+MANY_WHOLE = 0.3
+
+
+class Room(IntEnum):
+    """What a plan has room for."""
+
+    # what `rooms` says
+    USUAL = 0
+    # all slices of a chunk on each route
+    ALL = 1
+    # likewise; whole slices take turns, if that keeps them in the L2 cache
+    TURNS = 2
+
+
+def rooms(routes: int, capacity: int, room: Room) -> list[int]:
+    """Returns how many slices of a chunk each route but skip takes."""
     smallest, larger, whole = ROOM
     shares = [smallest, *[larger] * (routes - 3), whole] if routes > 2 else [1.0]
-    return [capacity if roomy else math.ceil(share * capacity) for share in shares]
+    return [capacity if room else math.ceil(share * capacity) for share in shares]
 
 
-def overflows(decisions: Tensor, capacity: int, routes: int) -> bool:
-    """Returns whether a plan without room for all left slices of a chunk unlabelled.
+def room_for(counts: list[int], capacity: int) -> Room:
+    """Returns the room that a chunk needs.
 
     Args:
-        decisions: int64 [n] of the chunk, on the CPU.
+        counts: Slices on each route but skip.
         capacity: Of the plan.
-        routes: How many there are, skip included.
     """
-    counts = decisions.bincount(minlength=routes)[1:].tolist()
-    return any(n > room for n, room in zip(counts, rooms(routes, capacity, False), strict=True))
+    usual = rooms(1 + len(counts), capacity, Room.USUAL)
+    if all(count <= room for count, room in zip(counts, usual, strict=True)):
+        return Room.USUAL
+    return Room.TURNS if counts[-1] > MANY_WHOLE * capacity else Room.ALL
 
 
 class PlannedModel:
@@ -93,12 +110,12 @@ class Plan:
         planned: The weights.
         capacity: Slices of a chunk; fewer are filled up with zeros, which are not decided on.
         size: (height, width) of a slice.
-        roomy: Whether every route takes a whole chunk; else only as `rooms` says. Slices of a route
-            beyond that are not labelled: see `overflows`.
+        room: How many slices of a chunk the routes take. Slices beyond that are not labelled: see
+            `room_for`.
 
     Attributes:
         capacity: As given, N.
-        roomy: As given.
+        room: As given.
         images: float32 [N, C, H, W]: write slices here before `run`.
         labels: uint8 [N, H, W].
         decisions: int64 [N].
@@ -107,10 +124,10 @@ class Plan:
     """
 
     def __init__(
-        self, planned: PlannedModel, capacity: int, size: tuple[int, int], roomy: bool = True
+        self, planned: PlannedModel, capacity: int, size: tuple[int, int], room: Room = Room.ALL
     ) -> None:
         self._planned, self._size = planned, size
-        self.capacity, self.roomy = capacity, roomy
+        self.capacity, self.room = capacity, room
         model, device = planned.model, planned.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,7 +149,7 @@ class Plan:
         self._routing = new_routing(capacity, routes, device)
         self.decisions, self.offsets = self._routing[:2]
         sizes = *((crop, crop) for crop in model.crop_sizes), size
-        named = zip(model.routes[1:], sizes, rooms(routes, capacity, roomy), strict=True)
+        named = zip(model.routes[1:], sizes, rooms(routes, capacity, room), strict=True)
         self.groups = [Group.of(self._routing, index, *one) for index, one in enumerate(named)]
         self._seeing, self._choosing = Launch("view", self._look), Launch("route", self._route)
         self._deciding = [Launch("decide", self._decide)], [Launch("locate", self._locate)]
@@ -196,17 +213,16 @@ class Plan:
     # groups ------------------------------------------------------------------------------------
 
     def _lower_whole(self, group: Group) -> None:
-        """Appends the way of whole slices; where all of a chunk may be, some at a time."""
-        net, room = self._planned.unet, len(group.slices)
-        slots = room
-        if self.roomy:
-            slots = slots_of(self._planned.cache, net.channels[0], group.size, room)
-        part = group if slots == room else group.part(slots)
+        """Appends the way of whole slices, of all at once or of some at a time."""
+        net, count = self._planned.unet, len(group.slices)
+        cache = self._planned.cache if self.room == Room.TURNS else 0
+        slots = slots_of(cache, net.channels[0], group.size, count)
+        part = group if slots == count else group.part(slots)
         level = lower_features(net, part, self.images, self.num_bits, net.whole)
         lower_last(part, net.whole, level, self.labels, part.corner, 0)
         if part is not group:
-            for first in range(0, room, slots):
-                group.add(f"slots from {first}", part.take, group, first)
+            for first in range(0, count, slots):
+                group.add(f"slots from {first}", part.load, group, first)
                 group.launches += part.launches
 
     def _lower_crop(self, index: int, group: Group) -> None:

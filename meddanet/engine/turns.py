@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import torch
 
-# how much of the cache one resolution's maps may fill: taps and weights want some, too
-SHARE = 0.75
+# how much of the cache maps of the finest resolution may fill: those of the others, images and
+# weights take as much again
+SHARE = 0.5
 # bits; what is wider is stacked memory, fast enough to be no limit
 WIDEST_BUS = 512
 
 
 def cache_of(device: torch.device) -> int:
-    """Returns the bytes of a device's L2 cache that slices should stay in; 0: it does not matter.
-
-    Args:
-        device: A CUDA device with Triton, or any other.
-    """
+    """Returns the bytes of L2 cache that these maps may take; 0: they need not stay there."""
     if device.type != "cuda":
         return 0
-    from triton.runtime import driver
-
-    with torch.cuda.device(device):
-        found = driver.active.utils.get_device_properties(torch.cuda.current_device())
-    if found["mem_bus_width"] > WIDEST_BUS:
-        return 0
-    # PyTorch 2.6 and later tell it
-    return int(SHARE * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+    found = torch.cuda.get_device_properties(device)
+    return 0 if found.memory_bus_width > WIDEST_BUS else int(SHARE * found.L2_cache_size)
 
 
 def slots_of(cache: int, channels: int, size: tuple[int, int], room: int) -> int:

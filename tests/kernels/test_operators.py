@@ -14,6 +14,7 @@ from meddanet.kernels import (
     fake_quantize,
     label_head,
     pack_conv,
+    pack_stem,
     pack_unit,
     quant_conv2d,
 )
@@ -125,6 +126,15 @@ SAMPLES = {
         OPS.label_head,
         (image(LAST).detach(), torch.randn(4, 3), None, torch.randn(4), None, 8, OFFSET,
          torch.tensor([2, 0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), 3, 9, 9),
+    ),
+    "stem": lambda: (
+        OPS.shuffle_stem,
+        (image(LAST).detach(), *pack_stem(torch.randn(5, 3, 3, 3), torch.randn(5))[:2], 5, None),
+    ),
+    "stem, some samples": lambda: (
+        OPS.shuffle_stem,
+        (image(LAST).detach(), *pack_stem(torch.randn(5, 3, 3, 3), torch.randn(5))[:2], 5,
+         torch.tensor([0, 1], dtype=torch.int32)),
     ),
     "unit of stride 1": lambda: (
         OPS.shuffle_unit, (torch.randn(2, 6, 7, 8), *packed_unit(()), None)

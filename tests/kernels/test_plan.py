@@ -9,7 +9,7 @@ in twice the share in which that model in float32 does (`tests/test_engine.py` h
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice, permutations
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meddanet.build import build_med_danet_v2
 from meddanet.engine import compile_engine, triton_engine
 from meddanet.engine.decisions import _OneKernel
-from meddanet.engine.plan import overflows, rooms
+from meddanet.engine.plan import Room, room_for, rooms
 from meddanet.engine.triton_engine import TritonEngine
 from meddanet.engine.turns import cache_of, slots_of
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
@@ -118,11 +118,17 @@ def made_engine(model):
     place = torch.device("cpu" if INTERPRETING else "cuda")
     with use_backend("triton" if INTERPRETING else "auto"):
         engine = TritonEngine(deepcopy(model), place, capacities=(CAPACITY,))
-        # buffers start as NaN and the largest integers
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        engine.plan(CAPACITY, *SIDES)
-        torch.use_deterministic_algorithms(False)
+        with poisoned():
+            engine.plan(CAPACITY, *SIDES)
         return engine
+
+
+@contextmanager
+def poisoned():
+    """Buffers start as NaN and the largest integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # the truth -----------------------------------------------------------------------------------
@@ -241,21 +247,24 @@ def test_other_widths(widths, tolerances):
 def test_one_decision_fills_a_chunk(engine, model, route, tolerances):
     """Where a route has no room for all slices, they run again in a plan that has."""
     check(engine, model, slices_for([route] * CAPACITY, seed=2), tolerances)
-    assert engine.plan(CAPACITY, *SIDES)[0].roomy == (route > 1)
+    needed = {1: Room.USUAL, 3: Room.TURNS}[route]
+    assert engine.plan(CAPACITY, *SIDES)[0].room == needed
 
 
-def test_a_roomy_plan_is_kept_as_long_as_it_is_needed(engine, mixed):
+def test_a_plan_with_room_is_kept_as_long_as_it_is_needed(engine, mixed):
     engine.segment(slices_for([3] * CAPACITY, seed=3))
-    assert engine.plan(CAPACITY, *SIDES)[0].roomy
+    assert engine.plan(CAPACITY, *SIDES)[0].room == Room.TURNS
     assert all(torch.equal(*pair) for pair in zip(engine.segment(MIXED), mixed, strict=True))
-    assert not engine.plan(CAPACITY, *SIDES)[0].roomy
+    assert engine.plan(CAPACITY, *SIDES)[0].room == Room.USUAL
 
 
 @pytest.fixture(scope="module")
 def in_turns(model):
-    """An engine whose roomy plans take two whole slices at a time."""
-    engine = TritonEngine(deepcopy(model), made_engine(model).device, capacities=(CAPACITY,))
+    """An engine whose turns are of two whole slices."""
+    engine = made_engine(model)
     engine._planned.cache = 2 * 5 * 4 * SIDES[0] * SIDES[1]
+    with use_backend("triton" if INTERPRETING else "auto"), poisoned():
+        engine.plan(CAPACITY, *SIDES, Room.TURNS)
     return engine
 
 
@@ -266,7 +275,7 @@ def test_whole_slices_in_turns(engine, in_turns, decisions):
     slices, plans = slices_for(decisions, seed=2), []
     with use_backend("triton" if INTERPRETING else "auto"):
         for one in (engine, in_turns):
-            plan, run = one.plan(CAPACITY, *SIDES, roomy=True)
+            plan, run = one.plan(CAPACITY, *SIDES, Room.TURNS)
             plan.images.copy_(slices)
             plan.labels.fill_(9)
             run()
@@ -275,6 +284,7 @@ def test_whole_slices_in_turns(engine, in_turns, decisions):
     turn = [name for name in names[0] if name.startswith("whole")]
     turns = [name for name in names[1] if name.startswith("whole")]
     assert turns == ["whole: slots from 0", *turn, "whole: slots from 2", *turn]
+    assert plans[1].decisions.tolist() == [route or 0 for route in decisions]
     for part in ("labels", "decisions", "offsets", "num_bits"):
         assert torch.equal(*(getattr(plan, part) for plan in plans)), part
 
@@ -289,29 +299,31 @@ def test_turns():
     assert cache_of(torch.device("cpu")) == 0
 
 
-@pytest.mark.parametrize(("bus", "cache"), [(384, 54 << 20), (512, 54 << 20), (5120, 0)])
-def test_only_where_memory_is_no_stack(bus, cache, monkeypatch):
-    """Of an RTX 4090's cache, 72 MB, three quarters; none of an A100's."""
-    driver = pytest.importorskip("triton.runtime").driver
-    utils = SimpleNamespace(get_device_properties=lambda index: {"mem_bus_width": bus})
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
-    properties = SimpleNamespace(L2_cache_size=72 << 20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    assert cache_of(torch.device("cuda", 0)) == cache
+@pytest.mark.parametrize(("bus", "megabytes", "slots"), [
+    (384, 72, 8), (512, 96, 10), (384, 6, 160), (5120, 40, 160)
+], ids=["RTX 4090", "RTX 5090", "RTX 3090", "A100"])  # fmt: skip
+def test_turns_of_cards(bus, megabytes, slots, monkeypatch):
+    """Whose memory is no stack, and whose cache holds more than one slice."""
+    found = SimpleNamespace(memory_bus_width=bus, L2_cache_size=megabytes << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert slots_of(cache_of(torch.device("cuda", 0)), 16, (240, 240), 160) == slots
 
 
 def test_rooms():
     """Never less than a slice, and all of a chunk for the only crop there is, or no crop."""
-    assert rooms(4, 160, roomy=False) == [160, 64, 16]
-    assert rooms(3, 8, roomy=False) == [8, 1]
-    assert rooms(2, 8, roomy=False) == [8]
-    assert rooms(4, 3, roomy=True) == [3, 3, 3]
-    decisions = torch.tensor([0, 1, 1, 1, 3])
-    assert not overflows(decisions, 5, 4)
-    assert overflows(torch.cat([decisions, decisions]), 10, 4)
-    assert overflows(torch.tensor([2, 2, 2]), 5, 4)
+    assert rooms(4, 160, Room.USUAL) == [160, 64, 16]
+    assert rooms(3, 8, Room.USUAL) == [8, 1]
+    assert rooms(2, 8, Room.USUAL) == [8]
+    assert rooms(4, 3, Room.ALL) == rooms(4, 3, Room.TURNS) == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("counts", "room"), [
+    ([160, 0, 0], Room.USUAL), ([80, 64, 16], Room.USUAL), ([0, 65, 0], Room.ALL),
+    ([0, 65, 16], Room.ALL), ([0, 0, 17], Room.ALL), ([0, 0, 48], Room.ALL),
+    ([0, 0, 49], Room.TURNS), ([0, 80, 80], Room.TURNS),
+], ids=str)  # fmt: skip
+def test_the_room_that_a_chunk_needs(counts, room):
+    assert room_for(counts, 160) == room
 
 
 def test_nothing_to_label(engine):
@@ -391,8 +403,12 @@ def only_kernels_unwatched(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", call)
 
 
-def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kernels_unwatched):
-    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
+@pytest.mark.parametrize("turns", [False, True], ids=["at once", "in turns"])
+def test_a_run_reads_nothing_back_and_keeps_its_buffers(
+    engine, in_turns, mixed, only_kernels_unwatched, turns
+):
+    one, room = (in_turns, Room.TURNS) if turns else (engine, Room.USUAL)
+    plan, _ = one.plan(CAPACITY, *SIDES, room)
     plan.images.copy_(MIXED[:CAPACITY])
     with pytest.raises(AssertionError, match="needs the host"), NoWordToTheHost():
         bool(plan.images.any())
@@ -410,7 +426,7 @@ def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kern
 @pytest.mark.skipif(not INTERPRETING, reason="only interpreted kernels tell what they touch")
 def test_groups_side_by_side_share_nothing(engine, mixed, launched):
     """Their launches are on streams of their own: none writes what another group's touches."""
-    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
+    plan, _ = engine.plan(CAPACITY, *SIDES, Room.USUAL)
     plan.images.copy_(MIXED[:CAPACITY])
     labels = plan.labels.data_ptr() + np.arange(plan.labels.numel())
     for launch in islice(plan.launches, 4):  # up to the routing
@@ -442,7 +458,7 @@ def test_kernels_are_compiled_before_the_first_plan_alone(model, monkeypatch):
     made, steps = [], []
 
     class Recorded:
-        def __init__(self, planned, capacity, size, roomy=True):
+        def __init__(self, planned, capacity, size, _=None):
             self.run = lambda: steps.append(("run", capacity))
             made.append((capacity, size))
 
@@ -468,7 +484,7 @@ def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     made, room = [], 8
 
     class Roomless:
-        def __init__(self, planned, capacity, size, roomy=True):
+        def __init__(self, planned, capacity, size, _=None):
             made.append(capacity)
             self.run = None
             if capacity > room:
@@ -481,11 +497,11 @@ def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     assert made == [2, 32, 32, 8]
     room = 0
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-        engine.plan(20, *SIDES, roomy=True)
+        engine.plan(20, *SIDES, Room.ALL)
     assert made[4:] == [32, 32, 8, 2]
     error = RuntimeError("device-side assert")
     with pytest.raises(RuntimeError, match="assert"):
-        engine.plan(2, *SIDES, roomy=True)
+        engine.plan(2, *SIDES, Room.ALL)
     assert made[8:] == [2]
 
 
@@ -496,14 +512,14 @@ def test_units_in_float_are_one_kernel_each(engine):
 
 def test_one_launch_is_one_step(engine):
     """What would be recorded: no launch is made twice, none comes or goes with the decisions."""
-    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
+    plan, _ = engine.plan(CAPACITY, *SIDES, Room.USUAL)
     names = [launch.name for launch in plan.launches]
     assert names[:4] == ["view", "decide", "locate", "route"]
     for route in ("crop-8", "crop-16", "whole"):
         own = [name for name in names if name.startswith(f"{route}: ")]
         assert own[0] == f"{route}: image" and own[-1] == f"{route}: labels"
         assert sum("block" in name for name in own) == 18
-    assert engine.plan(CAPACITY, *SIDES, roomy=False)[0] is plan, "one plan serves all chunks"
+    assert engine.plan(CAPACITY, *SIDES, Room.USUAL)[0] is plan, "one plan serves all chunks"
 
 
 # choosing --------------------------------------------------------------------------------------

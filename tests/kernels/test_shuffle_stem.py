@@ -142,6 +142,17 @@ def test_a_quantised_stem_keeps_its_layers():
 
 
 @torch.no_grad()
+def test_a_program_with_one_pixel_of_a_sample_that_is_seen():
+    """Its last one or its first: 25 pixels a sample, 64 a program."""
+    x = image(4, torch.float16, samples=50, size=(18, 17))
+    stem, seen = packed(folded(4, 12, torch.float16)), torch.zeros(50, dtype=torch.int32)
+    assert 23 * 25 % 64 == 63 and 41 * 25 % 64 == 1
+    seen[[23, 40]] = 1
+    found, expected = shuffle_stem(x, stem, seen), shuffle_stem(x, stem)
+    assert torch.equal(found[[23, 40]], expected[[23, 40]])
+
+
+@torch.no_grad()
 def test_a_network_leaves_out_what_is_not_seen(backend):
     network = build_decision_network("shufflenetv2-m", 4, 4).eval()
     set_quantization(network, quantize=False, update_range=False)
