@@ -24,6 +24,33 @@ def prediction(results: Results) -> str:
     return markdown(header, rows)
 
 
+def simulation(results: Results) -> str:
+    """Simulated microseconds of a volume's convolutions, by the channels that they store."""
+    rows = []
+    for card, found in results.read("simulation")["cards"].items():
+        sums: dict[str, float] = {}
+        for row in found["kernels"]:
+            channels = row["kernel"].split(" channels")[0].rpartition(" ")[2]
+            sums[channels] = sums.get(channels, 0) + row["times"] * row["microseconds"]
+        times = found["microseconds"], *sums.values()
+        rows.append((card, *(f"{time:.0f}" for time in times)))
+    heads = [f"to {channels} channels" for channels in sums]
+    return markdown(["**simulated**, us, 71 crops of 96", "all", *heads], rows)
+
+
+def simulation_check(results: Results) -> str:
+    """Launches as a GPU has measured them, and simulated by their own machine code."""
+    rows = []
+    for content in results.named("simulation_check_*").values():
+        for row in content["kernels"]:
+            rows.append((
+                content["device"], content["commit"], row["kernel"], row["times"],
+                row["measured_us"], row["simulated_us"], f"{row['simulated_of_measured']:.0%}",
+            ))  # fmt: skip
+    header = ["GPU", "commit", "convolution", "launches", "measured, us", "simulated, us", "share"]
+    return markdown(header, rows)
+
+
 def gpu_network(results: Results) -> str:
     """The network on GPUs: GPU time, a bound where launches outlast the queue, and wall time."""
     rows = []

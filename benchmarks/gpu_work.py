@@ -15,11 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from meddanet.networks.decision import ShuffleStem, ShuffleUnit
-
 # how a convolution's kernel calls its tile, and the parts of it where codes have 16 bits
 TILE, PART = ("BLOCK_M", "BLOCK_N"), ("PART_M", "PART_N")
 SHAPE_CLASS = re.compile(r"(?P<name>.+), (?P<c_in>\d+) to (?P<c_out>\d+) channels, (?P<side>\d+)")
@@ -249,38 +244,3 @@ def one_launch(name: str, parts: Iterable[Work]) -> Work:
         name, sum(part.bytes for part in parts), sum(part.operations for part in parts),
         sum(part.shared_bytes for part in parts), sum(part.instructions for part in parts),
     )  # fmt: skip
-
-
-def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
-    """A network in half precision, norm and ReLU fused, a launch per layer.
-
-    Stem and units of ShuffleNetV2 are a launch each.
-
-    Args:
-        name: What to call it.
-        network: Any; it runs on the meta device.
-        shape: Of its input.
-    """
-    moved = operations = launches = 0
-
-    def add_launch(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal moved, launches
-        launches += 1
-        weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
-        moved += 2 * (inputs[0].numel() + output.numel() + weights)
-
-    def add_operations(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal operations
-        operations += 2 * output.numel() * layer.weight[0].numel()
-
-    modules = list(network.modules())
-    parts = [m for m in modules if isinstance(m, ShuffleStem | ShuffleUnit)]
-    layers = [m for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
-    inside = {layer for part in parts for layer in part.modules()}
-    own = [layer for layer in layers if layer not in inside]
-    hooks = [m.register_forward_hook(add_launch) for m in parts + own]
-    hooks += [layer.register_forward_hook(add_operations) for layer in layers]
-    network.to("meta")(torch.empty(shape, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return Work(name, moved, operations, half=True, launches=launches)

@@ -17,8 +17,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from gpu_work import Convolution, Tiles, WayUp, Work, half_precision, one_launch
-from torch import Tensor
+from gpu_work import Convolution, Tiles, WayUp, Work, one_launch
+from torch import Tensor, nn
 
 from meddanet.engine import lowering
 from meddanet.engine.plan import Plan, PlannedModel, Room, room_for
@@ -26,6 +26,7 @@ from meddanet.engine.turns import slots_of
 from meddanet.kernels.conv_call import ConvCall
 from meddanet.kernels.encode_call import EncodeCall
 from meddanet.kernels.way_up import WayUpCall
+from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 from meddanet.weights import load_model
 
 # the engine's capacity for a head
@@ -147,6 +148,41 @@ def plan_work(
 def _network(name: str, plan: Plan) -> Work:
     network = deepcopy(getattr(plan._planned.model, name))
     return half_precision(name, network, (HELD, *plan._view.shape[1:]))
+
+
+def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
+    """A network in half precision, norm and ReLU fused, a launch per layer.
+
+    Stem and units of ShuffleNetV2 are a launch each.
+
+    Args:
+        name: What to call it.
+        network: Any; it runs on the meta device.
+        shape: Of its input.
+    """
+    moved = operations = launches = 0
+
+    def add_launch(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved, launches
+        launches += 1
+        weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        moved += 2 * (inputs[0].numel() + output.numel() + weights)
+
+    def add_operations(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal operations
+        operations += 2 * output.numel() * layer.weight[0].numel()
+
+    modules = list(network.modules())
+    parts = [m for m in modules if isinstance(m, ShuffleStem | ShuffleUnit)]
+    layers = [m for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
+    inside = {layer for part in parts for layer in part.modules()}
+    own = [layer for layer in layers if layer not in inside]
+    hooks = [m.register_forward_hook(add_launch) for m in parts + own]
+    hooks += [layer.register_forward_hook(add_operations) for layer in layers]
+    network.to("meta")(torch.empty(shape, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return Work(name, moved, operations, half=True, launches=launches)
 
 
 def _view(plan: Plan) -> Work:

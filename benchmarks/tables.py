@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from committed import Cases, Content, Results, markdown, mean, routes, short
-from gpu_tables import gpu_bounds, gpu_kernels, gpu_launches, gpu_network, prediction
+from gpu_tables import (
+    gpu_bounds,
+    gpu_kernels,
+    gpu_launches,
+    gpu_network,
+    prediction,
+    simulation,
+    simulation_check,
+)
 
 # times of the suite: what README calls them
 PEERS = {
@@ -329,6 +337,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-confusion": lambda results: confusion(results.folds),
     "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
     "training-step": training_step,
-    "prediction": prediction, "ablations": ablations, "gpu-network": gpu_network,
+    "prediction": prediction, "simulation": simulation, "simulation-check": simulation_check,
+    "ablations": ablations, "gpu-network": gpu_network,
     "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
 }  # fmt: skip

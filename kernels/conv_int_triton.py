@@ -33,10 +33,11 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
     """Returns (pixels, rows) of a tile whose values may be light and heavy, as in `blocks`."""
     rows, depth = conv.codes.shape[2:]
     deep = conv.in_channels % 128 == 0
-    columns = min(64 if light or deep else 32, max(16, triton.next_power_of_2(rows)))
+    most = 128 if light and deep else 64 if light or deep else 32
+    columns = min(most, max(16, triton.next_power_of_2(rows)))
     if pixels >= 2048 and columns == 16:
         return 256, columns
-    if light and (pixels >= 2048 if columns < 64 else depth > 320 and not heavy):
+    if light and (pixels >= 2048 if columns < 64 else not deep and depth > 320 and not heavy):
         return 128, columns
     return 64, columns
 
@@ -72,7 +73,7 @@ def blocks(
         "PART_M": parts[0],
         "PART_N": min(columns, parts[1]),
         "STAGES": 1 if conv.codes.shape[3] <= (160 if light else 320) else 3,
-        "AHEAD": 2,
+        "AHEAD": 1 if columns > 32 else 2,
         "num_warps": 4,
         "maxnreg": None if columns > 16 else 96 if heavy else 112,
     }

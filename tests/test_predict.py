@@ -134,19 +134,19 @@ def test_operations_are_those_of_the_machine_code(arch):
 
 def test_half_precision_networks_by_hand():
     layer = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.ReLU())
-    work = gpu_work.half_precision("net", layer, (3, 4, 10, 10))
+    work = plan_work.half_precision("net", layer, (3, 4, 10, 10))
     assert work.operations == 2 * 3 * 5 * 5 * 8 * 4 * 9 and work.half and work.launches == 1
     # a unit is one launch: 8 channels in and out, half of them through 4 x 4, 4 x 9, 4 x 4 weights
     unit = ShuffleUnit(8, 8, 1).eval()
     set_quantization(unit, quantize=False, update_range=False)
-    unit = gpu_work.half_precision("unit", unit, (3, 8, 10, 10))
+    unit = plan_work.half_precision("unit", unit, (3, 8, 10, 10))
     assert unit.launches == 1 and unit.operations == 2 * 300 * (16 + 36 + 16)
     assert unit.bytes == 2 * (2 * 3 * 8 * 100 + 16 + 36 + 16)
     assert work.bytes == 2 * (3 * 4 * 100 + 3 * 8 * 25 + 8 * 4 * 9)
     # and so is a stem: what lies between convolution and pooling is never stored
     stem = ShuffleStem(4, 8).eval()
     set_quantization(stem, quantize=False, update_range=False)
-    stem = gpu_work.half_precision("stem", stem, (3, 4, 12, 12))
+    stem = plan_work.half_precision("stem", stem, (3, 4, 12, 12))
     assert stem.launches == 1 and stem.operations == 2 * 3 * 6 * 6 * 8 * 4 * 9
     assert stem.bytes == 2 * (3 * 4 * 144 + 3 * 8 * 9 + 8 * 4 * 9)
 

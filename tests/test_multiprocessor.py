@@ -1,0 +1,137 @@
+"""A multiprocessor with instructions of known costs, clock by clock by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+cards = pytest.importorskip("cards")
+multiprocessor = pytest.importorskip("multiprocessor")
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+COSTS = multiprocessor.Costs(l1=30, l2=300, product=4, barrier=20, start=200)
+NONE = 7
+
+
+def listing(*lines) -> str:
+    """A disassembly of (instruction, stall, scoreboard written, scoreboards waited for)."""
+    text = []
+    for place, (line, stall, writes, waits) in enumerate(lines):
+        upper = (stall | NONE << 8 | writes << 5 | waits << 11) << 41
+        text.append(f"        /*{16 * place:04x}*/                   {line} ;   "
+                    f"/* 0x0000000000007b1d */\n{' ' * 100}/* 0x{upper:016x} */")  # fmt: skip
+    return "\n".join(text)
+
+
+def clocks(*lines, warps=4, resident=1, programs=1, products=0) -> int:
+    """When the last instruction is issued."""
+    way = multiprocessor.shortest_way(multiprocessor.disassembled(listing(*lines)), products)
+    steps = multiprocessor.steps_of(way, COSTS)
+    return multiprocessor.simulate(steps, warps, resident, programs, COSTS)
+
+
+EXIT = ("EXIT", 5, NONE, 0)
+
+
+def plain(line: str, stall: int = 1):
+    return line, stall, NONE, 0
+
+
+def test_a_scheduler_issues_one_instruction_a_clock() -> None:
+    ten = [plain("MOV R1, R2")] * 10
+    # four warps, each on a scheduler of its own
+    assert clocks(*ten, EXIT) == 10
+    # eight: two on each, one of which fills what the other leaves
+    assert clocks(*ten, EXIT, warps=8) == 21
+    assert clocks(*[plain("MOV R1, R2", stall=2)] * 10, EXIT) == 20
+    assert clocks(*[plain("MOV R1, R2", stall=2)] * 10, EXIT, warps=8) == 21
+
+
+def test_integers_take_their_unit_for_two_clocks() -> None:
+    assert clocks(*[plain("LOP3.LUT R1, R2")] * 10, EXIT) == 19
+    # what takes another unit goes between
+    both = [plain("LOP3.LUT R1, R2"), plain("FADD R3, R4")] * 10
+    assert clocks(*both, EXIT) == 20
+
+
+def test_a_load_is_waited_for_where_it_is_used() -> None:
+    load, use = ("LDG.E R1, [R2]", 1, 0, 0), ("FADD R3, R1", 1, NONE, 1)
+    far = [plain("MOV R5, R6")] * 40
+    # a clock to be sent, thirty to be there
+    assert clocks(*far, load, use, EXIT, warps=1) == 40 + 1 + 30 + 1
+    # what does not use it goes on
+    assert clocks(*far, load, *[plain("MOV R5, R6")] * 20, use, EXIT, warps=1) == 40 + 1 + 30 + 1
+    other = ("FADD R3, R1", 1, NONE, 2)
+    assert clocks(*far, load, other, EXIT, warps=1) == 40 + 2
+
+
+def test_memory_is_one_way_for_all_warps() -> None:
+    loads = [("LDG.E.128 R1, [R2]", 1, 0, 0)] * 40
+    use = ("FADD R3, R1", 1, NONE, 1)
+    # 512 bytes each, 128 per clock; those at the start are taken to be constants, 60 clocks away
+    last = 4 * 4 * 40
+    assert last <= clocks(*loads, use, EXIT) <= last + 70
+
+
+def test_a_barrier_waits_for_the_last_warp() -> None:
+    """The warp that has to share its scheduler is late."""
+    ten = [plain("MOV R1, R2")] * 10
+    assert clocks(*ten, plain("BAR.SYNC 0x0"), EXIT) == 10 + 20
+    # it arrives at clock 21, and leaves a clock after the other one
+    assert clocks(*ten, plain("BAR.SYNC 0x0"), EXIT, warps=5) == 21 + 20 + 1
+
+
+def test_programs_follow_each_other() -> None:
+    ten = [plain("MOV R1, R2")] * 10
+    one = clocks(*ten, EXIT)
+    assert clocks(*ten, EXIT, programs=3) == 3 * one + 2 * 200
+    # two at a time share the schedulers
+    assert clocks(*ten, EXIT, programs=2, resident=2) == 2 * one + 1
+
+
+def test_products_take_the_tensor_core() -> None:
+    product = "IMMA.16832.S8.S8 R8, R4, R6, R8"
+    assert clocks(*[plain(product)] * 10, EXIT, products=10) == 9 * 4 + 1
+    # four warps' together, and a wait for them: 64 x 64 x 32 are eight of the smaller ones a warp
+    wide = plain("IGMMA.64x64x32.S8.S8 R8, gdesc[UR4], R8")
+    wait = plain("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    assert clocks(wide, wide, wait, EXIT, products=16) == 2 * 8 * 4 + 30 + 1
+
+
+def test_the_way_goes_round_a_loop_until_all_is_added_up() -> None:
+    code = listing(
+        plain("MOV R1, R2"), plain("IMMA.16832.S8.S8 R8, R4, R6, R8"), plain("@!P0 BRA 0x10"),
+        plain("STG.E [R2], R8"), EXIT,
+    )  # fmt: skip
+    listed = multiprocessor.disassembled(code)
+    names = [one.name for one in multiprocessor.shortest_way(listed, 3)]
+    assert names == ["MOV", *["IMMA", "BRA"] * 3, "STG", "EXIT"]
+    with pytest.raises(ValueError, match="adds up 0 products"):
+        multiprocessor.shortest_way(listed, 0)
+
+
+def test_copies_ahead_are_waited_for_group_by_group() -> None:
+    copy, group = plain("LDGSTS.E.128 [R1], [R2]"), plain("LDGDEPBAR")
+    code = [copy, group, copy, group]
+    # all but one group, or all of them; a copy takes four clocks of the way, then 60
+    one = clocks(*code, plain("DEPBAR.LE SB0, 0x1"), EXIT, warps=1)
+    both = clocks(*code, plain("DEPBAR.LE SB0, 0x0"), EXIT, warps=1)
+    assert (one, both) == (4 + 60 + 1, 8 + 60 + 1)
+
+
+@pytest.mark.parametrize("name", cards.CARDS)
+def test_tensor_cores_keep_the_published_pace(name) -> None:
+    simulate = pytest.importorskip("simulate")
+    card = cards.CARDS[name]
+    clocks = simulate.costs_of(card).product
+    products = 4 * card.multiprocessors * card.gigahertz * 1e9 / clocks
+    assert 2 * multiprocessor.PRODUCT * products == pytest.approx(card.tera_ops * 1e12, rel=0.02)
+
+
+def test_what_was_simulated_is_near_what_an_h200_measured() -> None:
+    """All 21 kinds of convolutions of the plan that it ran, none left out."""
+    found = json.loads((RESULTS / "simulation_check_h200.json").read_text())
+    assert len(found["kernels"]) == 21
+    assert 0.65 < found["least"] <= found["median"] <= found["most"] < 1.1
