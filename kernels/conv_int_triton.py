@@ -33,11 +33,10 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
     """Returns (pixels, rows) of a tile whose values may be light and heavy, as in `blocks`."""
     rows, depth = conv.codes.shape[2:]
     deep = conv.in_channels % 128 == 0
-    most = 128 if light and deep else 64 if light or deep else 32
-    columns = min(most, max(16, triton.next_power_of_2(rows)))
+    columns = min(64 if light or deep else 32, max(16, triton.next_power_of_2(rows)))
     if pixels >= 2048 and columns == 16:
         return 256, columns
-    if light and (pixels >= 2048 if columns < 64 else not deep and depth > 320 and not heavy):
+    if light and (pixels >= 2048 if columns < 64 else depth > 320 and not heavy):
         return 128, columns
     return 64, columns
 
