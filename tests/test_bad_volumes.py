@@ -40,7 +40,8 @@ def test_another_affine(scans, tmp_path: Path, row: int, column: int) -> None:
     other[row, column] += 0.01
     path = scans.write(scans.write_case(tmp_path)["t2"], scans.image(), other)
     message = scans.error(lambda: load_volume(tmp_path))
-    assert message.startswith(f"{path}: the affine differs by up to 0.01 from that of {tmp_path}")
+    wanted = f"{path}: the affine differs by up to 0.01 mm from that of {tmp_path}"
+    assert message.startswith(wanted)
 
 
 def test_several_cases_where_one_is_expected(scans, tmp_path: Path) -> None:

@@ -70,15 +70,30 @@ def test_distances_are_in_millimetres(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"WT": 0, "TC": 0, "ET": 0}
 
 
-def test_files_in_metres(tmp_path):
-    ours = write(tmp_path / "a.nii", {(1, 4, 3): 4}, SPACING / 1000)
-    truth = write(tmp_path / "r" / "a.nii", {(6, 4, 3): 4}, SPACING / 1000)
-    for path in (ours, truth):
-        image = nib.load(path)
-        image.header.set_xyzt_units("meter")
-        nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), path)
+def in_metres(path: Path) -> None:
+    image = nib.load(path)
+    image.header.set_xyzt_units("meter")
+    nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), path)
+
+
+@pytest.mark.parametrize("prediction_too", [True, False])
+def test_files_in_metres(tmp_path, prediction_too):
+    """Both, or the reference alone: the grid is the same."""
+    affine = SPACING @ np.diag([0.001, 0.001, 0.001, 1])
+    ours = write(tmp_path / "a.nii", {(1, 4, 3): 4}, affine if prediction_too else SPACING)
+    truth = write(tmp_path / "r" / "a.nii", {(6, 4, 3): 4}, affine)
+    for path in (ours, truth)[0 if prediction_too else 1 :]:
+        in_metres(path)
     scores = compare(the_pair(ours, truth))
     assert scores["hd95_mm"]["WT"] == pytest.approx(10) and scores["volume_ml"]["WT"] == 0.006
+
+
+def test_the_same_numbers_in_another_unit_are_another_grid(tmp_path):
+    ours = write(tmp_path / "a.nii", {(1, 4, 3): 4})
+    truth = write(tmp_path / "r" / "a.nii", {(6, 4, 3): 4})
+    in_metres(truth)
+    with pytest.raises(VolumeError, match="the affine differs by up to 2997 mm"):
+        compare(the_pair(ours, truth))
 
 
 def test_structures_that_are_empty(tmp_path):

@@ -16,7 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
 from .storage import compress, read_bytes, read_head, write_bytes
-from .volume import Volume, VolumeError
+from .volume import Volume, VolumeError, in_millimetres
 
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3
@@ -75,7 +75,8 @@ def load_volume(
         first = images[paths[0]]
         for image in images.values():
             _check_channels(image, len(sources) if image.path == case.files else 1)
-            _check_same_grid(image, first.stored.shape[:3], first.affine, str(first.path))
+            affine = in_millimetres(first.affine, first.header)
+            _check_same_grid(image, first.stored.shape[:3], affine, str(first.path))
         # filled in the file's own memory order: no transposition here
         data = np.empty((len(wanted), *first.stored.shape[2::-1]), np.float32).transpose(0, 3, 2, 1)
         channels = [(images[sources[name][0]], sources[name][1]) for name in wanted]
@@ -100,7 +101,8 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
     image = _read(Path(path))
     _check_channels(image, 1)
     if like is not None:
-        _check_same_grid(image, like.data.shape[1:], like.affine, f"volume {like.name}")
+        affine = in_millimetres(like.affine, like.header)
+        _check_same_grid(image, like.data.shape[1:], affine, f"volume {like.name}")
     values = image.channel(0)
     with np.errstate(invalid="ignore"):
         labels = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
@@ -212,11 +214,11 @@ def _check_same_grid(
             "expected files on one voxel grid"
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0).min()
-    difference = np.abs(image.affine - affine).max()
+    difference = np.abs(in_millimetres(image.affine, image.header) - affine).max()
     if difference > _AFFINE_TOLERANCE * spacing:
         raise VolumeError(
-            f"{image.path}: the affine differs by up to {difference:.4g} from that of {reference}; "
-            "expected co-registered files on one voxel grid"
+            f"{image.path}: the affine differs by up to {difference:.4g} mm from that of "
+            f"{reference}; expected co-registered files on one voxel grid"
         )
 
 

@@ -49,10 +49,20 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along (h, w, d) in millimetres, whatever the header's unit."""
-        # the three lowest bits; 0 says nothing
-        unit = 0 if self.header is None else int(self.header["xyzt_units"]) & 7
-        h, w, d = np.linalg.norm(self.affine[:3, :3], axis=0) * _MILLIMETRES.get(unit, 1.0)
+        h, w, d = np.linalg.norm(in_millimetres(self.affine, self.header)[:3, :3], axis=0)
         return float(h), float(w), float(d)
+
+
+def in_millimetres(affine: np.ndarray, header: Any) -> np.ndarray:
+    """Returns an affine [4, 4] whose world is in millimetres, whatever the NIfTI header's unit.
+
+    Args:
+        affine: As the file has it.
+        header: Of the file; None: it is in millimetres.
+    """
+    # the three lowest bits; 0 says nothing
+    unit = 0 if header is None else int(header["xyzt_units"]) & 7
+    return affine * np.array([[_MILLIMETRES.get(unit, 1.0)]] * 3 + [[1.0]])
 
 
 def lps_axes(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
@@ -76,7 +86,7 @@ def canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
     Args:
         array: [..., H, W, D] in the voxel order that `affine` describes.
-        affine: [4, 4], voxels to RAS+ millimetres; oblique axes go to the nearest world axis.
+        affine: [4, 4], voxels to RAS+ world space; oblique axes go to the nearest world axis.
 
     Returns:
         A view whose last three indices grow toward Left, Posterior and Superior.
