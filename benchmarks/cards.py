@@ -22,8 +22,6 @@ class Card:
         gigabytes_per_second: Memory bandwidth.
         tera_ops: int8 on tensor cores, without sparsity; half precision has half of it.
         source: Where the vendor says so.
-        cache_megabytes: Of the L2 cache, where whole slices take turns (`engine/turns.py`); 0: they
-            take none, or the vendor does not say.
         devices: What PyTorch calls it, whole: a "Laptop GPU" or "D" is another card.
     """
 
@@ -33,29 +31,28 @@ class Card:
     gigabytes_per_second: float
     tera_ops: float
     source: str
-    cache_megabytes: int = 0
     devices: tuple[str, ...] = ()
 
 
 CARDS = {
     "RTX 3090": Card("sm_86", 82, 1.695, 936, 284,
-                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A", 6,
+                     "NVIDIA Ampere GA102 GPU Architecture, whitepaper V2, Appendix A",
                      ("NVIDIA GeForce RTX 3090",)),
     "RTX 4090": Card("sm_89", 128, 2.52, 1008, 660.6,
-                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A", 72,
+                     "NVIDIA Ada GPU Architecture, whitepaper V2, Appendix A",
                      ("NVIDIA GeForce RTX 4090",)),
     "RTX 5090": Card("sm_120", 170, 2.407, 1792, 838,
-                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A", 96,
+                     "NVIDIA RTX Blackwell GPU Architecture, whitepaper V1, Appendix A",
                      ("NVIDIA GeForce RTX 5090",)),
     "L40S": Card("sm_89", 142, 2.52, 864, 733,
                  "NVIDIA L40S datasheet; clock and SMs: NVIDIA Ada GPU Architecture, whitepaper",
-                 devices=("NVIDIA L40S",)),
+                 ("NVIDIA L40S",)),
     "A100 80 GB": Card("sm_80", 108, 1.41, 2039, 624,
                        "NVIDIA A100 datasheet; NVIDIA A100 Architecture, whitepaper V1, Table 4",
-                       devices=("NVIDIA A100-SXM4-80GB",)),
+                       ("NVIDIA A100-SXM4-80GB",)),
     "H200": Card("sm_90", 132, 1.83, 4800, 1979,
                  "NVIDIA H200 datasheet; clock and SMs: NVIDIA H100 Architecture, whitepaper",
-                 devices=("NVIDIA H200",)),
+                 ("NVIDIA H200",)),
 }  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """What every kernel launch of the integer route moves and computes, from its shape alone.
 
 A launch reads its codes, residual and weights from memory once and writes stream and codes once:
-taps that overlap are served by the caches, and nothing stays in L2 from one launch to the next, but
-where `plan_work.py` has whole slices take turns. Codes out are as wide as codes in: an 8-bit code
-is one byte, a 16-bit one two, and two of these cost four 8-bit products. The tiles, and with them
-the traffic of shared memory and the instructions that warps issue, are those of the compiled
-kernels (`results/kernels_compiled.json`).
+taps that overlap are served by the caches, and nothing stays in L2 from one launch to the next.
+Codes out are as wide as codes in: an 8-bit code is one byte, a 16-bit one two, and two of these
+cost four 8-bit products. The tiles, and with them the traffic of shared memory and the instructions
+that warps issue, are those of the compiled kernels (`results/kernels_compiled.json`).
 """
 
 from __future__ import annotations

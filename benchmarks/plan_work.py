@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -21,8 +21,7 @@ from gpu_work import Convolution, Tiles, WayUp, Work, one_launch
 from torch import Tensor, nn
 
 from meddanet.engine import lowering
-from meddanet.engine.plan import Plan, PlannedModel, Room, room_for
-from meddanet.engine.turns import slots_of
+from meddanet.engine.plan import Plan, PlannedModel, rooms
 from meddanet.kernels.conv_call import ConvCall
 from meddanet.kernels.encode_call import EncodeCall
 from meddanet.kernels.way_up import WayUpCall
@@ -43,20 +42,11 @@ class Slots:
         used: How many of them are in use.
         widths: For each encoder stage, width -> slots in use that chose it.
         tiles: Of the card's architecture.
-        cached: Whether what a launch leaves for the next one is taken to stay in the L2 cache.
     """
 
     used: int
     widths: list[dict[int, int]]
     tiles: Tiles
-    cached: bool = False
-
-    def from_first(self, first: int, slots: int) -> Slots:
-        """Returns those of a turn of so many slots, all in the cache."""
-        used = max(0, min(slots, self.used - first))
-        share = used / max(1, self.used)
-        widths = [{b: round(n * share) for b, n in stage.items()} for stage in self.widths]
-        return Slots(used, widths, self.tiles, True)
 
 
 @contextmanager
@@ -86,23 +76,15 @@ def _planned() -> PlannedModel:
 
 
 @cache
-def shipped_plan(room: Room, cache_bytes: int = 0) -> Plan:
-    """Returns the plan of the shipped weights for a head.
-
-    Args:
-        room: As of `Plan`.
-        cache_bytes: That whole slices which take turns should stay in.
-    """
-    planned = copy(_planned())
-    planned.cache = cache_bytes
+def shipped_plan(roomy: bool) -> Plan:
+    """Returns the plan of the shipped weights for a head; `roomy` as there."""
     with counted_programs():
-        return Plan(planned, CAPACITY, (SIDE, SIDE), room)
+        return Plan(_planned(), CAPACITY, (SIDE, SIDE), roomy)
 
 
 def plan_work(
-    routes: dict[str, int], num_bits: list[dict[str, int]], tiles: Tiles, decided: bool = True,
-    cache_bytes: int = 0,
-) -> list[Work]:  # fmt: skip
+    routes: dict[str, int], num_bits: list[dict[str, int]], tiles: Tiles, decided: bool = True
+) -> list[Work]:
     """Returns the work of all launches of one volume, in the plan's order.
 
     Args:
@@ -110,26 +92,18 @@ def plan_work(
         num_bits: For each encoder stage, width -> slices that ran at it.
         tiles: Of the card's architecture.
         decided: Whether the decision networks run; without them it is a static network.
-        cache_bytes: As of `shipped_plan`.
     """
     ran = max(1, sum(count for route, count in routes.items() if route != "skip"))
-    counts = [routes.get(name, 0) for name in _planned().model.routes[1:]]
-    plan, slots = shipped_plan(room_for(counts, CAPACITY), cache_bytes), {}
-    channels = _planned().unet.channels[0]
-    turn_slots = slots_of(cache_bytes, channels, (SIDE, SIDE), CAPACITY)
+    plan, slots = shipped_plan(_overflows(routes)), {}
     for group in plan.groups:
         share = (used := routes.get(group.name, 0)) / ran
         widths = [{int(b): round(n * share) for b, n in stage.items()} for stage in num_bits]
         slots[group.name] = Slots(used, widths, tiles)
-    work, turn = [], {}
+    work = []
     for launch in plan.launches:
         group, _, kernel = launch.name.partition(": ")
-        if first := re.fullmatch(r"slots from (\d+)", kernel):
-            turn[group] = slots[group].from_first(int(first[1]), turn_slots)
-            # the slots' slices and their number
-            found = Work(kernel, 0, launches=2)
-        elif kernel:
-            found = _group_work(kernel, launch.run, turn.get(group, slots[group]))
+        if kernel:
+            found = _group_work(kernel, launch.run, slots[group])
         elif launch.name in ("decide", "locate") and not decided:
             continue
         else:
@@ -140,6 +114,13 @@ def plan_work(
                 launch.run()
         work.append(replace(found, name=launch.name, programs=sum(programs)))
     return work
+
+
+def _overflows(routes: dict[str, int]) -> bool:
+    """Returns whether a route has more slices than the usual plan has room for."""
+    names = _planned().model.routes
+    counts = [routes.get(name, 0) for name in names[1:]]
+    return any(n > room for n, room in zip(counts, rooms(len(names), CAPACITY, False), strict=True))
 
 
 # launches for all slices -----------------------------------------------------------------------
@@ -212,17 +193,7 @@ def _size(tensor: Tensor) -> int:
 def _group_work(kernel: str, run: Any, slots: Slots) -> Work:
     """Returns the work of one launch for the slots of a group; nothing but a launch if empty."""
     model = MODELS[run.func]
-    if not slots.used:
-        return Work(kernel, 0)
-    found = model(kernel, slots, *run.args)
-    return replace(found, bytes=slots.used * _streamed(kernel, run)) if slots.cached else found
-
-
-def _streamed(kernel: str, run: Any) -> int:
-    """Returns the bytes of a slot that come from or go to memory even if all else is cached."""
-    if kernel == "image":
-        return _size(run.args[0].input[0])
-    return _size(run.args[0][0]) if kernel == "labels" else 0
+    return model(kernel, slots, *run.args) if slots.used else Work(kernel, 0)
 
 
 def _stage(kernel: str) -> int:

@@ -28,8 +28,6 @@ from cards import CARDS, LAUNCH_SECONDS, PROGRAM_SECONDS, Card, known_card
 from gpu_work import Tiles, Work, last_stage, unet
 from plan_work import SIDE, plan_work
 
-from meddanet.engine.turns import SHARE
-
 RESULTS = Path(__file__).parent / "results"
 SLICES = 155
 SHARED_BYTES_PER_CLOCK = 128
@@ -45,11 +43,6 @@ class Prediction:
     name: str
     seconds: float
     bound: str
-
-
-def cache_bytes(card: Card) -> int:
-    """Returns what `engine.turns.cache_of` says of a card, by what is published."""
-    return int(SHARE * card.cache_megabytes * 2**20)
 
 
 def roofs(work: Work, card: Card) -> dict[str, float]:
@@ -146,14 +139,12 @@ def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[s
     for name, card in CARDS.items():
         tiles = Tiles(variants, card.arch)
         volumes = {
-            case: plan_work(found["decisions"]["routes"], found["decisions"]["num_bits"], tiles,
-                            cache_bytes=cache_bytes(card))
+            case: plan_work(found["decisions"]["routes"], found["decisions"]["num_bits"], tiles)
             for case, found in cases.items()
         }
         volumes["static, every slice whole"] = plan_work(
-            {"whole": SLICES}, [{"8": SLICES}] * 4, tiles, decided=False,
-            cache_bytes=cache_bytes(card),
-        )  # fmt: skip
+            {"whole": SLICES}, [{"8": SLICES}] * 4, tiles, decided=False
+        )
         cards[name] = {
             "peaks": vars(card), "kernels": kernel_rows(card, tiles),
             "volumes": {case: predict_volume(work, card) for case, work in volumes.items()},
@@ -194,8 +185,7 @@ def bounds_of_launches(
     num_bits = [{"8": sum(measured["decisions"][1:])}] * 4
     if measured["case"] in cases:
         num_bits = cases[measured["case"]]["decisions"]["num_bits"]
-    tiles = Tiles(variants, card.arch)
-    work = plan_work(counts, num_bits, tiles, cache_bytes=cache_bytes(card))
+    work = plan_work(counts, num_bits, Tiles(variants, card.arch))
     if [part.name for part in work] != as_today(name for name, _ in measured["launches_us"]):
         return None
     return predict_volume(work, card)

@@ -29,7 +29,7 @@ from torch import Tensor
 from meddanet import load_model
 from meddanet.engine import compile_engine
 from meddanet.engine.lowering import Launch
-from meddanet.engine.plan import Plan, PlannedModel, Room
+from meddanet.engine.plan import Plan, PlannedModel
 from meddanet.kernels import conv_int_triton, variants
 from meddanet.kernels.conv_call import ConvCall
 
@@ -54,8 +54,9 @@ def candidates(launch: Any) -> Iterator[Sizes]:
         if chunk not in (None, m):
             continue
         parts = (min(m, 32), 16) if chunk is None else (m, max(16, n // 2))
-        # copies ahead in a loop, loads ahead where it is unrolled
-        for stages, ahead in [(1, 2), (3, 2)] if wide or depth > 18 * k else [(1, 2), (1, 4)]:
+        # copies ahead in a loop, as of 16 bits, or loads where it is unrolled, as of 8 alone
+        looped = wide or depth > 18 * k
+        for stages, ahead in ((1, 2), (3, 2)) if looped else ((1, 1), (1, 2)):
             sizes = {"BLOCK_M": m, "BLOCK_N": n, "PART_M": parts[0], "PART_N": parts[1]}
             loads = {"BLOCK_K": k, "STAGES": stages, "AHEAD": ahead}
             yield sizes | loads | {"num_warps": warps, "maxnreg": None}
@@ -123,8 +124,7 @@ original: Callable[..., Sizes] = conv_int_triton.blocks
 def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     """Returns the convolutions of the groups in use by their classes."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
-    room = Room.ALL if whole else Room.USUAL
-    plan, _ = engine.plan(len(slices), *slices.shape[2:], room)
+    plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
     plan.images.zero_()[: len(slices)].copy_(slices)
     (every_slice_whole(plan) if whole else plan.run)()
     found: dict[tuple, list[Launch]] = {}
@@ -140,7 +140,7 @@ def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
 def compile_part(arch: int, part: int, parts: int) -> None:
     """Compiles every so-many-th candidate into the JIT's cache, from a plan without memory."""
     planned, plans = PlannedModel(load_model(), torch.device("cpu")), []
-    variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), Room.USUAL)))
+    variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), roomy=False)))
     found: dict[tuple, Launch] = {}
     for launch in plans[0].groups[0].launches:
         if launch.run.func is conv_int_triton.run:

@@ -12,8 +12,7 @@ import torch
 from meddanet.data import Volume, from_classes, from_slices, normalize, to_slices
 from meddanet.data.phantom import make_phantom
 from meddanet.engine import compile_engine
-from meddanet.engine.plan import Room
-from meddanet.engine.triton_engine import TritonEngine, captured
+from meddanet.engine.triton_engine import TritonEngine
 from meddanet.metrics import dice_score
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
@@ -106,31 +105,6 @@ def test_a_volume_of_many_chunks(engine, slices):
     # in one chunk the decision networks see another batch, and may round another way
     assert torch.equal(found.decisions, whole.decisions)
     assert (found.labels != whole.labels).float().mean() <= 1e-3
-
-
-def test_whole_slices_in_turns(slices):
-    """Some at a time, the last turn not full: as all at once, launch by launch and as a graph."""
-    engine = TritonEngine(load_model().eval(), torch.device("cuda"), capacities=(40,))
-    answers = []
-    for slots in (0, 16):
-        engine._plans.clear()
-        engine._planned.cache = slots * 5 * 16 * 240 * 240
-        plan, _ = engine.plan(40, 240, 240, Room.TURNS)
-        turns = sum("slots from" in launch.name for launch in plan.launches)
-        assert turns == (3 if slots else 0)
-        # all are whole, whatever the policy says
-        plan._routes.zero_()[:, -1] = 1
-        plan._deciding = [], []
-        plan.images.copy_(slices)
-        for run in (plan.run, captured(plan), captured(plan)):
-            plan.labels.fill_(9)
-            run()
-            torch.cuda.synchronize()
-            answers.append((plan.labels.clone(), plan.num_bits.clone()))
-    labels, num_bits = answers[0]
-    assert labels.any() and (labels <= 3).all() and num_bits.all()
-    for answer in answers:
-        assert torch.equal(answer[0], labels) and torch.equal(answer[1], num_bits)
 
 
 def test_a_smaller_volume_takes_a_smaller_plan(engine, slices):

@@ -18,7 +18,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from meddanet.engine.decisions import frozen  # noqa: E402
-from meddanet.engine.plan import Plan, PlannedModel, Room  # noqa: E402
+from meddanet.engine.plan import Plan, PlannedModel  # noqa: E402
 from meddanet.kernels import backend, variants  # noqa: E402
 from meddanet.layers import set_quantization  # noqa: E402
 from meddanet.routing import channels_last  # noqa: E402
@@ -138,13 +138,11 @@ def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
     planned.policy, planned.position = (
         frozen(network, torch.float16) for network in (model.policy, model.position)
     )
-    # some plans have whole slices take turns, three at a time
-    planned.cache = 3 * 5 * 16 * size[0] * size[1] if capacity == 8 else 0
     for module in SHUFFLE:
         monkeypatch.setattr(module, "triton_runs", lambda input: True)
 
     def launch_all():
-        for step in Plan(planned, capacity, size, Room.TURNS).launches:
+        for step in Plan(planned, capacity, size).launches:
             step.run()
 
     launched = variants.record(ARCH, "plan", launch_all)

@@ -159,8 +159,7 @@ def test_the_prediction_goes_through_all_launches_of_the_plan():
     """The plan's own, in order; an H200 ran launches of these names."""
     work = plan_work.plan_work({"skip": 145, "crop-96": 10}, EIGHT, TILES)
     names = [part.name for part in work]
-    plan = plan_work.shipped_plan(plan_work.Room.USUAL)
-    assert names == [launch.name for launch in plan.launches]
+    assert names == [launch.name for launch in plan_work.shipped_plan(roomy=False).launches]
     measured = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
     ran = [name for name, _ in measured["launches_us"]]
     # launches of their own once: codes of nine skips, moments of twelve stages, two pastes, and
@@ -198,29 +197,6 @@ def test_the_plans_convolutions_are_those_of_the_list(num_bits):
             sum(getattr(part, amount) for part in works)
         ), amount
     assert all(part.shared_bytes for part in planned)
-
-
-def test_whole_slices_in_turns_move_images_and_labels_alone():
-    """65 slices, eleven at a time: six turns of fifteen do anything, and what is in the cache does
-    not count; what is computed is as ever."""
-    routes, chosen = {"skip": 90, "whole": 65}, [{"8": 52, "16": 13}] * 4
-    cache_bytes = 11 * 5 * 16 * 240 * 240 + 1
-    once, turned = (
-        [w for w in plan_work.plan_work(routes, chosen, TILES, cache_bytes=size)
-         if w.name.startswith("whole")]
-        for size in (0, cache_bytes)
-    )  # fmt: skip
-    names = [work.name for work in once]
-    expected = [f"whole: slots from {first}" for first in range(0, 160, 11)]
-    assert [work.name for work in turned] == [n for turn in expected for n in (turn, *names)]
-    pixels = 65 * 240 * 240
-    assert sum(work.bytes for work in turned) == pixels * (4 * 4 + 1)
-    assert {w.name for w in turned if w.bytes} == {"whole: image", "whole: labels"}
-    for amount in ("operations", "instructions", "shared_bytes"):
-        assert sum(getattr(work, amount) for work in turned) == pytest.approx(
-            sum(getattr(work, amount) for work in once), rel=0.05
-        ), amount
-    assert not any(work.operations for work in turned[6 * (1 + len(names)) :])
 
 
 def test_launches_of_a_group_by_hand():

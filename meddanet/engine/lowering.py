@@ -80,18 +80,6 @@ class Group:
         count = routing.counts[index]
         return cls(name, size, slices, count, corner, start, shift)
 
-    def part(self, slots: int) -> Group:
-        """Returns a group of fewer slots for `load` to fill; views keep the first ones' corners."""
-        buffers = torch.zeros_like(self.slices[:slots]), torch.zeros_like(self.count)
-        corner, start, shift = (part[:slots] for part in (self.corner, self.start, self.shift))
-        return Group(self.name, self.size, *buffers, corner, start, shift)
-
-    def load(self, group: Group, first: int) -> None:
-        """Loads a group's slots from one on; the count is what is left, negative if nothing is."""
-        slices = group.slices[first : first + len(self.slices)]
-        self.slices[: len(slices)].copy_(slices)
-        torch.sub(group.count, first, out=self.count)
-
     def add(self, name: str, function: Callable, *arguments: object) -> None:
         """Appends a launch."""
         self.launches.append(Launch(f"{self.name}: {name}", partial(function, *arguments)))

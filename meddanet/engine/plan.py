@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from enum import IntEnum
 from itertools import chain
 from typing import Any
 
@@ -28,7 +27,6 @@ from .decisions import answers, frozen
 from .lowering import Group, Launch, lower_empty, lower_features, lower_last
 from .packed_unet import Last, PackedUNet
 from .routing import halo
-from .turns import cache_of, slots_of
 
 # what share of a chunk's slices the smallest crop, each larger one and the whole slices have room
 # for: launches and buffers of slots not in use are not free
@@ -39,43 +37,27 @@ ROOM = 1.0, 0.4, 0.1
 CAPTURED = -1
 
 
-# with what share of a chunk's slices whole, turns are worth the launches of those that are empty
-MANY_WHOLE = 0.3
-
-
-class Room(IntEnum):
-    """What a plan has room for."""
-
-    # what `rooms` says
-    USUAL = 0
-    # all slices of a chunk on each route
-    ALL = 1
-    # likewise; whole slices take turns, if that keeps them in the L2 cache
-    TURNS = 2
-
-
-def rooms(routes: int, capacity: int, room: Room) -> list[int]:
-    """Returns how many slices of a chunk each route but skip takes."""
+def rooms(routes: int, capacity: int, roomy: bool) -> list[int]:
+    """Returns how many slices of a chunk each route but skip takes; `roomy`: all of them."""
     smallest, larger, whole = ROOM
     shares = [smallest, *[larger] * (routes - 3), whole] if routes > 2 else [1.0]
-    return [capacity if room else math.ceil(share * capacity) for share in shares]
+    return [capacity if roomy else math.ceil(share * capacity) for share in shares]
 
 
-def room_for(counts: list[int], capacity: int) -> Room:
-    """Returns the room that a chunk needs.
+def overflows(decisions: Tensor, capacity: int, routes: int) -> bool:
+    """Returns whether a plan without room for all left slices of a chunk unlabelled.
 
     Args:
-        counts: Slices on each route but skip.
+        decisions: int64 [n] of the chunk, on the CPU.
         capacity: Of the plan.
+        routes: How many there are, skip included.
     """
-    usual = rooms(1 + len(counts), capacity, Room.USUAL)
-    if all(count <= room for count, room in zip(counts, usual, strict=True)):
-        return Room.USUAL
-    return Room.TURNS if counts[-1] > MANY_WHOLE * capacity else Room.ALL
+    counts = decisions.bincount(minlength=routes)[1:].tolist()
+    return any(n > room for n, room in zip(counts, rooms(routes, capacity, False), strict=True))
 
 
 class PlannedModel:
-    """What the plans of one model share: its weights as they run, and what is known of where.
+    """What the plans of one model share: its weights as they run.
 
     Args:
         model: In `eval()`, every quantised layer with a range.
@@ -86,7 +68,6 @@ class PlannedModel:
         policy: The policy network, frozen.
         position: The position network, frozen.
         dtype: Of both: float16 on a GPU.
-        cache: Bytes that whole slices should stay in: `turns.cache_of`.
 
     Raises:
         ValueError: If the model has no integer form.
@@ -95,7 +76,6 @@ class PlannedModel:
     def __init__(self, model: MedDANetV2, device: torch.device) -> None:
         self.model: Any = model
         self.device = device
-        self.cache = cache_of(device)
         self.unet = PackedUNet(model, device)
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         self.policy, self.position = (
@@ -110,12 +90,12 @@ class Plan:
         planned: The weights.
         capacity: Slices of a chunk; fewer are filled up with zeros, which are not decided on.
         size: (height, width) of a slice.
-        room: How many slices of a chunk the routes take. Slices beyond that are not labelled: see
-            `room_for`.
+        roomy: Whether every route takes a whole chunk; else only as `rooms` says. Slices of a route
+            beyond that are not labelled: see `overflows`.
 
     Attributes:
         capacity: As given, N.
-        room: As given.
+        roomy: As given.
         images: float32 [N, C, H, W]: write slices here before `run`.
         labels: uint8 [N, H, W].
         decisions: int64 [N].
@@ -124,10 +104,10 @@ class Plan:
     """
 
     def __init__(
-        self, planned: PlannedModel, capacity: int, size: tuple[int, int], room: Room = Room.ALL
+        self, planned: PlannedModel, capacity: int, size: tuple[int, int], roomy: bool = True
     ) -> None:
         self._planned, self._size = planned, size
-        self.capacity, self.room = capacity, room
+        self.capacity, self.roomy = capacity, roomy
         model, device = planned.model, planned.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -149,7 +129,7 @@ class Plan:
         self._routing = new_routing(capacity, routes, device)
         self.decisions, self.offsets = self._routing[:2]
         sizes = *((crop, crop) for crop in model.crop_sizes), size
-        named = zip(model.routes[1:], sizes, rooms(routes, capacity, room), strict=True)
+        named = zip(model.routes[1:], sizes, rooms(routes, capacity, roomy), strict=True)
         self.groups = [Group.of(self._routing, index, *one) for index, one in enumerate(named)]
         self._seeing, self._choosing = Launch("view", self._look), Launch("route", self._route)
         self._deciding = [Launch("decide", self._decide)], [Launch("locate", self._locate)]
@@ -213,17 +193,9 @@ class Plan:
     # groups ------------------------------------------------------------------------------------
 
     def _lower_whole(self, group: Group) -> None:
-        """Appends the way of whole slices, of all at once or of some at a time."""
-        net, count = self._planned.unet, len(group.slices)
-        cache = self._planned.cache if self.room == Room.TURNS else 0
-        slots = slots_of(cache, net.channels[0], group.size, count)
-        part = group if slots == count else group.part(slots)
-        level = lower_features(net, part, self.images, self.num_bits, net.whole)
-        lower_last(part, net.whole, level, self.labels, part.corner, 0)
-        if part is not group:
-            for first in range(0, count, slots):
-                group.add(f"slots from {first}", part.load, group, first)
-                group.launches += part.launches
+        last = self._planned.unet.whole
+        level = lower_features(self._planned.unet, group, self.images, self.num_bits, last)
+        lower_last(group, last, level, self.labels, group.corner, 0)
 
     def _lower_crop(self, index: int, group: Group) -> None:
         """Appends a crop's way; its last stage sees the patch and two halos: `routing.Tile`."""

@@ -22,7 +22,7 @@ from ..kernels.backend import build_errors
 from ..kernels.side_by_side import compile_side_by_side
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
-from .plan import CAPTURED, Plan, PlannedModel, Room, room_for
+from .plan import CAPTURED, Plan, PlannedModel, overflows
 
 # slices of a chunk: a few, an L2 cache's worth, a head; others were not tried on a GPU
 CAPACITIES = (8, 32, 160)
@@ -58,10 +58,10 @@ class TritonEngine:
         self.device, self.capacities = device, capacities
         self._model = model
         self._planned = PlannedModel(model, device)
-        self._plans: OrderedDict[tuple[int, int, int, Room], tuple[Plan, Callable[[], Any]]]
+        self._plans: OrderedDict[tuple[int, int, int, bool], tuple[Plan, Callable[[], Any]]]
         self._plans = OrderedDict()
-        # what the last volume needed
-        self._room = Room.USUAL
+        # whether the last volume needed a plan in which every route takes all slices
+        self._roomy = False
         self._lock = threading.Lock()
         self._compiled = device.type == "cpu"
 
@@ -95,20 +95,18 @@ class TritonEngine:
         """Segments by a plan with room for all slices where the small one has too little."""
         count, _, height, width = images.shape
         plan, run = self.plan(count, height, width)
-        result, capacity, room = segment(images, plan, run), plan.capacity, plan.room
+        result, capacity, roomy = segment(images, plan, run), plan.capacity, plan.roomy
         # so that its memory can be had for another one
         del plan, run
-        counts = (
-            chunk.bincount(minlength=len(self._model.routes))[1:].tolist()
-            for chunk in result.decisions.split(capacity)
-        )
-        self._room = max(room_for(count, capacity) for count in counts)
-        if self._room and not room:
-            result = segment(images, *self.plan(len(images), height, width))
+        chunks, routes = result.decisions.split(capacity), len(self._model.routes)
+        needed = any(overflows(chunk, capacity, routes) for chunk in chunks)
+        if needed and not roomy:
+            result = segment(images, *self.plan(count, height, width, roomy=True))
+        self._roomy = needed
         return result
 
     def plan(
-        self, count: int, height: int, width: int, room: Room | None = None
+        self, count: int, height: int, width: int, roomy: bool | None = None
     ) -> tuple[Plan, Callable[[], Any]]:
         """Returns the plan for `count` slices of a size, or as many as fit, and what runs it.
 
@@ -116,11 +114,11 @@ class TritonEngine:
             count: Slices.
             height: Of a slice.
             width: Of a slice.
-            room: Of the plan; None = what the last volume segmented needed. With the usual one a
-                run may leave slices unlabelled: see `plan.room_for`.
+            roomy: Whether every route takes all slices; None = if the last volume segmented needed
+                it. Without, a run may leave slices unlabelled: see `plan.overflows`.
         """
         wanted = next((c for c in self.capacities if c >= count), self.capacities[-1])
-        key = wanted, height, width, self._room if room is None else room
+        key = wanted, height, width, self._roomy if roomy is None else roomy
         if key not in self._plans:
             while len(self._plans) >= KEPT:
                 self._plans.popitem(last=False)
@@ -131,7 +129,7 @@ class TritonEngine:
         return self._plans[key]
 
     def _make(
-        self, capacity: int, height: int, width: int, room: Room
+        self, capacity: int, height: int, width: int, roomy: bool
     ) -> tuple[Plan, Callable[[], Any]]:
         smaller = [c for c in self.capacities if c < capacity]
         plan = None
@@ -139,7 +137,7 @@ class TritonEngine:
             # buffers outlive the mode in which the first volume happens to be segmented
             with torch.inference_mode(False):
                 self._compile(height, width)
-                plan = Plan(self._planned, capacity, (height, width), room)
+                plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)
         except build_errors() as error:
             told = " ".join(str(error).split())
@@ -160,7 +158,7 @@ class TritonEngine:
         self._plans.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        return self._make(smaller[-1] if shrink else capacity, height, width, room)
+        return self._make(smaller[-1] if shrink else capacity, height, width, roomy)
 
     def _compile(self, height: int, width: int) -> None:
         """Has the first plan's kernels compiled; those of a small one are those of all."""

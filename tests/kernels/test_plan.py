@@ -9,10 +9,8 @@ in twice the share in which that model in float32 does (`tests/test_engine.py` h
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice, permutations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meddanet.build import build_med_danet_v2
 from meddanet.engine import compile_engine, triton_engine
 from meddanet.engine.decisions import _OneKernel
-from meddanet.engine.plan import Room, room_for, rooms
+from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
-from meddanet.engine.turns import cache_of, slots_of
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
 from meddanet.layers import QuantLinear, image_gradients, quantized_layers, set_quantization
 
@@ -118,17 +115,11 @@ def made_engine(model):
     place = torch.device("cpu" if INTERPRETING else "cuda")
     with use_backend("triton" if INTERPRETING else "auto"):
         engine = TritonEngine(deepcopy(model), place, capacities=(CAPACITY,))
-        with poisoned():
-            engine.plan(CAPACITY, *SIDES)
+        # buffers start as NaN and the largest integers
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        engine.plan(CAPACITY, *SIDES)
+        torch.use_deterministic_algorithms(False)
         return engine
-
-
-@contextmanager
-def poisoned():
-    """Buffers start as NaN and the largest integers."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # the truth -----------------------------------------------------------------------------------
@@ -247,83 +238,26 @@ def test_other_widths(widths, tolerances):
 def test_one_decision_fills_a_chunk(engine, model, route, tolerances):
     """Where a route has no room for all slices, they run again in a plan that has."""
     check(engine, model, slices_for([route] * CAPACITY, seed=2), tolerances)
-    needed = {1: Room.USUAL, 3: Room.TURNS}[route]
-    assert engine.plan(CAPACITY, *SIDES)[0].room == needed
+    assert engine.plan(CAPACITY, *SIDES)[0].roomy == (route > 1)
 
 
-def test_a_plan_with_room_is_kept_as_long_as_it_is_needed(engine, mixed):
+def test_a_roomy_plan_is_kept_as_long_as_it_is_needed(engine, mixed):
     engine.segment(slices_for([3] * CAPACITY, seed=3))
-    assert engine.plan(CAPACITY, *SIDES)[0].room == Room.TURNS
+    assert engine.plan(CAPACITY, *SIDES)[0].roomy
     assert all(torch.equal(*pair) for pair in zip(engine.segment(MIXED), mixed, strict=True))
-    assert engine.plan(CAPACITY, *SIDES)[0].room == Room.USUAL
-
-
-@pytest.fixture(scope="module")
-def in_turns(model):
-    """An engine whose turns are of two whole slices."""
-    engine = made_engine(model)
-    engine._planned.cache = 2 * 5 * 4 * SIDES[0] * SIDES[1]
-    with use_backend("triton" if INTERPRETING else "auto"), poisoned():
-        engine.plan(CAPACITY, *SIDES, Room.TURNS)
-    return engine
-
-
-@pytest.mark.parametrize("decisions", [[3, 3, 3], [3, 1, 3], [2, None, 2]], ids=str)
-def test_whole_slices_in_turns(engine, in_turns, decisions):
-    """A full turn and one of a slice, one that is just full, and none: as all at once, of which
-    the first are checked above."""
-    slices, plans = slices_for(decisions, seed=2), []
-    with use_backend("triton" if INTERPRETING else "auto"):
-        for one in (engine, in_turns):
-            plan, run = one.plan(CAPACITY, *SIDES, Room.TURNS)
-            plan.images.copy_(slices)
-            plan.labels.fill_(9)
-            run()
-            plans.append(plan)
-    names = [[launch.name for launch in plan.launches] for plan in plans]
-    turn = [name for name in names[0] if name.startswith("whole")]
-    turns = [name for name in names[1] if name.startswith("whole")]
-    assert turns == ["whole: slots from 0", *turn, "whole: slots from 2", *turn]
-    assert plans[1].decisions.tolist() == [route or 0 for route in decisions]
-    for part in ("labels", "decisions", "offsets", "num_bits"):
-        assert torch.equal(*(getattr(plan, part) for plan in plans)), part
-
-
-def test_turns():
-    """As many slots as fit, if that is some and not all."""
-    slot = 5 * 16 * 240 * 240
-    found = [slots_of(cache, 16, (240, 240), 160) for cache in (0, 2 * slot - 1, 2 * slot)]
-    assert found == [160, 160, 2]
-    assert slots_of(11 * slot + 5, 16, (240, 240), 160) == 11
-    assert slots_of(200 * slot, 16, (240, 240), 160) == 160
-    assert cache_of(torch.device("cpu")) == 0
-
-
-@pytest.mark.parametrize(("bus", "megabytes", "slots"), [
-    (384, 72, 8), (512, 96, 10), (384, 6, 160), (5120, 40, 160)
-], ids=["RTX 4090", "RTX 5090", "RTX 3090", "A100"])  # fmt: skip
-def test_turns_of_cards(bus, megabytes, slots, monkeypatch):
-    """Whose memory is no stack, and whose cache holds more than one slice."""
-    found = SimpleNamespace(memory_bus_width=bus, L2_cache_size=megabytes << 20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    assert slots_of(cache_of(torch.device("cuda", 0)), 16, (240, 240), 160) == slots
+    assert not engine.plan(CAPACITY, *SIDES)[0].roomy
 
 
 def test_rooms():
     """Never less than a slice, and all of a chunk for the only crop there is, or no crop."""
-    assert rooms(4, 160, Room.USUAL) == [160, 64, 16]
-    assert rooms(3, 8, Room.USUAL) == [8, 1]
-    assert rooms(2, 8, Room.USUAL) == [8]
-    assert rooms(4, 3, Room.ALL) == rooms(4, 3, Room.TURNS) == [3, 3, 3]
-
-
-@pytest.mark.parametrize(("counts", "room"), [
-    ([160, 0, 0], Room.USUAL), ([80, 64, 16], Room.USUAL), ([0, 65, 0], Room.ALL),
-    ([0, 65, 16], Room.ALL), ([0, 0, 17], Room.ALL), ([0, 0, 48], Room.ALL),
-    ([0, 0, 49], Room.TURNS), ([0, 80, 80], Room.TURNS),
-], ids=str)  # fmt: skip
-def test_the_room_that_a_chunk_needs(counts, room):
-    assert room_for(counts, 160) == room
+    assert rooms(4, 160, roomy=False) == [160, 64, 16]
+    assert rooms(3, 8, roomy=False) == [8, 1]
+    assert rooms(2, 8, roomy=False) == [8]
+    assert rooms(4, 3, roomy=True) == [3, 3, 3]
+    decisions = torch.tensor([0, 1, 1, 1, 3])
+    assert not overflows(decisions, 5, 4)
+    assert overflows(torch.cat([decisions, decisions]), 10, 4)
+    assert overflows(torch.tensor([2, 2, 2]), 5, 4)
 
 
 def test_nothing_to_label(engine):
@@ -403,12 +337,8 @@ def only_kernels_unwatched(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", call)
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["at once", "in turns"])
-def test_a_run_reads_nothing_back_and_keeps_its_buffers(
-    engine, in_turns, mixed, only_kernels_unwatched, turns
-):
-    one, room = (in_turns, Room.TURNS) if turns else (engine, Room.USUAL)
-    plan, _ = one.plan(CAPACITY, *SIDES, room)
+def test_a_run_reads_nothing_back_and_keeps_its_buffers(engine, mixed, only_kernels_unwatched):
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
     plan.images.copy_(MIXED[:CAPACITY])
     with pytest.raises(AssertionError, match="needs the host"), NoWordToTheHost():
         bool(plan.images.any())
@@ -426,7 +356,7 @@ def test_a_run_reads_nothing_back_and_keeps_its_buffers(
 @pytest.mark.skipif(not INTERPRETING, reason="only interpreted kernels tell what they touch")
 def test_groups_side_by_side_share_nothing(engine, mixed, launched):
     """Their launches are on streams of their own: none writes what another group's touches."""
-    plan, _ = engine.plan(CAPACITY, *SIDES, Room.USUAL)
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
     plan.images.copy_(MIXED[:CAPACITY])
     labels = plan.labels.data_ptr() + np.arange(plan.labels.numel())
     for launch in islice(plan.launches, 4):  # up to the routing
@@ -458,7 +388,7 @@ def test_kernels_are_compiled_before_the_first_plan_alone(model, monkeypatch):
     made, steps = [], []
 
     class Recorded:
-        def __init__(self, planned, capacity, size, _=None):
+        def __init__(self, planned, capacity, size, roomy=True):
             self.run = lambda: steps.append(("run", capacity))
             made.append((capacity, size))
 
@@ -484,7 +414,7 @@ def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     made, room = [], 8
 
     class Roomless:
-        def __init__(self, planned, capacity, size, _=None):
+        def __init__(self, planned, capacity, size, roomy=True):
             made.append(capacity)
             self.run = None
             if capacity > room:
@@ -497,11 +427,11 @@ def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     assert made == [2, 32, 32, 8]
     room = 0
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-        engine.plan(20, *SIDES, Room.ALL)
+        engine.plan(20, *SIDES, roomy=True)
     assert made[4:] == [32, 32, 8, 2]
     error = RuntimeError("device-side assert")
     with pytest.raises(RuntimeError, match="assert"):
-        engine.plan(2, *SIDES, Room.ALL)
+        engine.plan(2, *SIDES, roomy=True)
     assert made[8:] == [2]
 
 
@@ -512,14 +442,14 @@ def test_units_in_float_are_one_kernel_each(engine):
 
 def test_one_launch_is_one_step(engine):
     """What would be recorded: no launch is made twice, none comes or goes with the decisions."""
-    plan, _ = engine.plan(CAPACITY, *SIDES, Room.USUAL)
+    plan, _ = engine.plan(CAPACITY, *SIDES, roomy=False)
     names = [launch.name for launch in plan.launches]
     assert names[:4] == ["view", "decide", "locate", "route"]
     for route in ("crop-8", "crop-16", "whole"):
         own = [name for name in names if name.startswith(f"{route}: ")]
         assert own[0] == f"{route}: image" and own[-1] == f"{route}: labels"
         assert sum("block" in name for name in own) == 18
-    assert engine.plan(CAPACITY, *SIDES, Room.USUAL)[0] is plan, "one plan serves all chunks"
+    assert engine.plan(CAPACITY, *SIDES, roomy=False)[0] is plan, "one plan serves all chunks"
 
 
 # choosing --------------------------------------------------------------------------------------
