@@ -24,7 +24,8 @@ from typing import Any
 
 from cards import CARDS, LAUNCH_SECONDS, PROGRAM_SECONDS, Card, known_card
 from gpu_work import Convolution, Tiles, last_stage, unet
-from multiprocessor import PRODUCT, Costs, Step, disassembled, shortest_way, simulate, steps_of
+from multiprocessor import simulate
+from warp_way import PRODUCT, Costs, Step, disassembled, shortest_way, steps_of
 
 from meddanet.kernels import machine_code
 from meddanet.kernels.variants import Variant, variants

@@ -47,12 +47,13 @@ def blocks(
     """Returns the block sizes and warps for one class of shapes.
 
     Sums of up to 18 steps of 8-bit codes read through L1, which serves the nine taps' overlap;
-    others copy ahead to shared memory, in stages. What a program does once is worth many pixels: of
-    the sizes that an H200 tried (`benchmarks/tune.py`) the larger tile per warp won, until
-    registers ran out. Values of more than 8 bits take several each: where slots may have either,
-    those are computed in small parts of a tile, so that they do not decide how many programs fit.
-    The bound on registers is one with which neither compiler of those tried (triton 3.6, 3.9)
-    spills.
+    others copy ahead to shared memory, in stages. How many loads run ahead of a product makes no
+    difference by simulation (`benchmarks/simulate.py`), but they take shared memory. What a program
+    does once is worth many pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the
+    larger tile per warp won, until registers ran out. Values of more than 8 bits take several each:
+    where slots may have either, those are computed in small parts of a tile, so that they do not
+    decide how many programs fit. The bound on registers is one with which neither compiler of those
+    tried (triton 3.6, 3.9) spills.
 
     Args:
         conv: The weights.

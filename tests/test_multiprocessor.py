@@ -9,17 +9,20 @@ import pytest
 
 cards = pytest.importorskip("cards")
 multiprocessor = pytest.importorskip("multiprocessor")
+warp_way = pytest.importorskip("warp_way")
+simulate = pytest.importorskip("simulate")
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-COSTS = multiprocessor.Costs(l1=30, l2=300, product=4, barrier=20, start=200)
+COSTS = warp_way.Costs(l1=30, l2=300, product=4, barrier=20, start=200)
 NONE = 7
 
 
 def listing(*lines) -> str:
-    """A disassembly of (instruction, stall, scoreboard written, scoreboards waited for)."""
+    """A disassembly of (instruction, stall, scoreboard written, scoreboards waited for, and the one
+    set when operands are read)."""
     text = []
-    for place, (line, stall, writes, waits) in enumerate(lines):
-        upper = (stall | NONE << 8 | writes << 5 | waits << 11) << 41
+    for place, (line, stall, writes, waits, *reads) in enumerate(lines):
+        upper = (stall | (reads or [NONE])[0] << 8 | writes << 5 | waits << 11) << 41
         text.append(f"        /*{16 * place:04x}*/                   {line} ;   "
                     f"/* 0x0000000000007b1d */\n{' ' * 100}/* 0x{upper:016x} */")  # fmt: skip
     return "\n".join(text)
@@ -27,8 +30,8 @@ def listing(*lines) -> str:
 
 def clocks(*lines, warps=4, resident=1, programs=1, products=0) -> int:
     """When the last instruction is issued."""
-    way = multiprocessor.shortest_way(multiprocessor.disassembled(listing(*lines)), products)
-    steps = multiprocessor.steps_of(way, COSTS)
+    way = warp_way.shortest_way(warp_way.disassembled(listing(*lines)), products)
+    steps = warp_way.steps_of(way, COSTS)
     return multiprocessor.simulate(steps, warps, resident, programs, COSTS)
 
 
@@ -105,11 +108,11 @@ def test_the_way_goes_round_a_loop_until_all_is_added_up() -> None:
         plain("MOV R1, R2"), plain("IMMA.16832.S8.S8 R8, R4, R6, R8"), plain("@!P0 BRA 0x10"),
         plain("STG.E [R2], R8"), EXIT,
     )  # fmt: skip
-    listed = multiprocessor.disassembled(code)
-    names = [one.name for one in multiprocessor.shortest_way(listed, 3)]
+    listed = warp_way.disassembled(code)
+    names = [one.name for one in warp_way.shortest_way(listed, 3)]
     assert names == ["MOV", *["IMMA", "BRA"] * 3, "STG", "EXIT"]
     with pytest.raises(ValueError, match="adds up 0 products"):
-        multiprocessor.shortest_way(listed, 0)
+        warp_way.shortest_way(listed, 0)
 
 
 def test_copies_ahead_are_waited_for_group_by_group() -> None:
@@ -123,15 +126,69 @@ def test_copies_ahead_are_waited_for_group_by_group() -> None:
 
 @pytest.mark.parametrize("name", cards.CARDS)
 def test_tensor_cores_keep_the_published_pace(name) -> None:
-    simulate = pytest.importorskip("simulate")
     card = cards.CARDS[name]
     clocks = simulate.costs_of(card).product
     products = 4 * card.multiprocessors * card.gigahertz * 1e9 / clocks
-    assert 2 * multiprocessor.PRODUCT * products == pytest.approx(card.tera_ops * 1e12, rel=0.02)
+    assert 2 * warp_way.PRODUCT * products == pytest.approx(card.tera_ops * 1e12, rel=0.02)
+
+
+def test_operands_may_be_overwritten_once_they_are_read() -> None:
+    """A store reads what it stores ten clocks after its turn on the way to memory."""
+    far = [plain("MOV R5, R6")] * 40
+    store, use = ("STS.128 [R2], R4", 1, NONE, 0, 2), ("MOV R4, R1", 1, NONE, 1 << 2)
+    assert clocks(*far, store, use, EXIT, warps=1) == 40 + 4 + 10 + 1
+
+
+def test_codes_of_a_new_row_come_from_l2() -> None:
+    """Nine taps: each row's first one misses L1, and the next two wait for no less than it."""
+    loads = [(f"@P0 LDG.E.128 R{r}, [R2]", 1, 0, 0) for r in range(9)]
+    use = ("IMMA.16832.S8.S8 R8, R4, R6, R8", 1, NONE, 1)
+    # the last row's first one is sent after six others, of four clocks each
+    assert clocks(*loads, use, EXIT, warps=1, products=1) == 7 * 4 + 300 + 1
+    # without a condition they are weights, from L1: the last of nine is sent after 32 clocks
+    far = [plain("MOV R5, R6")] * 40
+    weights = [(f"LDG.E.128 R{r}, [R2]", 1, 0, 0) for r in range(9)]
+    assert clocks(*far, *weights, use, EXIT, warps=1, products=1) == 40 + 9 * 4 + 30 + 1
+
+
+def test_what_is_added_to_a_sum_comes_from_l2() -> None:
+    product = plain("IMMA.16832.S8.S8 R8, R4, R6, R8")
+    load, use = ("@P0 LDG.E.64 R1, [R2]", 1, 1, 0), ("FADD R3, R1", 1, NONE, 2)
+    # two clocks of the way for 256 bytes
+    assert clocks(product, load, use, EXIT, warps=1, products=1) == 1 + 2 + 300 + 1
+
+
+def test_slow_units() -> None:
+    for line, busy in (("MUFU.RCP R1, R2", 8), ("IMAD R1, R2, R3, R4", 2), ("I2F R1, R2", 2)):
+        assert clocks(*[plain(line)] * 5, EXIT) == 4 * busy + 1, line
+    # what a reciprocal gives is there twenty clocks later
+    use = ("FADD R3, R1", 1, NONE, 1)
+    assert clocks(("MUFU.RCP R1, R2", 1, 0, 0), use, EXIT) == 20 + 1
+
+
+@pytest.mark.parametrize(("arch", "registers", "shared", "warps", "expected"), [
+    # registers: 65536 / (128 * 96); shared memory; warps; programs
+    ("sm_90", 96, 0, 4, 5), ("sm_89", 96, 24 * 1024, 4, 4), ("sm_89", 32, 0, 8, 6),
+    ("sm_86", 16, 0, 1, 16), ("sm_90", 72, 0, 4, 7), ("sm_80", 73, 40 * 1024, 4, 4),
+])  # fmt: skip
+def test_how_many_programs_fit(arch, registers, shared, warps, expected) -> None:
+    row = {"arch": arch, "registers": registers, "shared_bytes": shared, "num_warps": warps}
+    assert simulate.resident(row) == expected
 
 
 def test_what_was_simulated_is_near_what_an_h200_measured() -> None:
-    """All 21 kinds of convolutions of the plan that it ran, none left out."""
+    """All 21 kinds of convolutions of the plan that it ran, none left out, as it measured them."""
     found = json.loads((RESULTS / "simulation_check_h200.json").read_text())
-    assert len(found["kernels"]) == 21
+    measured = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
+    assert found["commit"] == measured["environment"]["commit"]
+    times: dict[str, list[float]] = {}
+    for launch, time in measured["launches_us"]:
+        times.setdefault(launch.removeprefix("crop-96: "), []).append(time)
+    rows = {row["kernel"]: row for row in found["kernels"]}
+    assert len(rows) == 21
+    for one in simulate.convolutions():
+        own = [times[simulate._launch(one)].pop(0) for _ in range(one.times)]
+        assert rows[one.label]["measured_us"] == pytest.approx(sum(own) / len(own), abs=0.01)
+    known = "begin", "down 2", "stage 3 block, second", "decoder, first"
+    assert not any(times[name] for name in known)
     assert 0.65 < found["least"] <= found["median"] <= found["most"] < 1.1
