@@ -26,9 +26,9 @@ def prediction(results: Results) -> str:
 
 def simulation(results: Results) -> str:
     """Simulated microseconds of a volume's convolutions, by the channels that they store."""
-    rows = []
+    rows, sums = [], dict[str, float]()
     for card, found in results.read("simulation")["cards"].items():
-        sums: dict[str, float] = {}
+        sums = {}
         for row in found["kernels"]:
             channels = row["kernel"].split(" channels")[0].rpartition(" ")[2]
             sums[channels] = sums.get(channels, 0) + row["times"] * row["microseconds"]

@@ -188,6 +188,8 @@ def main() -> None:
                   f"{row['simulated_us']:6.1f}: {row['simulated_of_measured']:.0%}")  # fmt: skip
     else:
         content["command"] = "python benchmarks/simulate.py FILE"
+        if options.card != list(CARDS):
+            content["command"] += f" --card {' '.join(map(repr, options.card))}"
         content["cards"] = {}
         for name in options.card:
             content["cards"][name] = found = predicted(CARDS[name])
