@@ -73,9 +73,9 @@ def load_volume(
     with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
         images = dict(zip(paths, pool.map(_read, paths), strict=True))
         first = images[paths[0]]
+        affine = in_millimetres(first.affine, first.header)
         for image in images.values():
             _check_channels(image, len(sources) if image.path == case.files else 1)
-            affine = in_millimetres(first.affine, first.header)
             _check_same_grid(image, first.stored.shape[:3], affine, str(first.path))
         # filled in the file's own memory order: no transposition here
         data = np.empty((len(wanted), *first.stored.shape[2::-1]), np.float32).transpose(0, 3, 2, 1)
