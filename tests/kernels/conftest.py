@@ -39,16 +39,23 @@ class Memory:
 
     Programs run in any order and the threads of each side by side, so nothing that a launch writes
     may be touched a second time, nor be read elsewhere than at the same place of the same program.
+    A barrier settles what a program has touched: from then on it may touch it again, at any place,
+    and no other program may where either of them writes.
 
     Args:
         tensors: The launch's arguments: nothing beside them may be touched.
 
     Attributes:
         starts: int64 [n], the addresses of the memory that they lie in, overlaps joined.
-        readers: For each an int64 [bytes]: 0, the program and place that have read it, or -1 for
-            several.
-        written: For each a bool [bytes].
+        readers: For each an int64 [bytes]: 0, the program and place that have read it since the
+            program's last barrier, ANYWHERE as the place for several, or -1 for several programs.
+        written: For each a bool [bytes], likewise.
+        settled: For each an int64 [bytes]: 0, the program that touched it before a barrier of its
+            own, or -1 for several.
+        kept: For each a bool [bytes]: whether it was written then.
     """
+
+    ANYWHERE = 0xFFFFFFFF
 
     def __init__(self, tensors: list[Tensor]) -> None:
         spans: list[tuple[int, int]] = []
@@ -64,9 +71,15 @@ class Memory:
         self.starts = np.array([start for start, _ in spans])
         self.readers = [np.zeros(end - start, np.int64) for start, end in spans]
         self.written = [np.zeros(end - start, bool) for start, end in spans]
+        self.settled = [np.zeros(end - start, np.int64) for start, end in spans]
+        self.kept = [np.zeros(end - start, bool) for start, end in spans]
+        # of the program that runs
+        self._program, self._recent = 0, list[tuple[int, np.ndarray]]()
 
     def touch(self, pointers, mask, size: int, program: int, stores: bool) -> None:
         """Notes an access of `size` bytes at each of `pointers` by a program, numbered from 1."""
+        if program != self._program:
+            self._program, self._recent = program, []
         addresses = pointers[mask].astype(np.int64)
         # places are those of a tile: which thread has which is up to the compiler
         readers = (program << 32) + np.flatnonzero(mask)
@@ -82,7 +95,11 @@ class Memory:
         past = first.max() + size - len(written)
         assert past <= 0, f"{past} bytes past an argument of {len(written)}"
         touched = first[:, None] + np.arange(size)
+        self._recent.append((span, touched))
         assert not written[touched].any(), "touched again after it was written"
+        owner, program = self.settled[span][touched], self._program
+        others = (owner != 0) & (owner != program)
+        assert not (others & (stores | self.kept[span][touched])).any(), "another program's"
         before = readers[touched]
         alone = (before == 0) | (before == reader)
         readers[touched] = reader
@@ -91,7 +108,22 @@ class Memory:
             assert alone.all(), "written twice, or where another program or thread reads"
             written[touched] = True
         else:
-            readers[touched[~alone]] = -1
+            ours = (before == 0) | (before >> 32 == program)
+            several = np.where(ours, program << 32 | self.ANYWHERE, -1)
+            readers[touched[~alone]] = several[~alone]
+
+    def barrier(self, program: int) -> None:
+        """Settles what a program, numbered from 1, has touched since its last barrier."""
+        recent, self._recent = self._recent if program == self._program else [], []
+        for span, touched in recent:
+            settled, kept = self.settled[span], self.kept[span]
+            readers, written = self.readers[span], self.written[span]
+            owner = settled[touched]
+            settled[touched] = np.where((owner == 0) | (owner == program), program, -1)
+            kept[touched] |= written[touched]
+            written[touched] = False
+            # what several programs have read stays so
+            readers[touched] = np.where(readers[touched] < 0, -1, 0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -107,16 +139,22 @@ def watch() -> list[Memory]:
         launches.append(Memory([leaf for leaf in leaves if isinstance(leaf, Tensor)]))
         return call(self, *args, **kwargs)
 
+    def program_of(builder):
+        (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
+        return 1 + (x * height + y) * depth + z
+
     def watched_access(theirs, stores):
         def access(self, pointers, *args):
             mask = args[1 if stores else 0].data
-            (x, y, z), (_, height, depth) = self.grid_idx, self.grid_dim
-            program = 1 + (x * height + y) * depth + z
+            program = program_of(self)
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             launches[-1].touch(pointers.data, mask, size, program, stores)
             return theirs(self, pointers, *args)
 
         return access
+
+    def watched_barrier(self):
+        launches[-1].barrier(program_of(self))
 
     def unwatched(self, *args):
         raise NotImplementedError("atomic operations are not watched")
@@ -125,6 +163,7 @@ def watch() -> list[Memory]:
     GridExecutor.__call__ = watched_call
     builder.create_masked_load = watched_access(builder.create_masked_load, stores=False)
     builder.create_masked_store = watched_access(builder.create_masked_store, stores=True)
+    builder.create_barrier = watched_barrier
     builder.create_atomic_cas = builder.create_atomic_rmw = unwatched
     return launches
 

@@ -56,6 +56,21 @@ def count_kernel(x):
     tl.atomic_add(x, 1.0)
 
 
+@triton.jit
+def barrier_kernel(x, out, shift, BARRIERS: tl.constexpr):
+    """Turns four elements a program twice, then copies those that begin `shift` further."""
+    at = tl.arange(0, 4)
+    own = x + 4 + tl.program_id(0) * 4
+    for first in tl.static_range(2):
+        value = tl.load(own + (at + 1) % 4)
+        if 2 * first < BARRIERS:
+            tl.debug_barrier()
+        tl.store(own + at, value)
+        if 2 * first + 1 < BARRIERS:
+            tl.debug_barrier()
+    tl.store(out + tl.program_id(0) * 4 + at, tl.load(own + at + shift))
+
+
 def copied(x, y, shift=0, stride=4):
     copy_kernel[(2,)](x, y, 7, shift, stride, SIZE=4)
     return y
@@ -101,6 +116,26 @@ def test_threads_of_one_program(kernel, wrong):
     """Their order is the compiler's: none may write what another one reads or writes."""
     with pytest.raises(InterpreterError, match=wrong):
         kernel[(1,)](torch.zeros(4))
+
+
+def test_a_barrier_settles_what_a_program_has_touched():
+    out = torch.zeros(8)
+    barrier_kernel[(2,)](torch.arange(16.0), out, 0, BARRIERS=4)
+    assert out.tolist() == [6, 7, 4, 5, 10, 11, 8, 9]
+
+
+@pytest.mark.parametrize(("barriers", "shift", "wrong"), [
+    (0, 0, "written twice, or where another program or thread reads"),
+    (1, 0, "touched again after it was written"),
+    (2, 0, "written twice, or where another program or thread reads"),
+    (3, 0, "touched again after it was written"),
+    (4, 4, "written twice, or where another program or thread reads"),
+    (4, -4, "another program's"),
+])  # fmt: skip
+def test_a_barrier_is_one_programs_own(barriers, shift, wrong):
+    """Each one that is left out is missed, and none settles what another program has written."""
+    with pytest.raises(InterpreterError, match=wrong):
+        barrier_kernel[(2,)](torch.arange(16.0), torch.zeros(8), shift, BARRIERS=barriers)
 
 
 def test_one_load_of_two_arguments():

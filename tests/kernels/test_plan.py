@@ -375,8 +375,8 @@ def test_groups_side_by_side_share_nothing(engine, mixed, launched):
         launched.clear()
         for launch in group.launches:
             launch.run()
-        read.append(addresses(lambda memory: memory.readers))
-        written.append(addresses(lambda memory: memory.written))
+        read.append(addresses(lambda memory: map(np.logical_or, memory.readers, memory.settled)))
+        written.append(addresses(lambda memory: map(np.logical_or, memory.written, memory.kept)))
         assert np.intersect1d(written[-1], labels).size, "this group had no slice"
     for own, other in permutations(range(len(plan.groups)), 2):
         touched = np.union1d(read[other], written[other])
