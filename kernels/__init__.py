@@ -15,14 +15,15 @@ from .head import label_head, label_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
-from .shuffle_pack import PackedUnit, pack_unit
+from .shuffle_pack import PackedStage, PackedUnit, pack_stage, pack_unit
+from .shuffle_stage import shuffle_stage, shuffle_stage_reference
 from .shuffle_stem import PackedStem, pack_stem, shuffle_stem, shuffle_stem_reference
-from .shuffle_unit import shuffle_unit, shuffle_unit_reference
 from .view import view_slices, view_slices_reference
 
 __all__ = [
     "ConvOutput",
     "PackedConv",
+    "PackedStage",
     "PackedStem",
     "PackedUnit",
     "affine_paste",
@@ -40,6 +41,7 @@ __all__ = [
     "label_head_reference",
     "norm_affine",
     "pack_conv",
+    "pack_stage",
     "pack_stem",
     "pack_unit",
     "quant_conv2d",
@@ -48,10 +50,10 @@ __all__ = [
     "route_slices_reference",
     "select_bits",
     "select_bits_reference",
+    "shuffle_stage",
+    "shuffle_stage_reference",
     "shuffle_stem",
     "shuffle_stem_reference",
-    "shuffle_unit",
-    "shuffle_unit_reference",
     "split_codes",
     "use_backend",
     "view_slices",

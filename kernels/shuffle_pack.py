@@ -1,4 +1,4 @@
-"""Weights of ShuffleNetV2 as `shuffle_unit` and `shuffle_stem` take them."""
+"""Weights of ShuffleNetV2 as `shuffle_stage` and `shuffle_stem` take them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NARROWEST = 16
 
 
 class PackedUnit(NamedTuple):
-    """The weights of a unit as `shuffle_unit` takes them, channels padded by zeros.
+    """The weights of a unit as `pack_stage` takes them, channels padded by zeros.
 
     1x1 weights are [Cin, Cout] in the tensors' dtype, 3x3 ones [9, C] and biases [C] in float32
     (float64 if that is the tensors' dtype); every C is the next power of two, at least 16.
@@ -41,10 +41,28 @@ class PackedUnit(NamedTuple):
         """1, or 2 where there is a side branch."""
         return 2 if self.side else 1
 
-    def to(self, device: torch.device | str) -> PackedUnit:
+
+class PackedStage(NamedTuple):
+    """The weights of units as `shuffle_stage` takes them.
+
+    Attributes:
+        first: `main` and `side` of the first unit's `PackedUnit`.
+        rest: `main` of the others, each tensor stacked: [U, ...]; empty where there are none.
+        in_channels: Of the first unit's input, without padding.
+        mid_channels: Between expand and mix, of the first unit and of the others, likewise.
+        out_channels: Of every unit's output, likewise.
+    """
+
+    first: tuple[Tensor, ...]
+    rest: tuple[Tensor, ...]
+    in_channels: int
+    mid_channels: tuple[int, int]
+    out_channels: int
+
+    def to(self, device: torch.device | str) -> PackedStage:
         """Returns the same on another device."""
-        main, side = (tuple(t.to(device) for t in part) for part in (self.main, self.side))
-        return self._replace(main=main, side=side)
+        first, rest = (tuple(t.to(device) for t in part) for part in (self.first, self.rest))
+        return self._replace(first=first, rest=rest)
 
 
 def padded(channels: int) -> int:
@@ -59,7 +77,7 @@ def checked_input(
 
     Args:
         input: What was given.
-        what: "stem" or "unit".
+        what: "stem" or "stage".
         channels: That its input has.
         weight: One of its packed weights.
         seen: int32 [N] where the input is, or None.
@@ -86,7 +104,7 @@ def checked_input(
 
 
 def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = ()) -> PackedUnit:
-    """Packs a unit's layers, norms folded, for `shuffle_unit`.
+    """Packs a unit's layers, norms folded.
 
     Args:
         expand: Weight [M, B, 1, 1] and bias [M]; B is half of the input's channels at stride 1, all
@@ -120,6 +138,35 @@ def pack_unit(expand: Layer, depth: Layer, mix: Layer, side: Sequence[Layer] = (
     packed = [tensor for layer in layers for tensor in _pack(*layer)]
     passed = branch if side else 2 * branch
     return PackedUnit(tuple(packed[:6]), tuple(packed[6:]), passed, mid, branch + last)
+
+
+def pack_stage(units: Sequence[PackedUnit]) -> PackedStage:
+    """Packs units that follow each other for `shuffle_stage`.
+
+    Args:
+        units: Any one first, then any number of stride 1, which are alike and have as many channels
+            in as out.
+
+    Raises:
+        ValueError: If there is no unit, or one does not follow those before it.
+    """
+    if not units:
+        raise ValueError("a stage has one unit at the least")
+    first, *rest = units
+    channels = first.out_channels
+    mid = rest[0].mid_channels if rest else first.mid_channels
+    for number, unit in enumerate(rest, 2):
+        fits = unit.in_channels == unit.out_channels == channels and unit.mid_channels == mid
+        if unit.side or not fits or unit.main[0].dtype != first.main[0].dtype:
+            raise ValueError(
+                f"unit {number} must have stride 1, {channels} channels in and out, {mid} between, "
+                f"in {first.main[0].dtype}, got stride {unit.stride}, {unit.in_channels} in, "
+                f"{unit.out_channels} out, {unit.mid_channels} between, in {unit.main[0].dtype}"
+            )
+    stacked = tuple(map(torch.stack, zip(*(unit.main for unit in rest), strict=True)))
+    return PackedStage(
+        (*first.main, *first.side), stacked, first.in_channels, (first.mid_channels, mid), channels
+    )
 
 
 def _pack(weight: Tensor, bias: Tensor) -> Layer:

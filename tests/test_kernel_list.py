@@ -26,7 +26,7 @@ from meddanet.weights import load_model  # noqa: E402
 
 ARCH = 89
 # the modules, beside which the package has functions of their names
-SHUFFLE = [import_module(f"meddanet.kernels.{name}") for name in ("shuffle_stem", "shuffle_unit")]
+SHUFFLE = [import_module(f"meddanet.kernels.{name}") for name in ("shuffle_stem", "shuffle_stage")]
 
 
 def tensors(result):
@@ -133,7 +133,7 @@ def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
 def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
     model = load_model()
     planned = PlannedModel(model, torch.device("cpu"))
-    # as on a GPU: in half precision, and the decision networks' units on Triton
+    # as on a GPU: in half precision, and the decision networks' parts on Triton
     planned.dtype = torch.float16
     planned.policy, planned.position = (
         frozen(network, torch.float16) for network in (model.policy, model.position)
@@ -146,7 +146,7 @@ def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
             step.run()
 
     launched = variants.record(ARCH, "plan", launch_all)
-    assert {"shuffle_stem_kernel", "shuffle_unit_kernel"} <= {v.name for v in launched}
+    assert {"shuffle_stem_kernel", "shuffle_stage_kernel"} <= {v.name for v in launched}
     listed = variants.variants(ARCH)
     missing = {v.key for v in launched} - {v.key for v in listed}
     assert not [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key in missing]

@@ -136,12 +136,17 @@ def test_half_precision_networks_by_hand():
     layer = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.ReLU())
     work = plan_work.half_precision("net", layer, (3, 4, 10, 10))
     assert work.operations == 2 * 3 * 5 * 5 * 8 * 4 * 9 and work.half and work.launches == 1
-    # a unit is one launch: 8 channels in and out, half of them through 4 x 4, 4 x 9, 4 x 4 weights
-    unit = ShuffleUnit(8, 8, 1).eval()
-    set_quantization(unit, quantize=False, update_range=False)
-    unit = plan_work.half_precision("unit", unit, (3, 8, 10, 10))
-    assert unit.launches == 1 and unit.operations == 2 * 300 * (16 + 36 + 16)
-    assert unit.bytes == 2 * (2 * 3 * 8 * 100 + 16 + 36 + 16)
+    # a stage is one launch, whose maps between units are never stored
+    units = [ShuffleUnit(8, 16, 2), *(ShuffleUnit(16, 16, 1) for _ in range(3))]
+    stage = nn.Sequential(*units).eval()
+    set_quantization(stage, quantize=False, update_range=False)
+    stage = plan_work.half_precision("stage", stage, (3, 8, 20, 20))
+    # all have 8 x 8 to expand and to mix and 8 x 9 per channel, the first one's side the last two
+    first, other = 64 + 72 + 64 + 72 + 64, 64 + 72 + 64
+    # it expands at four times as many pixels
+    assert stage.launches == 1
+    assert stage.operations == 2 * 300 * (first + 3 * 64 + 3 * other)
+    assert stage.bytes == 2 * (3 * 8 * 400 + 3 * 16 * 100 + first + 3 * other)
     assert work.bytes == 2 * (3 * 4 * 100 + 3 * 8 * 25 + 8 * 4 * 9)
     # and so is a stem: what lies between convolution and pooling is never stored
     stem = ShuffleStem(4, 8).eval()
@@ -160,7 +165,11 @@ def test_the_prediction_goes_through_all_launches_of_the_plan():
     work = plan_work.plan_work({"skip": 145, "crop-96": 10}, EIGHT, TILES)
     names = [part.name for part in work]
     assert names == [launch.name for launch in plan_work.shipped_plan(roomy=False).launches]
-    measured = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
+    now, measured = (
+        json.loads((RESULTS / f"gpu_launches_h200_00000{suffix}.json").read_text())
+        for suffix in ("", "_at_6eb4a23")
+    )
+    assert names == [name for name, _ in now["launches_us"]]
     ran = [name for name, _ in measured["launches_us"]]
     # launches of their own once: codes of nine skips, moments of twelve stages, two pastes, and
     # 27 convolutions where nine ways up are now

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..kernels import (
+    PackedStage,
     PackedStem,
     PackedUnit,
     fake_quantize,
+    pack_stage,
     pack_stem,
     pack_unit,
+    shuffle_stage,
     shuffle_stem,
-    shuffle_unit,
 )
 from ..kernels.layout import wide_dtype
 from ..layers import quantized_layers
@@ -51,7 +53,7 @@ class _OneKernel(nn.Module):
     """A part of ShuffleNetV2 as one operation.
 
     Args:
-        operation: `shuffle_stem` or `shuffle_unit`.
+        operation: `shuffle_stem` or `shuffle_stage`.
         packed: Its weights as they run, where they run: they cannot be moved or cast.
 
     Attributes:
@@ -60,7 +62,7 @@ class _OneKernel(nn.Module):
 
     seen: Tensor | None = None
 
-    def __init__(self, operation: Callable[..., Tensor], packed: PackedStem | PackedUnit) -> None:
+    def __init__(self, operation: Callable[..., Tensor], packed: PackedStem | PackedStage) -> None:
         super().__init__()
         self.operation, self.packed = operation, packed
 
@@ -95,8 +97,8 @@ def frozen(
     """Returns a copy for inference whose forward pass can be captured in a graph.
 
     Layers that are quantised have their weights put on the grid and round their input by its fixed
-    range; batch norms that follow a convolution are folded into it. Stem and units of ShuffleNetV2
-    without quantised layers become one operation each.
+    range; batch norms that follow a convolution are folded into it. Stem and stages of ShuffleNetV2
+    become one operation each, where units have quantised layers as far as there are none.
 
     Args:
         network: In `eval()`, every quantised layer with a range.
@@ -124,8 +126,10 @@ def frozen(
         owner = network.get_submodule(parent)
         setattr(owner, own, _OnGrid(getattr(owner, own), num_bits, amax))
     for name, part in list(network.named_modules()):
-        if isinstance(part, (ShuffleStem, ShuffleUnit)) and not _rounds(part):
-            network.set_submodule(name, _one_kernel(part))
+        if isinstance(part, ShuffleStem) and not _rounds(part):
+            network.set_submodule(name, _OneKernel(shuffle_stem, pack_stem(*_layer(part))))
+        elif isinstance(part, nn.Sequential) and any(isinstance(p, ShuffleUnit) for p in part):
+            network.set_submodule(name, _in_stages(part))
     return network
 
 
@@ -154,17 +158,36 @@ def _rounds(network: nn.Module) -> bool:
     return any(isinstance(module, _OnGrid) for module in network.modules())
 
 
-def _one_kernel(part: ShuffleStem | ShuffleUnit) -> _OneKernel:
-    """Packs a part whose norms are folded."""
+def _layer(layers: Any) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias of a convolution whose norm is folded."""
+    return layers[0].weight, layers[0].bias
 
-    def layer(layers: Any) -> tuple[Tensor, Tensor]:
-        return layers[0].weight, layers[0].bias
 
-    if isinstance(part, ShuffleStem):
-        return _OneKernel(shuffle_stem, pack_stem(*layer(part)))
-    expand, depth, mix = map(layer, part.main)
-    side = [layer(layers) for layers in part.project or ()]
-    return _OneKernel(shuffle_unit, pack_unit(expand, depth, mix, side))
+def _packed(unit: ShuffleUnit) -> PackedUnit:
+    expand, depth, mix = map(_layer, unit.main)
+    return pack_unit(expand, depth, mix, [_layer(layers) for layers in unit.project or ()])
+
+
+def _in_stages(units: nn.Sequential) -> nn.Sequential:
+    """Makes one operation of units in float that follow each other; halving begins another."""
+    parts: list[nn.Module] = []
+    stage: list[PackedUnit] = []
+
+    def end_stage() -> None:
+        if stage:
+            parts.append(_OneKernel(shuffle_stage, pack_stage(stage)))
+            stage.clear()
+
+    for unit in units:
+        if not isinstance(unit, ShuffleUnit) or _rounds(unit):
+            end_stage()
+            parts.append(unit)
+            continue
+        if unit.project is not None:
+            end_stage()
+        stage.append(_packed(unit))
+    end_stage()
+    return nn.Sequential(*parts)
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

@@ -29,6 +29,7 @@ from meddanet.kernels import (
     label_head,
     label_head_reference,
     pack_conv,
+    pack_stage,
     pack_stem,
     pack_unit,
     quant_conv2d,
@@ -37,10 +38,10 @@ from meddanet.kernels import (
     route_slices_reference,
     select_bits,
     select_bits_reference,
+    shuffle_stage,
+    shuffle_stage_reference,
     shuffle_stem,
     shuffle_stem_reference,
-    shuffle_unit,
-    shuffle_unit_reference,
     use_backend,
     view_slices,
     view_slices_reference,
@@ -317,9 +318,10 @@ def test_route_slices(device, samples):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("branch", [12, 48, 96])
+@pytest.mark.parametrize("units", [1, 2, 7])
 @pytest.mark.parametrize("halved", [True, False], ids=["stride 2", "stride 1"])
-def test_shuffle_unit(device, halved, branch, dtype, tolerances):
-    """Programs of several samples, the last one not full."""
+def test_shuffle_stage(device, halved, units, branch, dtype, tolerances):
+    """Maps that programs take in parts, the last one not full."""
 
     def layer(*shape):
         fan_in = shape[1] * shape[2] * shape[3]
@@ -331,17 +333,19 @@ def test_shuffle_unit(device, halved, branch, dtype, tolerances):
     def point():
         return layer(branch, branch, 1, 1)
 
-    unit = pack_unit(point(), depth(), point(), (depth(), point()) if halved else ())
-    x = torch.randn(5, unit.in_channels, 7, 9).to(dtype).contiguous(memory_format=LAST)
-    layers = unit.main + unit.side
-    exact_unit = unit._replace(
-        main=tuple(t.double() for t in layers[:6]), side=tuple(t.double() for t in layers[6:])
+    def unit(halved):
+        return pack_unit(point(), depth(), point(), (depth(), point()) if halved else ())
+
+    stage = pack_stage([unit(halved), *(unit(False) for _ in range(units - 1))])
+    x = torch.randn(5, stage.in_channels, 15, 19).to(dtype).contiguous(memory_format=LAST)
+    exact_stage = stage._replace(
+        first=tuple(t.double() for t in stage.first), rest=tuple(t.double() for t in stage.rest)
     )
-    actual, again = (shuffle_unit(x.to(device), unit.to(device)) for _ in range(2))
+    actual, again = (shuffle_stage(x.to(device), stage.to(device)) for _ in range(2))
     assert torch.equal(actual, again)
     tolerances.reduction(
-        actual.cpu(), native=shuffle_unit_reference(x, unit),
-        exact=shuffle_unit_reference(x.double(), exact_unit),
+        actual.cpu(), native=shuffle_stage_reference(x, stage),
+        exact=shuffle_stage_reference(x.double(), exact_stage),
     )  # fmt: skip
 
 
@@ -370,9 +374,9 @@ def test_what_is_not_seen_is_left_out(device):
 
 
 NETWORKS = {
-    "shufflenetv2-m": (lambda: build_decision_network("shufflenetv2-m", 4, 4), 1 + 16),
-    "shufflenetv2": (lambda: build_decision_network("shufflenetv2", 4, 4), 1 + 16),
-    "heatmap": (lambda: build_position_network("heatmap", 4), 1 + 12),
+    "shufflenetv2-m": (lambda: build_decision_network("shufflenetv2-m", 4, 4), 1 + 3),
+    "shufflenetv2": (lambda: build_decision_network("shufflenetv2", 4, 4), 1 + 3),
+    "heatmap": (lambda: build_position_network("heatmap", 4), 1 + 2),
 }
 
 
@@ -380,7 +384,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_frozen_decision_networks(device, name, dtype, tolerances):
-    """A network with its stem and units as operations, against itself in float64."""
+    """A network with its stem and stages as operations, against itself in float64."""
     build, parts = NETWORKS[name]
     network = build().double()
     x = torch.randn(5, 4, 64, 72, dtype=torch.float64).to(dtype)

@@ -14,6 +14,7 @@ from meddanet.kernels import (
     fake_quantize,
     label_head,
     pack_conv,
+    pack_stage,
     pack_stem,
     pack_unit,
     quant_conv2d,
@@ -76,10 +77,13 @@ def point(*shape):
     return torch.randn(shape), torch.randn(shape[0])
 
 
-def packed_unit(side):
-    """Arguments of the unit's operator, for a branch of three channels."""
-    unit = pack_unit(point(5, 3, 1, 1), point(5, 1, 3, 3), point(4, 5, 1, 1), side)
-    return list(unit.main), list(unit.side), unit.mid_channels, unit.out_channels
+def packed_stage(side=(), more=0):
+    """Arguments of the stage's operator, for a branch of three channels, then of five."""
+    units = [pack_unit(point(5, 3, 1, 1), point(5, 1, 3, 3), point(7, 5, 1, 1), side)]
+    for _ in range(more):
+        units.append(pack_unit(point(5, 5, 1, 1), point(5, 1, 3, 3), point(5, 5, 1, 1)))
+    stage = pack_stage(units)
+    return list(stage.first), list(stage.rest), list(stage.mid_channels), stage.out_channels
 
 
 SLOTS = torch.tensor([1, 0], dtype=torch.int32)
@@ -137,11 +141,11 @@ SAMPLES = {
          torch.tensor([0, 1], dtype=torch.int32)),
     ),
     "unit of stride 1": lambda: (
-        OPS.shuffle_unit, (torch.randn(2, 6, 7, 8), *packed_unit(()), None)
+        OPS.shuffle_stage, (torch.randn(2, 6, 7, 8), *packed_stage(), None)
     ),
-    "unit of stride 2": lambda: (
-        OPS.shuffle_unit,
-        (image(LAST).detach(), *packed_unit([point(3, 1, 3, 3), point(3, 3, 1, 1)]),
+    "stage": lambda: (
+        OPS.shuffle_stage,
+        (image(LAST).detach(), *packed_stage([point(3, 1, 3, 3), point(3, 3, 1, 1)], 2),
          torch.ones(2, dtype=torch.int32)),
     ),
     "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),

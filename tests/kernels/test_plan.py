@@ -435,9 +435,9 @@ def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     assert made[8:] == [2]
 
 
-def test_units_in_float_are_one_kernel_each(engine):
-    units = engine._planned.position.stages
-    assert [isinstance(unit, _OneKernel) for unit in units] == [False] * 4 + [True] * 8
+def test_a_stage_in_float_is_one_kernel(engine):
+    parts = engine._planned.position.stages
+    assert [isinstance(part, _OneKernel) for part in parts] == [False] * 4 + [True]
 
 
 def test_one_launch_is_one_step(engine):

@@ -1,4 +1,4 @@
-"""shuffle_unit against the layers of the unit that training uses, in float64."""
+"""shuffle_stage against the layers of the units that training uses, in float64."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import nn
 
 from meddanet.build import build_decision_network
 from meddanet.engine.decisions import _OneKernel, frozen
-from meddanet.kernels import pack_unit, shuffle_unit, shuffle_unit_reference
+from meddanet.kernels import pack_stage, pack_unit, shuffle_stage, shuffle_stage_reference
 from meddanet.kernels.shuffle_pack import padded
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleUnit
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
 LAST = torch.channels_last
-# of both shipped widths, and some that no power of two divides
-UNITS = [
-    (12, 24, 2), (24, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 192, 2),
-    (192, 192, 1), (5, 14, 2), (10, 10, 1), (6, 16, 1),
+# channels in and out, stride, units: of both shipped widths, and some that no power of two divides
+STAGES = [
+    (12, 24, 2, 4), (24, 48, 2, 8), (48, 96, 2, 4), (96, 192, 2, 2), (24, 24, 1, 1),
+    (192, 192, 1, 1), (5, 14, 2, 1), (10, 10, 1, 3), (6, 16, 1, 2), (40, 50, 2, 2),
 ]  # fmt: skip
+FEW = [(12, 24, 2, 1), (24, 24, 1, 2), (12, 24, 2, 3)]
 
 
 @torch.no_grad()
@@ -38,26 +39,28 @@ def in_float(network):
     return network
 
 
-def unit_with_norms(*shape):
-    return in_float(ShuffleUnit(*shape))
+def stage_with_norms(cin, cout, stride, units=1):
+    """A first unit, and others of stride 1."""
+    more = [ShuffleUnit(cout, cout, 1) for _ in range(units - 1)]
+    return in_float(nn.Sequential(ShuffleUnit(cin, cout, stride), *more))
 
 
 @torch.no_grad()
-def folded(unit, dtype):
-    """The unit with its norms folded into its convolutions, and those in a dtype."""
-    unit = deepcopy(unit)
-    for layers in list(unit.modules()):
+def folded(stage, dtype):
+    """The units with their norms folded into their convolutions, and those in a dtype."""
+    stage = deepcopy(stage)
+    for layers in list(stage.modules())[1:]:
         if isinstance(layers, nn.Sequential) and isinstance(layers[1], nn.BatchNorm2d):
             conv, norm = layers[0], layers[1]
             gain = norm.weight / (norm.running_var + norm.eps).sqrt()
             conv.weight.mul_(gain[:, None, None, None])
             conv.bias = nn.Parameter(norm.bias - norm.running_mean * gain)
             layers[1] = nn.Identity()
-    return unit.to(dtype)
+    return stage.to(dtype)
 
 
-def packed(unit):
-    """What `shuffle_unit` takes of a folded unit."""
+def packed_unit(unit):
+    """A folded unit's weights."""
     def layer(layers):
         return layers[0].weight, layers[0].bias
 
@@ -65,60 +68,64 @@ def packed(unit):
     return pack_unit(*(layer(layers) for layers in unit.main), side)
 
 
-def rounding_layers(unit, round_to):
-    """The unit in float32 with the output of every layer rounded."""
-    unit = deepcopy(unit).float()
-    for layers in [*unit.main, *(unit.project or ())]:
+def packed(stage):
+    """What `shuffle_stage` takes of folded units."""
+    return pack_stage([packed_unit(unit) for unit in stage])
+
+
+def rounding_layers(stage, round_to):
+    """The units in float32 with the output of every layer rounded."""
+    stage = deepcopy(stage).float()
+    for layers in [layers for unit in stage for layers in (*unit.main, *(unit.project or ()))]:
         layers.register_forward_hook(lambda layer, inputs, output: round_to(output).float())
-    return unit
+    return stage
 
 
-def image(unit, dtype, *, samples=3, size=(7, 9)):
-    channels = packed(folded(unit, dtype)).in_channels
+def image(stage, dtype, *, samples=3, size=(7, 9)):
+    channels = packed(folded(stage, dtype)).in_channels
     return torch.randn(samples, channels, *size).to(dtype).contiguous(memory_format=LAST)
 
 
 @torch.no_grad()
-def check(unit, x, tolerances, narrow):
+def check(stage, x, tolerances, narrow):
     """Both functions as exact as the layers in the same dtype."""
-    own = folded(unit, x.dtype)
+    own = folded(stage, x.dtype)
     exact = deepcopy(own).double()(x.double())
     if x.dtype == torch.bfloat16:  # which the interpreter cuts off
         native = rounding_layers(own, lambda v: narrow(v, x.dtype))(x.float()).to(x.dtype)
     else:
         native = own(x)
-    for function in (shuffle_unit, shuffle_unit_reference):
+    for function in (shuffle_stage, shuffle_stage_reference):
         out = function(x, packed(own))
-        assert out.is_contiguous(memory_format=LAST) or function is shuffle_unit_reference
+        assert out.is_contiguous(memory_format=LAST) or function is shuffle_stage_reference
         tolerances.reduction(out, native=native, exact=exact)
-        if unit.project is None:
+        if len(stage) == 1 and stage[0].project is None:
             assert torch.equal(out[:, : x.shape[1] // 2], x[:, 0::2]), "these channels pass"
 
 
-@pytest.mark.parametrize("shape", UNITS, ids=str)
+@pytest.mark.parametrize("shape", STAGES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_against_the_layers(shape, dtype, tolerances, narrow):
-    unit = unit_with_norms(*shape)
-    check(unit, image(unit, dtype), tolerances, narrow)
+    stage = stage_with_norms(*shape)
+    check(stage, image(stage, dtype), tolerances, narrow)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 2), (8, 5)], ids=str)
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 2), (8, 5), (33, 21)], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
 def test_small_maps(shape, size, tolerances, narrow):
-    """All border, more than one sample in a program, more than one program."""
-    unit = unit_with_norms(*shape)
-    x = image(unit, torch.float16, samples=1 + 200 // (size[0] * size[1]), size=size)
-    check(unit, x, tolerances, narrow)
+    """All border, and more pixels than a program takes at a time."""
+    stage = stage_with_norms(*shape)
+    check(stage, image(stage, torch.float16, size=size), tolerances, narrow)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
 def test_folding_changes_nothing(shape):
-    """In float64, of the norms' running statistics: the unit as training has it."""
-    unit = unit_with_norms(*shape)
-    x = image(unit, torch.float64)
-    found = shuffle_unit(x, packed(folded(unit, torch.float64)))
-    torch.testing.assert_close(found, unit(x), rtol=1e-12, atol=1e-12)
+    """In float64, of the norms' running statistics: the units as training has it."""
+    stage = stage_with_norms(*shape)
+    x = image(stage, torch.float64)
+    found = shuffle_stage(x, packed(folded(stage, torch.float64)))
+    torch.testing.assert_close(found, stage(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -131,9 +138,9 @@ def test_outside_of_the_image_is_zero_and_not_the_bias(dtype):
     side = [(torch.ones(12, 1, 3, 3), torch.zeros(12)), mix]
     for layers, channels, step in (((), 24, 1), (side, 12, 2)):
         parts = [tuple(t.to(dtype) for t in part) for part in (expand, depth, mix, *layers)]
-        unit = pack_unit(*parts[:3], parts[3:])
+        unit = pack_stage([pack_unit(*parts[:3], parts[3:])])
         x = torch.ones(5, channels, 3, 4, dtype=dtype)
-        out = shuffle_unit(x, unit)
+        out = shuffle_stage(x, unit)
         expected = 3 * inside[::step, ::step].to(dtype)
         assert torch.equal(out[:, 12:], expected.expand(5, 12, *expected.shape))
         if layers:
@@ -141,42 +148,42 @@ def test_outside_of_the_image_is_zero_and_not_the_bias(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
 def test_a_nan_goes_where_the_layers_take_it(shape):
-    unit = folded(unit_with_norms(*shape), torch.float32)
-    x = image(unit, torch.float32)
+    stage = folded(stage_with_norms(*shape), torch.float32)
+    x = image(stage, torch.float32)
     x[1, 3, 4, 5] = float("nan")
-    found, expected = shuffle_unit(x, packed(unit)), unit(x)
+    found, expected = shuffle_stage(x, packed(stage)), stage(x)
     assert expected.isnan().any() and torch.equal(found.isnan(), expected.isnan())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
 def test_any_layout(shape):
-    unit = unit_with_norms(*shape)
-    x, own = image(unit, torch.float16), packed(folded(unit, torch.float16))
-    expected = shuffle_unit(x, own)
+    stage = stage_with_norms(*shape)
+    x, own = image(stage, torch.float16), packed(folded(stage, torch.float16))
+    expected = shuffle_stage(x, own)
     wider = torch.cat([x, x], 1).contiguous(memory_format=LAST)
     for view in (x.contiguous(), wider[:, : x.shape[1]], x.mT.contiguous().mT):
-        assert torch.equal(shuffle_unit(view, own), expected)
-    assert shuffle_unit(x[:0], own).shape == expected[:0].shape
+        assert torch.equal(shuffle_stage(view, own), expected)
+    assert shuffle_stage(x[:0], own).shape == expected[:0].shape
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
 @pytest.mark.parametrize("size", [(3, 4), (16, 11)], ids=str)
 def test_samples_that_are_not_seen(shape, size, backend):
-    """Several in a program, and several programs for each: the others are as ever."""
-    unit = folded(unit_with_norms(*shape), torch.float16)
-    x, own = image(unit, torch.float16, samples=50, size=size), packed(unit)
+    """The others are as ever."""
+    stage = folded(stage_with_norms(*shape), torch.float16)
+    x, own = image(stage, torch.float16, samples=50, size=size), packed(stage)
     seen = (torch.arange(50) % 20 > 16).int()
     # what another unit has left out
     x[seen == 0] = float("nan")
-    expected, found = shuffle_unit(x, own), shuffle_unit(x, own, seen)
+    expected, found = shuffle_stage(x, own), shuffle_stage(x, own, seen)
     assert torch.equal(found[seen > 0], expected[seen > 0])
     assert not found[seen > 0].isnan().any()
     assert found[:10].isnan().all()
-    nothing = shuffle_unit(torch.zeros_like(x), own, torch.zeros_like(seen))
+    nothing = shuffle_stage(torch.zeros_like(x), own, torch.zeros_like(seen))
     # what memory held before is NaN here
     assert nothing.isnan().all() == (backend == "triton")
 
@@ -185,31 +192,38 @@ def test_samples_that_are_not_seen(shape, size, backend):
 @pytest.mark.parametrize(("branch", "dtype"), [(130, torch.float16), (65, torch.float32)])
 def test_wide_units_run_in_the_reference(branch, dtype, monkeypatch):
     # wherever Triton runs; the kernel would raise, as nothing launches it
-    module = import_module("meddanet.kernels.shuffle_unit")
+    module = import_module("meddanet.kernels.shuffle_stage")
     monkeypatch.setattr(module, "triton_runs", lambda input: True)
-    monkeypatch.setattr("meddanet.kernels.shuffle_unit_triton.run", None)
-    unit = folded(unit_with_norms(branch, 2 * branch, 2), dtype)
-    x, own = image(unit, dtype, samples=1), packed(unit)
-    assert torch.equal(shuffle_unit(x, own), shuffle_unit_reference(x, own))
+    monkeypatch.setattr("meddanet.kernels.shuffle_stage_triton.run", None)
+    stage = folded(stage_with_norms(branch, 2 * branch, 2), dtype)
+    x, own = image(stage, dtype, samples=1), packed(stage)
+    assert torch.equal(shuffle_stage(x, own), shuffle_stage_reference(x, own))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantised", ["stages.1.main.0.0", "stages.4.project.0.0"])
-def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised):
+@pytest.mark.parametrize(
+    ("quantised", "stages"),
+    [("stages.1.main.0.0", [1, 0, 2, 8, 4]), ("stages.4.project.0.0", [4, 0, 7, 4]),
+     ("stages.15.main.2.0", [4, 8, 3, 0])],
+)  # fmt: skip
+def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised, stages):
     network = in_float(build_decision_network("shufflenetv2-m", 4, 4))
     layer = quantized_layers(network)[quantised]
     layer.quantize = True
     layer.input_amax.fill_(4.0)
     small = frozen(network, torch.float64)
-    assert sum(isinstance(module, _OneKernel) for module in small.modules()) == 1 + 15
-    assert isinstance(small.stages[int(quantised.split(".")[1])], ShuffleUnit)
+    parts = [part for part in small.stages if not isinstance(part, ShuffleUnit)]
+    assert all(isinstance(part, _OneKernel) for part in (small.stem, *parts))
+    units = [1 + len((*part.packed.rest, ())[0]) for part in parts]
+    assert units == [n for n in stages if n]
+    assert [isinstance(part, ShuffleUnit) for part in small.stages] == [not n for n in stages]
     x = torch.randn(2, 4, 40, 32, dtype=torch.float64)
     torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
 
 
 def test_padding_is_zero():
     assert [padded(channels) for channels in (1, 16, 17, 96, 128)] == [16, 16, 32, 128, 128]
-    unit = packed(folded(unit_with_norms(12, 26, 2), torch.float16))
+    unit = packed_unit(folded(stage_with_norms(12, 26, 2), torch.float16)[0])
     expand, expand_bias = unit.main[:2]
     assert expand.shape == (16, 16) and expand.dtype == torch.float16
     assert expand_bias.dtype == torch.float32
@@ -243,22 +257,37 @@ def test_layers_that_do_not_fit(change, message):
     [
         (torch.zeros(8, 3, 3), r"input must be \[N, 8, H, W\], got \[8, 3, 3\]"),
         (torch.zeros(1, 4, 3, 3), r"input must be \[N, 8, H, W\], got \[1, 4, 3, 3\]"),
-        (torch.zeros(1, 8, 3, 3).half(), "input is torch.float16 on cpu, the unit is packed in"),
+        (torch.zeros(1, 8, 3, 3).half(), "input is torch.float16 on cpu, the stage is packed in"),
         (torch.zeros(1, 8, 3, 3, device="meta"), "input is torch.float32 on meta"),
     ],
 )
 def test_inputs_that_do_not_fit(x, message):
-    unit = pack_unit(layer(6, 4, 1, 1), layer(6, 1, 3, 3), layer(4, 6, 1, 1))
-    for function in (shuffle_unit, shuffle_unit_reference):
+    unit = pack_stage([pack_unit(layer(6, 4, 1, 1), layer(6, 1, 3, 3), layer(4, 6, 1, 1))])
+    for function in (shuffle_stage, shuffle_stage_reference):
         with pytest.raises(ValueError, match=message):
             function(x, unit)
 
 
-def test_a_batch_of_too_many_pixels():
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "a stage has one unit at the least"),
+        ([(4, 6, 2), (6, 8, 2)], "unit 2 must have stride 1, 6 channels in and out, .* stride 2"),
+        ([(4, 6, 2), (6, 6, 1), (8, 8, 1)], "unit 3 must have .* got stride 1, 8 in, 8 out"),
+        ([(4, 6, 2), (6, 8, 1)], "unit 2 must have .* 6 in, 8 out"),
+    ],
+)
+def test_units_that_do_not_follow(shapes, message):
+    units = [packed_unit(folded(stage_with_norms(*shape), torch.float32)[0]) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        pack_stage(units)
+
+
+def test_a_sample_of_too_many_pixels():
     pytest.importorskip("triton")
-    from meddanet.kernels.shuffle_unit_triton import run
+    from meddanet.kernels.shuffle_stage_triton import run
 
     x = torch.empty(1, 24, 46341, 46341, dtype=torch.float16, device="meta")
-    unit = packed(folded(unit_with_norms(24, 24, 1), torch.float16))
-    with pytest.raises(ValueError, match="too many pixels for one launch"):
-        run(x, x, unit.main, unit.side)
+    stage = packed(folded(stage_with_norms(24, 24, 1), torch.float16))
+    with pytest.raises(ValueError, match="too many elements for a launch"):
+        run(x, x, stage.first, stage.rest)

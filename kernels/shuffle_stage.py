@@ -1,4 +1,4 @@
-"""A whole unit of ShuffleNetV2 for inference, batch norms folded into weights and biases.
+"""Units of ShuffleNetV2 one after the other, for inference, batch norms folded into the weights.
 
     stride 1   out = [in_even, relu(mix(depth(relu(expand(in_odd)))))]
     stride 2   out = [relu(side_mix(side_depth(in))), relu(mix(depth(relu(expand(in)))))]
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch
-from .shuffle_pack import KERNEL_DTYPES, PackedUnit, checked_input
+from .shuffle_pack import KERNEL_DTYPES, PackedStage, checked_input
 
 # bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
 WIDEST = 256
 
 
-def _run_reference(
+def _unit(
     input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int
 ) -> Tensor:
-    """Runs the unit as PyTorch's own layers."""
+    """Runs a unit as PyTorch's own layers."""
     branch = input if side else input[:, 1::2]
     width = branch.shape[1]
 
@@ -50,31 +50,41 @@ def _run_reference(
     return torch.cat([passed, mixed], 1)
 
 
-@torch.library.custom_op("meddanet::shuffle_unit", mutates_args=())
-def _shuffle_unit(
-    input: Tensor, main: Sequence[Tensor], side: Sequence[Tensor], mid: int, channels: int,
-    seen: Tensor | None,
+def _run_reference(
+    input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor], mids: Sequence[int],
+    channels: int,
 ) -> Tensor:  # fmt: skip
-    """Returns the output [N, channels, ...], channels last; `mid` as in `PackedUnit`."""
-    output = _new_output(input, len(side) > 0, channels)
-    if not output.numel():
-        return output
-    sizes = main[0].shape[0], *(weight.shape[-1] for weight in (*main, *side))
-    widest = max(sizes) * input.element_size()
-    if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
-        from .shuffle_unit_triton import run
-
-        if pixel_pitch(input) != input.shape[1]:
-            input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, main, side, seen)
-    else:
-        output.copy_(_run_reference(input, main, side, mid, channels))
+    output = _unit(input, first[:6], first[6:], mids[0], channels)
+    for unit in zip(*rest, strict=True):
+        output = _unit(output, unit, (), mids[1], channels)
     return output
 
 
-@_shuffle_unit.register_fake
-def _(input, main, side, mid, channels, seen):
-    return _new_output(input, len(side) > 0, channels)
+@torch.library.custom_op("meddanet::shuffle_stage", mutates_args=())
+def _shuffle_stage(
+    input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor], mids: Sequence[int],
+    channels: int, seen: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Returns the output [N, channels, ...], channels last; `first` to `mids`: `PackedStage`."""
+    output = _new_output(input, len(first) > 6, channels)
+    if not output.numel():
+        return output
+    weights = [*first, *rest]
+    widest = max(*first[0].shape, *(weight.shape[-1] for weight in weights)) * input.element_size()
+    if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
+        from .shuffle_stage_triton import run
+
+        if pixel_pitch(input) != input.shape[1]:
+            input = input.contiguous(memory_format=torch.channels_last)
+        run(output, input, first, rest, seen)
+    else:
+        output.copy_(_run_reference(input, first, rest, mids, channels))
+    return output
+
+
+@_shuffle_stage.register_fake
+def _(input, first, rest, mids, channels, seen):
+    return _new_output(input, len(first) > 6, channels)
 
 
 def _new_output(input: Tensor, halved: bool, channels: int) -> Tensor:
@@ -82,26 +92,26 @@ def _new_output(input: Tensor, halved: bool, channels: int) -> Tensor:
     return input.new_empty(input.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
-def _checked(input: Tensor, unit: PackedUnit, seen: Tensor | None = None) -> tuple:
+def _checked(input: Tensor, stage: PackedStage, seen: Tensor | None = None) -> tuple:
     """Checks the arguments and returns those of the operator."""
-    input = checked_input(input, "unit", unit.in_channels, unit.main[0], seen)
-    return input, unit.main, unit.side, unit.mid_channels, unit.out_channels, seen
+    input = checked_input(input, "stage", stage.in_channels, stage.first[0], seen)
+    return input, stage.first, stage.rest, stage.mid_channels, stage.out_channels, seen
 
 
-def shuffle_unit_reference(input: Tensor, unit: PackedUnit) -> Tensor:
-    """Plain PyTorch statement of `shuffle_unit`, layer by layer, of every sample."""
-    return _run_reference(*_checked(input, unit)[:5])
+def shuffle_stage_reference(input: Tensor, stage: PackedStage) -> Tensor:
+    """Plain PyTorch statement of `shuffle_stage`, layer by layer, of every sample."""
+    return _run_reference(*_checked(input, stage)[:5])
 
 
-def shuffle_unit(input: Tensor, unit: PackedUnit, seen: Tensor | None = None) -> Tensor:
-    """Runs a unit of ShuffleNetV2 without gradients.
+def shuffle_stage(input: Tensor, stage: PackedStage, seen: Tensor | None = None) -> Tensor:
+    """Runs units of ShuffleNetV2 without gradients.
 
     Units with more than 128 channels (64 in float32) into, within or out of a branch, and float64,
     run in the reference everywhere.
 
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.
-        unit: From `pack_unit`, in the input's dtype and where the input is.
+        stage: From `pack_stage`, in the input's dtype and where the input is.
         seen: int32 [N], where the input is: samples for which it is 0 may be left out, what the
             output holds of them is anything. None: all samples are seen.
 
@@ -111,6 +121,6 @@ def shuffle_unit(input: Tensor, unit: PackedUnit, seen: Tensor | None = None) ->
     Raises:
         ValueError: If a shape, dtype or device does not fit.
 
-    Source: Ma et al. 2018, Fig. 3 (c, d).
+    Source: Ma et al. 2018, Fig. 3 (c, d) and Table 5 (Stage2 to Stage4).
     """
-    return _shuffle_unit(*_checked(input, unit, seen))
+    return _shuffle_stage(*_checked(input, stage, seen))
