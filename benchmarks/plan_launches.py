@@ -89,12 +89,13 @@ def parts_of(network: Any, view: Tensor, seen: Tensor, rounds: int) -> dict[str,
     """Returns the times of a decision network's layers, those of its `stages` one by one."""
     found, x = {}, view
     for name, child in network.named_children():
-        # what follows the maps is small
+        # of a network whose head is no operation, what follows the maps is left out
         if name in ("classifier", "centre"):
             break
         for number, layer in enumerate(child if name == "stages" else [child]):
             label = f"{name} {number}" if name == "stages" else name
-            run = partial(answers, layer, x, seen)
+            more = network.asked(view) if name == "head" else ()
+            run = partial(answers, layer, x, seen, *more)
             found[label] = round(microseconds(captured(run, REPEATS), rounds) / REPEATS, 2)
             x = run()
     return found

@@ -12,6 +12,8 @@ from .crop_paste import (
 )
 from .encode import encode, encode_reference
 from .head import label_head, label_head_reference
+from .heat_head import PackedHeatHead, heat_head, heat_head_reference, pack_heat_head
+from .pooled_head import PackedPooledHead, pack_pooled_head, pooled_head, pooled_head_reference
 from .quantize import fake_quantize, fake_quantize_reference
 from .route import route_slices, route_slices_reference
 from .selector import select_bits, select_bits_reference
@@ -23,6 +25,8 @@ from .view import view_slices, view_slices_reference
 __all__ = [
     "ConvOutput",
     "PackedConv",
+    "PackedHeatHead",
+    "PackedPooledHead",
     "PackedStage",
     "PackedStem",
     "PackedUnit",
@@ -36,14 +40,20 @@ __all__ = [
     "fake_quant_conv2d_reference",
     "fake_quantize",
     "fake_quantize_reference",
+    "heat_head",
+    "heat_head_reference",
     "join_codes",
     "label_head",
     "label_head_reference",
     "norm_affine",
     "pack_conv",
+    "pack_heat_head",
+    "pack_pooled_head",
     "pack_stage",
     "pack_stem",
     "pack_unit",
+    "pooled_head",
+    "pooled_head_reference",
     "quant_conv2d",
     "quant_conv2d_reference",
     "route_slices",

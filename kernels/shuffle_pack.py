@@ -77,7 +77,7 @@ def checked_input(
 
     Args:
         input: What was given.
-        what: "stem" or "stage".
+        what: "stem", "stage" or "head".
         channels: That its input has.
         weight: One of its packed weights.
         seen: int32 [N] where the input is, or None.

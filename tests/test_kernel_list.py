@@ -25,8 +25,10 @@ from meddanet.routing import channels_last  # noqa: E402
 from meddanet.weights import load_model  # noqa: E402
 
 ARCH = 89
+# of the decision networks
+OPERATIONS = ("heat_head", "pooled_head", "shuffle_stage", "shuffle_stem")
 # the modules, beside which the package has functions of their names
-SHUFFLE = [import_module(f"meddanet.kernels.{name}") for name in ("shuffle_stem", "shuffle_stage")]
+DECIDING = [import_module(f"meddanet.kernels.{name}") for name in OPERATIONS]
 
 
 def tensors(result):
@@ -133,12 +135,12 @@ def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
 def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
     model = load_model()
     planned = PlannedModel(model, torch.device("cpu"))
-    # as on a GPU: in half precision, and the decision networks' parts on Triton
+    # as on a GPU: in half precision, and the decision networks' operations on Triton
     planned.dtype = torch.float16
     planned.policy, planned.position = (
         frozen(network, torch.float16) for network in (model.policy, model.position)
     )
-    for module in SHUFFLE:
+    for module in DECIDING:
         monkeypatch.setattr(module, "triton_runs", lambda input: True)
 
     def launch_all():
@@ -146,7 +148,7 @@ def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
             step.run()
 
     launched = variants.record(ARCH, "plan", launch_all)
-    assert {"shuffle_stem_kernel", "shuffle_stage_kernel"} <= {v.name for v in launched}
+    assert {f"{name}_kernel" for name in OPERATIONS} <= {v.name for v in launched}
     listed = variants.variants(ARCH)
     missing = {v.key for v in launched} - {v.key for v in listed}
     assert not [f"{v.name} {v.constants} {v.source.attrs}" for v in launched if v.key in missing]

@@ -12,19 +12,26 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..kernels import (
+    PackedHeatHead,
+    PackedPooledHead,
     PackedStage,
     PackedStem,
     PackedUnit,
     fake_quantize,
+    heat_head,
+    pack_heat_head,
+    pack_pooled_head,
     pack_stage,
     pack_stem,
     pack_unit,
+    pooled_head,
     shuffle_stage,
     shuffle_stem,
 )
 from ..kernels.layout import wide_dtype
 from ..layers import quantized_layers
-from ..networks.decision import ShuffleStem, ShuffleUnit
+from ..networks.decision import ShuffleNetV2, ShuffleStem, ShuffleUnit
+from ..networks.heatmap import EDGE, HeatmapLocator, play_shares
 from ..routing import to_memory_format
 
 
@@ -50,10 +57,10 @@ class _OnGrid(nn.Module):
 
 
 class _OneKernel(nn.Module):
-    """A part of ShuffleNetV2 as one operation.
+    """A part of ShuffleNetV2 or `HeatmapLocator` as one operation.
 
     Args:
-        operation: `shuffle_stem` or `shuffle_stage`.
+        operation: `shuffle_stem`, `shuffle_stage`, `pooled_head` or `heat_head`.
         packed: Its weights as they run, where they run: they cannot be moved or cast.
 
     Attributes:
@@ -62,13 +69,41 @@ class _OneKernel(nn.Module):
 
     seen: Tensor | None = None
 
-    def __init__(self, operation: Callable[..., Tensor], packed: PackedStem | PackedStage) -> None:
+    def __init__(
+        self, operation: Callable[..., Tensor],
+        packed: PackedStem | PackedStage | PackedPooledHead | PackedHeatHead,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.operation, self.packed = operation, packed
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Runs the part on input [N, Cin, H, W]."""
-        return self.operation(input, self.packed, self.seen)
+    def forward(self, input: Tensor, *more: Any) -> Tensor:
+        """Runs the part on input [N, Cin, H, W] and what else its operation takes."""
+        return self.operation(input, self.packed, *more, seen=self.seen)
+
+
+class _Headed(nn.Module):
+    """A decision network whose head, all that follows its stages, is one operation.
+
+    Args:
+        network: Has stem and stages.
+        head: `pooled_head` or `heat_head`.
+        size: Of a `HeatCentre`; None: the head asks for no free play.
+    """
+
+    def __init__(
+        self, network: ShuffleNetV2 | HeatmapLocator, head: _OneKernel, size: float | None = None
+    ) -> None:
+        super().__init__()
+        self.stem, self.stages, self.head = network.stem, network.stages, head
+        self.size = size
+
+    def asked(self, view: Tensor) -> tuple[list[float], ...]:
+        """Returns what the head of a view [N, C, H, W] takes beside the stages' map."""
+        return () if self.size is None else (play_shares(view.shape[2:], self.size),)
+
+    def forward(self, view: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to logits [N, K], in float32 at least."""
+        return self.head(self.stages(self.stem(view)), *self.asked(view))
 
 
 class _FewOutputs(nn.Module):
@@ -97,8 +132,9 @@ def frozen(
     """Returns a copy for inference whose forward pass can be captured in a graph.
 
     Layers that are quantised have their weights put on the grid and round their input by its fixed
-    range; batch norms that follow a convolution are folded into it. Stem and stages of ShuffleNetV2
-    become one operation each, where units have quantised layers as far as there are none.
+    range; batch norms that follow a convolution are folded into it. Stem, stages and head of
+    ShuffleNetV2 and `HeatmapLocator` become one operation each where they have no quantised layer,
+    stages as far as there is none.
 
     Args:
         network: In `eval()`, every quantised layer with a range.
@@ -130,16 +166,17 @@ def frozen(
             network.set_submodule(name, _OneKernel(shuffle_stem, pack_stem(*_layer(part))))
         elif isinstance(part, nn.Sequential) and any(isinstance(p, ShuffleUnit) for p in part):
             network.set_submodule(name, _in_stages(part))
-    return network
+    return _with_head(network)
 
 
-def answers(network: nn.Module, view: Tensor, seen: Tensor) -> Tensor:
+def answers(network: nn.Module, view: Tensor, seen: Tensor, *more: Any) -> Tensor:
     """Runs a network of `frozen`, which leaves out what is not seen as far as it can.
 
     Args:
-        network: Which see; one caller at a time.
+        network: Which see, or a part of it; one caller at a time.
         view: [N, C, H, W].
         seen: int32 [N]; where it is 0 the answer is anything.
+        more: What else a part takes.
 
     Returns:
         Logits [N, K].
@@ -148,7 +185,7 @@ def answers(network: nn.Module, view: Tensor, seen: Tensor) -> Tensor:
     for part in parts:
         part.seen = seen
     try:
-        return network(view)
+        return network(view, *more)
     finally:
         for part in parts:
             part.seen = None
@@ -188,6 +225,21 @@ def _in_stages(units: nn.Sequential) -> nn.Sequential:
         stage.append(_packed(unit))
     end_stage()
     return nn.Sequential(*parts)
+
+
+def _with_head(network: nn.Module) -> nn.Module:
+    """Packs what follows the stages of a network whose norms are folded, if none of it rounds."""
+    if isinstance(network, ShuffleNetV2):
+        last, linear = network.last, network.classifier
+        if not (_rounds(last) or _rounds(linear)):
+            pooled = pack_pooled_head(_layer(last), linear.weight, linear.bias)
+            return _Headed(network, _OneKernel(pooled_head, pooled))
+    if isinstance(network, HeatmapLocator):
+        last, to_map, centre = network.last, network.map, network.centre
+        if not (_rounds(last) or _rounds(to_map)):
+            heat = pack_heat_head(_layer(last), to_map.weight, centre.gain, EDGE)
+            return _Headed(network, _OneKernel(heat_head, heat), centre.size)
+    return network
 
 
 def _fold_norms(sequence: nn.Sequential) -> None:

@@ -29,7 +29,9 @@ from meddanet.kernels import (  # noqa: E402
     backend,
     conv_int_triton,
     head_triton,
+    heat_head_triton,
     machine_code,
+    pooled_head_triton,
     shuffle_stage_triton,
     side_by_side,
     variants,
@@ -143,10 +145,13 @@ LAUNCHED = [
     "width_gradient_kernel",
 ]  # fmt: skip
 KERNELS = {
-    *LAUNCHED, "encode_kernel", "gradients_kernel", "route_kernel",
-    "seen_kernel", "select_kernel", "shuffle_stage_kernel", "shuffle_stem_kernel", "view_kernel",
+    *LAUNCHED, "encode_kernel", "gradients_kernel", "heat_head_kernel", "pooled_head_kernel",
+    "route_kernel", "seen_kernel", "select_kernel", "shuffle_stage_kernel", "shuffle_stem_kernel",
+    "view_kernel",
     "way_up_kernel",
 }  # fmt: skip
+# which multiply in half precision
+HALVES = ("heat_head_kernel", "pooled_head_kernel", "shuffle_stage_kernel", "shuffle_stem_kernel")
 CONVOLUTIONS = ("first convolution", "encoder block", "down", "decoder block", "way up")
 FIRST = "first convolution, 4 to 16 channels, 240"
 
@@ -430,7 +435,7 @@ def assert_lean(row):
     assert 0 < row["registers"] <= 255 and row["instructions"] > 20, row
     for kernels, products in (
         (("conv_kernel", "way_up_kernel"), {"IMMA", "IGMMA"}),
-        (("shuffle_stem_kernel", "shuffle_stage_kernel"), {"HMMA", "HGMMA"}),
+        (HALVES, {"HMMA", "HGMMA"}),
     ):
         found = products & row["of_these"].keys()
         assert found if row["kernel"] in kernels else not found, row
@@ -477,6 +482,18 @@ def test_machine_code_of_wide_stages(shape, dtype):
     """Those of "shufflenetv2" and the widest there are: no spill, and room on the smallest GPU."""
     launch = partial(shuffle_stage_triton._launch_meta, *shape, dtype)
     assert_lean(machine_code_of(86, "", launch))
+
+
+@pytest.mark.parametrize("launch", [
+    partial(pooled_head_triton._launch_meta, 192, 1024, 4),
+    partial(pooled_head_triton._launch_meta, 256, 1024, 32),
+    partial(heat_head_triton._launch_meta, 96, 64),
+    partial(heat_head_triton._launch_meta, 128, 128),
+], ids=["shufflenetv2", "widest pooled", "heat map of shufflenetv2", "widest map"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_machine_code_of_wide_heads(launch, dtype):
+    """No spill, and room on the smallest GPU."""
+    assert_lean(machine_code_of(86, "", partial(launch, dtype=dtype)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from meddanet.kernels import (
     fake_quantize,
     label_head,
     pack_conv,
+    pack_heat_head,
+    pack_pooled_head,
     pack_stage,
     pack_stem,
     pack_unit,
@@ -86,6 +88,18 @@ def packed_stage(side=(), more=0):
     return list(stage.first), list(stage.rest), list(stage.mid_channels), stage.out_channels
 
 
+def packed_pooled(*bias):
+    """Arguments of the operator of ShuffleNetV2's head, for two answers."""
+    head = pack_pooled_head(point(5, 3, 1, 1), torch.randn(2, 5), *bias)
+    return *head[:4], head.outputs
+
+
+def packed_heat():
+    """Arguments of the operator of a heat map's head."""
+    head = pack_heat_head(point(5, 3, 1, 1), torch.randn(1, 5, 1, 1), torch.ones(2), 0.01)
+    return *head[:4], [0.5, 0.75], head.edge
+
+
 SLOTS = torch.tensor([1, 0], dtype=torch.int32)
 SAMPLES = {
     "encode": lambda: (
@@ -147,6 +161,16 @@ SAMPLES = {
         OPS.shuffle_stage,
         (image(LAST).detach(), *packed_stage([point(3, 1, 3, 3), point(3, 3, 1, 1)], 2),
          torch.ones(2, dtype=torch.int32)),
+    ),
+    "pooled head": lambda: (
+        OPS.pooled_head, (image(LAST).detach(), *packed_pooled(), torch.ones(2, dtype=torch.int32))
+    ),
+    "pooled head with a bias": lambda: (
+        OPS.pooled_head, (image().detach(), *packed_pooled(torch.randn(2)), None)
+    ),
+    "heat head": lambda: (OPS.heat_head, (image(LAST).detach(), *packed_heat(), None)),
+    "heat head, seen": lambda: (
+        OPS.heat_head, (image().detach(), *packed_heat(), torch.ones(2, dtype=torch.int32))
     ),
     "crop": lambda: (OPS.bilinear_shift, (image(), leaf(2, 2), 4, 5, False)),
     "crop, channels last": lambda: (OPS.bilinear_shift, (image(LAST), leaf(2, 2), 4, 5, False)),
