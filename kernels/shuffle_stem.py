@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import pixel_pitch
-from .shuffle_pack import KERNEL_DTYPES, checked_input, padded_matrix
+from .shuffle_pack import KERNEL_DTYPES, checked_input, padded, padded_matrix
 
-# rows and columns of the weight; larger ones fit neither into registers nor into shared memories
-LARGEST = 256
+# rows and columns of the weight, and bytes of the pixels under a row of taps; larger ones fit
+# neither into registers nor into shared memories
+LARGEST, LARGEST_LINE = 256, 256
 
 
 class PackedStem(NamedTuple):
@@ -79,8 +80,7 @@ def _shuffle_stem(
     output = _new_output(input, channels)
     if not output.numel():
         return output
-    small = max(weight.shape) <= LARGEST
-    if input.dtype in KERNEL_DTYPES and small and triton_runs(input):
+    if input.dtype in KERNEL_DTYPES and fits(input, weight) and triton_runs(input):
         from .shuffle_stem_triton import run
 
         if pixel_pitch(input) != input.shape[1]:
@@ -89,6 +89,12 @@ def _shuffle_stem(
     else:
         output.copy_(_run_reference(input, weight, bias, channels))
     return output
+
+
+def fits(input: Tensor, weight: Tensor) -> bool:
+    """Tells whether the Triton kernel has room for a stem."""
+    line = padded(3 * input.shape[1]) * input.element_size()
+    return max(weight.shape) <= LARGEST and line <= LARGEST_LINE
 
 
 @_shuffle_stem.register_fake
@@ -115,8 +121,8 @@ def shuffle_stem_reference(input: Tensor, stem: PackedStem) -> Tensor:
 def shuffle_stem(input: Tensor, stem: PackedStem, seen: Tensor | None = None) -> Tensor:
     """Runs the stem of ShuffleNetV2 without gradients.
 
-    Stems with more than 256 weights per output channel or output channels, and float64, run in the
-    reference everywhere.
+    Stems with more than 256 weights per output channel or output channels, those of more than 21
+    channels in float32, and float64, run in the reference everywhere.
 
     Args:
         input: [N, Cin, H, W], float16, bfloat16, float32 or float64; channels last is not copied.

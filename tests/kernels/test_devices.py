@@ -358,7 +358,7 @@ def test_shuffle_stage(device, halved, units, branch, dtype, tolerances):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [(120, 120), (13, 18)], ids=str)
 def test_shuffle_stem(device, size, dtype, tolerances):
-    """Programs of several samples, the last one not full."""
+    """Programs whose rows and columns reach beyond the output."""
     weight, bias = (torch.randn(12, 4, 3, 3) / 6).to(dtype), torch.randn(12).to(dtype)
     stem, exact_stem = pack_stem(weight, bias), pack_stem(weight.double(), bias.double())
     x = torch.randn(5, 4, *size).to(dtype).contiguous(memory_format=LAST)
