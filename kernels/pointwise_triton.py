@@ -1,4 +1,4 @@
-"""A 1x1 convolution of one sample's pixels, in Triton: how heads of decision networks begin."""
+"""A 1x1 convolution of one sample's pixels in Triton: stages and heads of decision networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .backend import tl, triton
 
 @triton.jit
 def pixels_of(in_ptr, pixel, used, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Loads [pixels, BLOCK_K] of a sample, zero beyond its pixels and channels."""
+    """Loads [pixels, BLOCK_K] of a sample, zero beyond its channels and what is used."""
     channel = tl.arange(0, BLOCK_K)
     mask = used[:, None] & (channel < CHANNELS)[None, :]
     return tl.load(in_ptr + pixel[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
+from .pointwise_triton import pixels_of, pointwise
 from .shuffle_pack import padded
 from .within_triton import parted, within
 
@@ -22,15 +23,6 @@ from .within_triton import parted, within
 # quarter of the pixels; others were not tried
 FEWEST, MOST, AREA = 16, 256, 1 << 17
 WARPS = 8
-
-
-@triton.jit
-def _load(in_ptr, pixel, inside, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Loads [pixels, BLOCK_C], zero outside of the image and beyond the channels."""
-    channel = tl.arange(0, BLOCK_C)
-    offs = pixel[:, None] * CHANNELS + channel[None, :]
-    mask = inside[:, None] & (channel < CHANNELS)[None, :]
-    return tl.load(in_ptr + offs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -51,15 +43,7 @@ def _weights(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _row(ptr, COLUMNS: tl.constexpr):
-    return tl.load(ptr + tl.arange(0, COLUMNS))[None, :]
-
-
-@triton.jit
-def _pointwise(x, weight, bias):
-    """A 1x1 convolution and ReLU in float32."""
-    value = tl.dot(x, weight, input_precision="ieee") + bias
-    # a comparison keeps a NaN
-    return tl.where(value < 0, 0.0, value)
+    return tl.load(ptr + tl.arange(0, COLUMNS))
 
 
 @triton.jit
@@ -74,12 +58,12 @@ def _expand(
         pixel = first + tl.arange(0, BLOCK_M)
         used = pixel < pixels
         if HALVED:
-            both = _load(in_ptr, pixel, used, CHANNELS, 2 * BLOCK_K)
+            both = pixels_of(in_ptr, pixel, used, CHANNELS, 2 * BLOCK_K)
             passed, value = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_K, 2)))
             _store(out_ptr, passed, pixel, used, OUT_CHANNELS, 0, CHANNELS // 2)
         else:
-            value = _load(in_ptr, pixel, used, CHANNELS, BLOCK_K)
-        _store(hidden_ptr, _pointwise(value, weight, bias), pixel, used, BLOCK_H, 0, BLOCK_H)
+            value = pixels_of(in_ptr, pixel, used, CHANNELS, BLOCK_K)
+        _store(hidden_ptr, pointwise(value, weight, bias), pixel, used, BLOCK_H, 0, BLOCK_H)
 
 
 @triton.jit
@@ -101,10 +85,11 @@ def _depthwise(
                 x = column * STRIDE + (dx - 1)
                 # a pixel outside of the image has no bias either
                 inside = used & within(y, height_in) & within(x, width_in)
-                value = _load(in_ptr, y * width_in + x, inside, CHANNELS, BLOCK_C)
+                value = pixels_of(in_ptr, y * width_in + x, inside, CHANNELS, BLOCK_C)
                 weight = _row(weight_ptr + (3 * dy + dx) * BLOCK_C, BLOCK_C)
-                total += value.to(tl.float32) * weight
-        _store(out_ptr, total + _row(bias_ptr, BLOCK_C), pixel, used, BLOCK_C, 0, BLOCK_C)
+                total += value.to(tl.float32) * weight[None, :]
+        total += _row(bias_ptr, BLOCK_C)[None, :]
+        _store(out_ptr, total, pixel, used, BLOCK_C, 0, BLOCK_C)
 
 
 @triton.jit
@@ -117,8 +102,8 @@ def _mix(
     for first in tl.range(0, pixels, BLOCK_M):
         pixel = first + tl.arange(0, BLOCK_M)
         used = pixel < pixels
-        value = _load(in_ptr, pixel, used, BLOCK_K, BLOCK_K)
-        _store(out_ptr, _pointwise(value, weight, bias), pixel, used, PITCH, FIRST, END)
+        value = pixels_of(in_ptr, pixel, used, BLOCK_K, BLOCK_K)
+        _store(out_ptr, pointwise(value, weight, bias), pixel, used, PITCH, FIRST, END)
 
 
 @triton.jit
