@@ -27,6 +27,17 @@ def _central(place, size):
     return (place.to(tl.float32) + 0.5) / size.to(tl.float32) - 0.5
 
 
+@triton.jit
+def _exponential(x):
+    """Returns exp(x), x not above zero, more exactly than as a power of two of a rounded product."""
+    # zero from there on, and no infinity less another; a comparison keeps a NaN
+    x = tl.where(x < -128.0, -128.0, x)
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    # ln 2 in two parts, of which the first one's multiples are exact
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4
+    return tl.exp2(whole) * tl.exp(rest)
+
+
 @triton.jit(do_not_specialize=["height", "width"])
 def heat_head_kernel(
     in_ptr, weight_ptr, bias_ptr, map_ptr, gain_ptr, seen_ptr, out_ptr, height, width, play_y,
@@ -54,7 +65,7 @@ def heat_head_kernel(
         heat = tl.where(used, heat, float("-inf"))
         # a NaN gets into the sums, whatever the maximum makes of it
         higher = tl.maximum(best, tl.max(heat, 0))
-        kept, share = tl.exp(best - higher), tl.exp(heat - higher)
+        kept, share = _exponential(best - higher), _exponential(heat - higher)
         row, across = parted(pixel, width)
         weights = weights * kept + tl.sum(share, 0)
         down = down * kept + tl.sum(share * _central(row, height), 0)
