@@ -10,7 +10,8 @@
 #                                one, the plan launch by launch, and the first call with and without
 #                                precompiling; MEDDANET_CASE names a labelled case, else a phantom
 #   benchmarks/gpu.sh tuned      the same volume by max-autotune and TensorRT, which take minutes to build
-#   benchmarks/gpu.sh tune       block sizes of the plan's convolutions, on the same case
+#   benchmarks/gpu.sh tune       block sizes of the plan's convolutions and of the decision networks'
+#                                stages, on the same case
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
 #   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
@@ -185,6 +186,8 @@ tune)
   need numpy triton nibabel isal safetensors
   [[ -n $dry_run ]] && say "there is no dry run of this part"
   name_card
+  [[ -n $dry_run ]] ||
+    limited "$python" benchmarks/tune_stage.py "$(result gpu_tune_stage)" "${case_of[@]}" || status=1
   [[ -n $dry_run ]] ||
     limited "$python" benchmarks/tune.py "$(result gpu_tune)" "${case_of[@]}" || status=1
   ;;

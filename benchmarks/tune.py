@@ -1,6 +1,6 @@
 """Tries block sizes of the recorded plan's integer convolutions on a GPU and tells the best ones.
 
-    python benchmarks/tune.py RESULT.json [--case FOLDER] [--rounds 8] [--whole]
+    python benchmarks/tune.py RESULT.json [--case FOLDER] [--rounds 8] [--whole] [--channels 64]
 
 One volume is routed, then every class of convolutions (channels, taps, stride, pixels, widths) is
 launched with every candidate: outputs must stay the same bit for bit, times are GPU times of a
@@ -137,7 +137,7 @@ def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     return found
 
 
-def compile_part(arch: int, part: int, parts: int) -> None:
+def compile_part(arch: int, part: int, parts: int, channels: int) -> None:
     """Compiles every so-many-th candidate into the JIT's cache, from a plan without memory."""
     planned, plans = PlannedModel(load_model(), torch.device("cpu")), []
     variants.record(arch, "plan", lambda: plans.append(Plan(planned, 8, (240, 240), roomy=False)))
@@ -145,7 +145,7 @@ def compile_part(arch: int, part: int, parts: int) -> None:
     for launch in plans[0].groups[0].launches:
         if launch.run.func is conv_int_triton.run:
             found.setdefault(class_of(launch), launch)
-    listed = [(launch, sizes) for launch in found.values()
+    listed = [(launch, sizes) for key, launch in found.items() if key[0] >= channels
               for sizes in candidates(launch)]  # fmt: skip
     for launch, sizes in listed[part::parts]:
         conv_int_triton.blocks = lambda *arguments, sizes=sizes: sizes
@@ -154,13 +154,14 @@ def compile_part(arch: int, part: int, parts: int) -> None:
                 variant.compile()
 
 
-def compile_beforehand() -> None:
+def compile_beforehand(channels: int) -> None:
     """Compiles all candidates, in a process per core."""
     major, minor = torch.cuda.get_device_capability()
     parts = os.cpu_count() or 1
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, "-", "--compile", f"{10 * major + minor},{part},{parts}"],
+            [sys.executable, __file__, "-", "--compile", f"{10 * major + minor},{part},{parts}",
+             "--channels", str(channels)],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         for part in range(parts)
@@ -177,15 +178,19 @@ def main() -> None:
     parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--whole", action="store_true", help="every slice whole, none cropped")
+    parser.add_argument("--channels", type=int, default=0, help="at the least, going in")
     parser.add_argument("--compile", help="arch,part,parts: what a process of its own does")
     options = parser.parse_args()
     if options.compile:
-        return compile_part(*map(int, options.compile.split(",")))
+        return compile_part(*map(int, options.compile.split(",")), options.channels)
     if not torch.cuda.is_available():
         sys.exit("tune.py: PyTorch sees no CUDA GPU")
-    compile_beforehand()
+    compile_beforehand(options.channels)
     name, slices, _ = slices_of(options.case)
-    found = classes(slices, options.whole)
+    found = {
+        key: launches for key, launches in classes(slices, options.whole).items()
+        if key[0] >= options.channels
+    }  # fmt: skip
     tuned = {key: Tuned(launches[0]) for key, launches in found.items()}
     rows, facts = [], environment()
     for key, one in tuned.items():

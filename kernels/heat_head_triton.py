@@ -29,7 +29,7 @@ def _central(place, size):
 
 @triton.jit
 def _exponential(x):
-    """Returns exp(x), x not above zero, more exactly than as a power of two of a rounded product."""
+    """Returns exp(x), x not above zero; hardware has a power of two, of a rounded product."""
     # zero from there on, and no infinity less another; a comparison keeps a NaN
     x = tl.where(x < -128.0, -128.0, x)
     whole = tl.floor(x * 1.4426950408889634 + 0.5)

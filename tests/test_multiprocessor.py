@@ -176,10 +176,14 @@ def test_how_many_programs_fit(arch, registers, shared, warps, expected) -> None
     assert simulate.resident(row) == expected
 
 
-def test_what_was_simulated_is_near_what_an_h200_measured() -> None:
+# shares of the measured time: kernels of bc3feab wait for what the simulation does not know of
+@pytest.mark.parametrize(
+    ("suffix", "least", "median"), [("_at_6eb4a23", 0.65, 0.8), ("", 0.5, 0.65)]
+)
+def test_what_was_simulated_is_near_what_an_h200_measured(suffix, least, median) -> None:
     """All 21 kinds of convolutions of the plan that it ran, none left out, as it measured them."""
-    found = json.loads((RESULTS / "simulation_check_h200.json").read_text())
-    measured = json.loads((RESULTS / "gpu_launches_h200_00000_at_6eb4a23.json").read_text())
+    found = json.loads((RESULTS / f"simulation_check_h200{suffix}.json").read_text())
+    measured = json.loads((RESULTS / f"gpu_launches_h200_00000{suffix}.json").read_text())
     assert found["commit"] == measured["environment"]["commit"]
     times: dict[str, list[float]] = {}
     for launch, time in measured["launches_us"]:
@@ -191,4 +195,4 @@ def test_what_was_simulated_is_near_what_an_h200_measured() -> None:
         assert rows[one.label]["measured_us"] == pytest.approx(sum(own) / len(own), abs=0.01)
     known = "begin", "down 2", "stage 3 block, second", "decoder, first"
     assert not any(times[name] for name in known)
-    assert 0.65 < found["least"] <= found["median"] <= found["most"] < 1.1
+    assert least < found["least"] and median < found["median"] <= found["most"] < 1.1

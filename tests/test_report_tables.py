@@ -183,7 +183,7 @@ def unknown_card(tmp_path) -> committed.Results:
 
 
 @pytest.mark.parametrize(("part", "kinds"), [
-    ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune"]),
+    ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune", "gpu_tune_stage"]),
     ("tuned", ["gpu_network_tuned"]),
     ("network", ["gpu_network", "gpu_launches", "cold_start"]),
 ])  # fmt: skip

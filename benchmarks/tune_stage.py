@@ -1,0 +1,83 @@
+"""Tries block sizes, warps and registers of the decision networks' stages on a GPU.
+
+    python benchmarks/tune_stage.py RESULT.json [--case FOLDER] [--rounds 10]
+
+One volume is routed, then the policy, the position network and both side by side are timed as the
+plan runs them, with the rule's own choice first: GPU times of a CUDA graph of ten runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan_launches import captured, microseconds, slices_of
+from timing import environment
+
+from meddanet import load_model
+from meddanet.engine import compile_engine
+from meddanet.kernels import shuffle_stage_triton as stage
+
+# pixels of a block times the square of its widest row, as a power of two; warps; registers
+VARIANTS = [
+    (17, 8, None), (17, 8, 80), (17, 8, 64), (18, 16, None), (18, 16, 64), (17, 16, None),
+    (17, 4, None), (16, 4, None), (18, 8, None),
+]  # fmt: skip
+REPEATS = 10
+
+
+class Bounded:
+    """The kernel with a bound on its registers."""
+
+    def __init__(self, kernel: Any, registers: int) -> None:
+        self.kernel, self.registers = kernel, registers
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *arguments, **constants: self.kernel[grid](
+            *arguments, **constants, maxnreg=self.registers
+        )
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures, writes a row per variant, and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_stage.py: PyTorch sees no CUDA GPU")
+    name, slices, _ = slices_of(options.case)
+    engine: Any = compile_engine(load_model(), "cuda", "triton")
+    plan, _ = engine.plan(len(slices), *slices.shape[2:])
+    plan.images.zero_()[: len(slices)].copy_(slices)
+    plan.run()
+    runs = {
+        "decide_us": plan._decide, "locate_us": plan._locate,
+        "both_us": lambda: plan._side_by_side(*plan._deciding),
+    }  # fmt: skip
+    kernel, rows = stage.shuffle_stage_kernel, []
+    for power, warps, registers in VARIANTS:
+        stage.AREA, stage.WARPS = 1 << power, warps
+        stage.shuffle_stage_kernel = kernel if registers is None else Bounded(kernel, registers)
+        times = {
+            label: round(microseconds(captured(run, REPEATS), options.rounds) / REPEATS, 1)
+            for label, run in runs.items()
+        }
+        rows.append({"area": 1 << power, "warps": warps, "registers": registers, **times})
+        print(rows[-1], flush=True)
+        content = {
+            "command": "python benchmarks/tune_stage.py RESULT.json --case CASE", "case": name,
+            "environment": environment(), "rows": rows,
+        }  # fmt: skip
+        options.result.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
