@@ -25,7 +25,8 @@ from meddanet.engine.plan import Plan, PlannedModel, rooms
 from meddanet.kernels.conv_call import ConvCall
 from meddanet.kernels.encode_call import EncodeCall
 from meddanet.kernels.way_up import WayUpCall
-from meddanet.networks.decision import ShuffleStem, ShuffleUnit
+from meddanet.networks.decision import ShuffleNetV2, ShuffleStem, ShuffleUnit
+from meddanet.networks.heatmap import HeatmapLocator
 from meddanet.weights import load_model
 
 # the engine's capacity for a head
@@ -134,7 +135,7 @@ def _network(name: str, plan: Plan) -> Work:
 def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Work:
     """A network in half precision, norm and ReLU fused, a launch per layer.
 
-    Stem and stages of ShuffleNetV2 are a launch each, maps between units are not stored.
+    Stem, stages and head of the decision networks are a launch each, nothing within is stored.
 
     Args:
         name: What to call it.
@@ -150,8 +151,10 @@ def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Wor
             # another unit of the same launch, whose output has the size of what it is made from
             moved += 2 * weights
             return
-        launches += 1
-        moved += 2 * (inputs[0].numel() + output.numel() + weights)
+        launches += module not in ends
+        # of a head its first input, and of answers there are few
+        moved += 2 * (weights + inputs[0].numel() * (module not in ends))
+        moved += 2 * output.numel() * (module not in begins | ends)
 
     def add_operations(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal operations
@@ -161,6 +164,9 @@ def half_precision(name: str, network: nn.Module, shape: tuple[int, ...]) -> Wor
     parts = [m for m in modules if isinstance(m, ShuffleStem | ShuffleUnit)]
     layers = [m for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
     inside = {layer for part in parts for layer in part.modules()}
+    heads = [m for m in modules if isinstance(m, ShuffleNetV2 | HeatmapLocator)]
+    begins = {head.last[0] for head in heads}
+    ends = {head.classifier if isinstance(head, ShuffleNetV2) else head.map for head in heads}
     own = [layer for layer in layers if layer not in inside]
     hooks = [m.register_forward_hook(add_launch) for m in parts + own]
     hooks += [layer.register_forward_hook(add_operations) for layer in layers]

@@ -136,6 +136,21 @@ def _launch(device: torch.device) -> None:
         nothing[(1,)](enable_fp_fusion=False)
 
 
+def architecture(device: torch.device) -> int:
+    """Returns what Triton compiles for, 90 for sm_90; 0 where there is no GPU.
+
+    Args:
+        device: Of a launch's tensors; no GPU's where a launch is recorded for one (`variants.py`).
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    from triton.runtime.driver import driver
+
+    # the property `active` would look for a GPU
+    return driver._active.get_current_target().arch if driver._active else 0
+
+
 def triton_runs(input: Tensor) -> bool:
     """Returns whether Triton, not the reference, computes on `input`.
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import tl, triton
+from .backend import architecture, tl, triton
 from .conv_call import ConvCall, pixel_pitch
 from .conv_kernel_triton import conv_kernel
 from .conv_pack import K_MULTIPLE, PackedConv
@@ -42,18 +42,18 @@ def _tile(conv: PackedConv, pixels: int, light: bool, heavy: bool) -> tuple[int,
 
 
 def blocks(
-    conv: PackedConv, pixels: int, light: bool, heavy: bool, moments: bool = False
+    conv: PackedConv, pixels: int, light: bool, heavy: bool, moments: bool = False, arch: int = 0
 ) -> dict[str, int | None]:
     """Returns the block sizes and warps for one class of shapes.
 
     Sums of up to 18 steps of 8-bit codes read through L1, which serves the nine taps' overlap;
-    others copy ahead to shared memory, in stages. How many loads run ahead of a product makes no
-    difference by simulation (`benchmarks/simulate.py`), but they take shared memory. What a program
-    does once is worth many pixels: of the sizes that an H200 tried (`benchmarks/tune.py`) the
-    larger tile per warp won, until registers ran out. Values of more than 8 bits take several each:
-    where slots may have either, those are computed in small parts of a tile, so that they do not
-    decide how many programs fit. The bound on registers is one with which neither compiler of those
-    tried (triton 3.6, 3.9) spills.
+    others copy ahead to shared memory, in stages. A second load ahead of a product takes shared
+    memory and is worth 0 to 18 % on an H200, nothing by simulation (`benchmarks/simulate.py`).
+    What a program does once is worth many pixels: of the sizes that an H200 tried
+    (`benchmarks/tune.py`) the larger tile per warp won, until registers ran out. Values of more
+    than 8 bits take several each: where slots may have either, those are computed in small parts
+    of a tile, so that they do not decide how many programs fit. The bound on registers is one with
+    which neither compiler of those tried (triton 3.6, 3.9) spills.
 
     Args:
         conv: The weights.
@@ -61,19 +61,25 @@ def blocks(
         light: Whether codes that go in may have at most 8 bits.
         heavy: Whether codes may have more, going in or out.
         moments: Whether moments are stored, of all pixels of a tile.
+        arch: Of the GPU, 90 for sm_90; 0 = any.
     """
     lines, columns = _tile(conv, pixels, light, heavy)
+    # where an H200 was asked: of an encoder's blocks
+    asked = arch == 90 and light and heavy and not moments
+    # pixels are gathered once, in half as many steps: 11.0 instead of 15.6 us there; a graphics
+    # card's shared memory has room for one such program, by simulation up to a quarter slower
+    widest = asked and conv.in_channels % 128 == 0 and conv.codes.shape[2] == 128
     parts = lines, columns
     if light and heavy:
         parts = (lines if moments else 32, 16)
     return {
         "BLOCK_M": lines,
-        "BLOCK_N": columns,
-        "BLOCK_K": 64 if conv.in_channels % 64 == 0 else 32,
+        "BLOCK_N": 128 if widest else columns,
+        "BLOCK_K": 128 if widest else 64 if conv.in_channels % 64 == 0 else 32,
         "PART_M": parts[0],
         "PART_N": min(columns, parts[1]),
         "STAGES": 1 if conv.codes.shape[3] <= (160 if light else 320) else 3,
-        "AHEAD": 1 if columns > 32 else 2,
+        "AHEAD": 1 if columns > 32 and not asked else 2,
         "num_warps": 4,
         "maxnreg": None if columns > 16 else 96 if heavy else 112,
     }
@@ -98,7 +104,8 @@ def _launch_facts(call: ConvCall, codes: Tensor | None, moments: bool) -> tuple[
     light = mixed or not wide
     heavy = wide or (codes is not None and len(codes) == 2)
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
-    return light, wide, blocks(conv, height * width, light, heavy, moments)
+    arch = architecture(call.input.device)
+    return light, wide, blocks(conv, height * width, light, heavy, moments, arch)
 
 
 def new_moments(call: ConvCall) -> tuple[Tensor, int]:

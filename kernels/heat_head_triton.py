@@ -54,8 +54,8 @@ def heat_head_kernel(
     weight = tl.load(weight_ptr + k[:, None] * BLOCK_L + column[None, :])
     bias, map_weight = tl.load(bias_ptr + column), tl.load(map_ptr + column)
 
-    # any heat that is a number is larger; minus infinity from itself would be none
-    best = tl.full([], -3.4e38, tl.float32)
+    # no heat that is a number is smaller; minus infinity from itself would be none
+    best = tl.full([], -3.4028234663852886e38, tl.float32)
     weights, down, right = 0.0, 0.0, 0.0
     for first in tl.range(0, pixels, BLOCK_M):
         pixel = first + tl.arange(0, BLOCK_M)

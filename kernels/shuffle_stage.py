@@ -76,7 +76,7 @@ def _shuffle_stage(
 
         if pixel_pitch(input) != input.shape[1]:
             input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, first, rest, seen)
+        run(output, input, first, rest, mids, seen)
     else:
         output.copy_(_run_reference(input, first, rest, mids, channels))
     return output

@@ -2,8 +2,8 @@
 
 A program takes one sample through all units. Maps of a decision network are so small that a launch
 per unit would mostly wait: for the launch before it, and for its first loads. What a unit hands to
-the next layer lies in memory that no other program touches, and so in the multiprocessor's cache;
-a barrier stands between those who store it and those who load it.
+the next layer lies in memory that no other program touches; a barrier stands between those who
+store it and those who load it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _row(ptr, COLUMNS: tl.constexpr):
 @triton.jit
 def _expand(
     in_ptr, weight_ptr, bias_ptr, hidden_ptr, out_ptr, pixels, HALVED: tl.constexpr,
-    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHANNELS: tl.constexpr, MID: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first 1x1 convolution; where channels are halved, it has the odd ones, others pass."""
@@ -63,7 +63,11 @@ def _expand(
             _store(out_ptr, passed, pixel, used, OUT_CHANNELS, 0, CHANNELS // 2)
         else:
             value = pixels_of(in_ptr, pixel, used, CHANNELS, BLOCK_K)
-        _store(hidden_ptr, pointwise(value, weight, bias), pixel, used, BLOCK_H, 0, BLOCK_H)
+        hidden = pointwise(value, weight, bias)
+        if MID < BLOCK_H:
+            # an infinity times the padding's zeros would be NaN, and reach every output
+            hidden = tl.where((tl.arange(0, BLOCK_H) < MID)[None, :], hidden, 0.0)
+        _store(hidden_ptr, hidden, pixel, used, BLOCK_H, 0, BLOCK_H)
 
 
 @triton.jit
@@ -111,7 +115,7 @@ def _unit(
     in_ptr, hidden_ptr, summed_ptr, side_ptr, out_ptr, expand_ptr, expand_bias_ptr, depth_ptr,
     depth_bias_ptr, mix_ptr, mix_bias_ptr, side_depth_ptr, side_depth_bias_ptr, side_mix_ptr,
     side_mix_bias_ptr, height_in, width_in, height, width,
-    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHANNELS: tl.constexpr, MID: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Takes one sample through a unit; hidden, summed and side are for what lies in between."""
@@ -121,7 +125,7 @@ def _unit(
     PASSED: tl.constexpr = CHANNELS if SIDE else CHANNELS // 2
     _expand(
         in_ptr, expand_ptr, expand_bias_ptr, hidden_ptr, out_ptr, height_in * width_in, not SIDE,
-        CHANNELS, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H,
+        CHANNELS, MID, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H,
     )  # fmt: skip
     if SIDE:
         _depthwise(
@@ -155,6 +159,7 @@ def shuffle_stage_kernel(
     next_mix_bias_ptr, seen_ptr, hidden_ptr, summed_ptr, side_ptr, spare_ptr, out_ptr,
     height_in, width_in, height, width,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, UNITS: tl.constexpr, HIDDEN: tl.constexpr,
+    MID: tl.constexpr, NEXT_MID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
     NEXT_M: tl.constexpr, NEXT_K: tl.constexpr, NEXT_H: tl.constexpr, NEXT_O: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +184,7 @@ def shuffle_stage_kernel(
         in_ptr, hidden_ptr, summed_ptr, side_ptr, target_ptr, expand_ptr, expand_bias_ptr,
         depth_ptr, depth_bias_ptr, mix_ptr, mix_bias_ptr, side_depth_ptr, side_depth_bias_ptr,
         side_mix_ptr, side_mix_bias_ptr, height_in, width_in, height, width,
-        CHANNELS, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_O,
+        CHANNELS, MID, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_O,
     )  # fmt: skip
     if UNITS > 1:
         for unit in tl.range(0, UNITS - 1):
@@ -189,14 +194,14 @@ def shuffle_stage_kernel(
                 next_depth_ptr + unit * (9 * NEXT_H), next_depth_bias_ptr + unit * NEXT_H,
                 next_mix_ptr + unit * (NEXT_H * NEXT_O), next_mix_bias_ptr + unit * NEXT_O,
                 None, None, None, None, height, width, height, width,
-                OUT_CHANNELS, OUT_CHANNELS, NEXT_M, NEXT_K, NEXT_H, NEXT_O,
+                OUT_CHANNELS, NEXT_MID, OUT_CHANNELS, NEXT_M, NEXT_K, NEXT_H, NEXT_O,
             )  # fmt: skip
             target_ptr, other_ptr = other_ptr, target_ptr
 
 
 def run(
     output: Tensor, input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor],
-    seen: Tensor | None = None,
+    mids: Sequence[int], seen: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches units into a given output, once.
 
@@ -205,6 +210,7 @@ def run(
         input: [N, Cin, H, W], dense, channels last, in float16, bfloat16 or float32.
         first: Of a `PackedStage` whose rows of weights have at most `WIDEST` bytes.
         rest: Likewise.
+        mids: Its `mid_channels`.
         seen: int32 [N], or None: what is 0 there may be left out of the output.
 
     Raises:
@@ -216,7 +222,9 @@ def run(
     # a sample's elements are counted in 32 bits
     elements = (size[0] * size[1] + MOST) * max(hidden, channels, output.shape[1])
     if elements > 2**31:
-        raise ValueError(f"a sample of {list(input.shape[1:])} has too many elements for a launch")
+        raise ValueError(
+            f"a sample of {list(input.shape[1:])} has too many elements for one launch"
+        )
     halved, pixels = len(first) > 6, output.shape[2:].numel()
     # what lies between layers, and the maps of every other unit
     between = [input.new_empty(samples, *size, hidden), input.new_empty(samples, pixels, hidden)]
@@ -226,7 +234,8 @@ def run(
             input, *first, *(() if halved else (None,) * 4), *(rest or (None,) * 6), seen,
             *between, side, torch.empty_like(output) if rest else None, output,
             *size, *output.shape[2:], CHANNELS=channels, OUT_CHANNELS=output.shape[1],
-            UNITS=1 + (len(rest[0]) if rest else 0), HIDDEN=hidden, **sizes,
+            UNITS=1 + (len(rest[0]) if rest else 0), HIDDEN=hidden,
+            MID=mids[0], NEXT_MID=mids[1], **sizes,
             num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -268,4 +277,4 @@ def _launch_meta(cin: int, cout: int, units: int, dtype: torch.dtype = torch.flo
     rest = unit(mid, mid, cout - mid, units - 1) if units > 1 else ()
     maps = empty(2, 16, 16, cin, dtype=dtype), empty(2, 8, 8, cout, dtype=dtype)
     image, output = (t.permute(0, 3, 1, 2) for t in maps)
-    run(output, image, first, rest, empty(2, dtype=torch.int32))
+    run(output, image, first, rest, (mid, mid), empty(2, dtype=torch.int32))

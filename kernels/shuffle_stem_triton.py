@@ -156,7 +156,8 @@ def run(
         raise ValueError(f"a batch of {list(input.shape)} has too many pixels for one launch")
     block = padded(3 * channels)
     # one warp, which has no other to wait for, if its registers hold a line's part of the products
-    warps = 1 if block * input.element_size() <= 64 else 4
+    # and tensor cores multiply
+    warps = 1 if block <= 32 and input.element_size() == 2 else 4
     with torch.cuda.device_of(input):
         shuffle_stem_kernel[(programs,)](
             input, weight, bias, seen, output, *size, height, width,

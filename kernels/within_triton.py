@@ -17,16 +17,3 @@ def parted(place, size):
     place, size = place.to(tl.uint32, bitcast=True), tl.cast(size, tl.uint32)
     line = place // size
     return line.to(tl.int32, bitcast=True), (place - line * size).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def any_seen(seen_ptr, pixels, per_sample, BLOCK_M: tl.constexpr):
-    """Tells whether any sample is seen that has a part in this program's pixels of the batch."""
-    first = tl.program_id(0) * BLOCK_M
-    end = tl.minimum(first + BLOCK_M, pixels)
-    sample, _ = parted(first, per_sample)
-    seen = tl.load(seen_ptr + sample)
-    for _ in tl.range((sample + 1) * per_sample, end, per_sample):
-        sample += 1
-        seen |= tl.load(seen_ptr + sample)
-    return seen != 0

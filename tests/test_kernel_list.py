@@ -157,3 +157,13 @@ def test_the_list_holds_all_that_a_plan_launches(size, capacity, monkeypatch):
         known = {v.key for v in launched}
         idle = {v.name for v in listed if v.key not in known}
         assert idle == TRAINED
+
+
+def test_tiles_that_an_h200_preferred_are_its_own():
+    """By its machine code's architecture: a graphics card's shared memory has room for one."""
+    name = "encoder block, first, 128 to 128 channels, 30"
+    tiles = {}
+    for arch in (80, 89, 90, 120):
+        (variant,) = variants.record(arch, name, variants.shape_classes()[name])
+        tiles[arch] = [variant.constants[size] for size in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+    assert tiles == {80: [64, 64, 64], 89: [64, 64, 64], 90: [64, 128, 128], 120: [64, 64, 64]}

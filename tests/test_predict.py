@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from meddanet.build import build_decision_network, build_position_network
 from meddanet.layers import set_quantization
 from meddanet.networks.decision import ShuffleStem, ShuffleUnit
 
@@ -154,6 +155,18 @@ def test_half_precision_networks_by_hand():
     stem = plan_work.half_precision("stem", stem, (3, 4, 12, 12))
     assert stem.launches == 1 and stem.operations == 2 * 3 * 6 * 6 * 8 * 4 * 9
     assert stem.bytes == 2 * (3 * 4 * 144 + 3 * 8 * 9 + 8 * 4 * 9)
+
+
+def test_decision_networks_by_hand():
+    """Five launches and four, between which a map is stored once and read once."""
+    policy = build_decision_network("shufflenetv2-m", 4)
+    position = build_position_network("heatmap")
+    maps = 12 * 8 * 8, 24 * 4 * 4, 48 * 2 * 2, 96
+    for network, stored in ((policy.eval(), maps), (position.eval(), maps[:3])):
+        work = plan_work.half_precision("net", network, (2, 4, 32, 32))
+        weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+        assert work.launches == 1 + len(stored)
+        assert work.bytes == 2 * (2 * 4 * 32 * 32 + 2 * 2 * sum(stored) + weights)
 
 
 EIGHT = [{"8": 10}] * 4

@@ -5,8 +5,8 @@
 Everything that depends on the slices is decided where they lie: routes, offsets, widths, which slot
 of which group a slice takes and how many are in use. So `run` allocates no map of features or
 labels, waits for nothing and reads nothing back, and a CUDA graph of it serves every chunk. Kernels
-of slots that are not in use return at once, and so do those of the decision networks' stems and
-units for slices that hold nothing.
+of slots that are not in use return at once, and so do those of the decision networks' stems, stages
+and heads for slices that hold nothing.
 """
 
 from __future__ import annotations

@@ -278,6 +278,24 @@ def test_parts_of_a_tile(name, backend, narrow, monkeypatch):
     problem.check(problem.run(), narrow)
 
 
+@pytest.mark.parametrize("name", ["one width per sample", "slots permuted, the last unused"])
+def test_tiles_of_128_channels_on_an_h200(name, backend, narrow, monkeypatch):
+    """Which no other card has: more pixels than one tile takes."""
+    problem = Problem(replace(CASES[name], channels=(128, 128), size=(5, 14)))
+    if backend == "triton":
+        from meddanet.kernels import conv_int_triton
+
+        chosen, usual = [], conv_int_triton.blocks
+        monkeypatch.setattr(conv_int_triton, "architecture", lambda device: 90)
+        monkeypatch.setattr(
+            conv_int_triton, "blocks", lambda *given: chosen.append(usual(*given)) or chosen[-1]
+        )
+    problem.check(problem.run(), narrow)
+    if backend == "triton":
+        sizes = [(one["BLOCK_M"], one["BLOCK_N"], one["BLOCK_K"]) for one in chosen]
+        assert sizes == [(64, 128, 128)]
+
+
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.out_bits == 8])
 def test_8_bit_codes_are_those_of_float64_but_at_ties(name, tolerances):
     problem = Problem(CASES[name])

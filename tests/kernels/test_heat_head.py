@@ -14,6 +14,7 @@ from meddanet.engine.decisions import _OneKernel, answers, frozen
 from meddanet.kernels import heat_head, heat_head_reference, pack_heat_head
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.heatmap import EDGE, HeatCentre, HeatmapLocator, play_shares
+from meddanet.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
 LAST = torch.channels_last
@@ -179,7 +180,7 @@ def test_a_quantised_head_keeps_its_layers(quantised):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(40, 72), (128, 160), (130, 144)], ids=str)
+@pytest.mark.parametrize("size", [(40, 72), (66, 80)], ids=str)
 def test_a_network_answers_as_its_layers_do(size, backend):
     """Views of any size, each with its own free play; a crop of 32 pixels."""
     network = build_position_network("heatmap", 4, size=32).double().eval()
@@ -195,6 +196,17 @@ def test_a_network_answers_as_its_layers_do(size, backend):
     torch.testing.assert_close(frozen(network, torch.float64)(x.double()), exact)
     # what memory held before is NaN here
     assert found[1].isnan().all() == (backend == "triton")
+
+
+@torch.no_grad()
+def test_the_shipped_network_in_half_precision(tolerances):
+    """All of it, as a GPU runs it: no worse than its layers in float16 are."""
+    network = load_model().position.float().eval()
+    x = image(4, torch.float16, samples=3, size=(72, 80))
+    exact, native = (deepcopy(network).to(dtype)(x.to(dtype)) for dtype in (torch.float64, x.dtype))
+    found = frozen(network, torch.float16)(x)
+    assert found.dtype == torch.float32 and exact.std(0).min() > 0.02
+    tolerances.reduction(found.half(), native=native, exact=exact)
 
 
 def test_padding_is_zero():

@@ -155,7 +155,7 @@ SAMPLES = {
         (image(LAST).detach(), *pack_stem(torch.randn(5, 3, 3, 3), torch.randn(5))[:2], 5,
          torch.ones(2, dtype=torch.int32)),
     ),
-    "unit of stride 1": lambda: (
+    "stage of one unit": lambda: (
         OPS.shuffle_stage, (torch.randn(2, 6, 7, 8), *packed_stage(), None)
     ),
     "stage": lambda: (

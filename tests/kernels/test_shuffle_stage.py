@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nan_poisoning")
 LAST = torch.channels_last
 # channels in and out, stride, units: of both shipped widths, and some that no power of two divides
 STAGES = [
-    (12, 24, 2, 4), (24, 48, 2, 8), (48, 96, 2, 4), (96, 192, 2, 2), (24, 24, 1, 1),
+    (12, 24, 2, 4), (24, 48, 2, 3), (48, 96, 2, 2), (96, 192, 2, 2), (24, 24, 1, 1),
     (192, 192, 1, 1), (5, 14, 2, 1), (10, 10, 1, 3), (6, 16, 1, 2), (40, 50, 2, 2),
 ]  # fmt: skip
 FEW = [(12, 24, 2, 1), (24, 24, 1, 2), (12, 24, 2, 3)]
@@ -159,6 +159,20 @@ def test_a_nan_goes_where_the_layers_take_it(shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", FEW, ids=str)
+def test_an_infinity_stays_one(shape):
+    """Channels are padded to a power of two, and an infinity times zero would be NaN."""
+    stage = folded(stage_with_norms(*shape), torch.float32)
+    for parameter in stage.parameters():
+        parameter.abs_().add_(0.1)
+    x = image(stage, torch.float32).abs()
+    x[1, 3, 4, 5] = float("inf")
+    found, expected = shuffle_stage(x, packed(stage)), stage(x)
+    assert expected.isinf().any() and not expected.isnan().any()
+    assert torch.equal(found.isinf(), expected.isinf()) and not found.isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", FEW, ids=str)
 def test_any_layout(shape):
     stage = stage_with_norms(*shape)
     x, own = image(stage, torch.float16), packed(folded(stage, torch.float16))
@@ -175,14 +189,14 @@ def test_any_layout(shape):
 def test_samples_that_are_not_seen(shape, size, backend):
     """The others are as ever."""
     stage = folded(stage_with_norms(*shape), torch.float16)
-    x, own = image(stage, torch.float16, samples=50, size=size), packed(stage)
-    seen = (torch.arange(50) % 20 > 16).int()
+    x, own = image(stage, torch.float16, samples=7, size=size), packed(stage)
+    seen = torch.tensor([0, 0, 1, 0, 1, 1, 0], dtype=torch.int32)
     # what another unit has left out
     x[seen == 0] = float("nan")
     expected, found = shuffle_stage(x, own), shuffle_stage(x, own, seen)
     assert torch.equal(found[seen > 0], expected[seen > 0])
     assert not found[seen > 0].isnan().any()
-    assert found[:10].isnan().all()
+    assert found[:2].isnan().all()
     nothing = shuffle_stage(torch.zeros_like(x), own, torch.zeros_like(seen))
     # what memory held before is NaN here
     assert nothing.isnan().all() == (backend == "triton")
@@ -289,5 +303,5 @@ def test_a_sample_of_too_many_pixels():
 
     x = torch.empty(1, 24, 46341, 46341, dtype=torch.float16, device="meta")
     stage = packed(folded(stage_with_norms(24, 24, 1), torch.float16))
-    with pytest.raises(ValueError, match="too many elements for a launch"):
-        run(x, x, stage.first, stage.rest)
+    with pytest.raises(ValueError, match="too many elements for one launch"):
+        run(x, x, stage.first, stage.rest, stage.mid_channels)
