@@ -255,7 +255,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
     Policy and position network are of "shufflenetv2-m", in half precision.
     """
     return {
-        f"stage of {units} units, {cin} to {cout} channels": partial(_launch_meta, cin, cout, units)
+        f"stage, {cin} to {cout} channels, {units} units": partial(_launch_meta, cin, cout, units)
         for cin, cout, units in ((12, 24, 4), (24, 48, 8), (48, 96, 4))
     }
 
