@@ -263,7 +263,8 @@ def roofline(results: Results) -> Figure | None:
         for marker, label in (("o", "8 bit"), ("D", "16 bit"), ("*", "measured"))
         if marker != "*" or stars
     ]  # fmt: skip
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
+    # all in one row would be wider than the figure
+    figure.legend(handles=legend, loc="outside lower center", ncols=-(-len(legend) // 2))
     title = "Prediction from published peaks, 16 slices of 240 x 240 per launch"
     measured = "stars: measured" if stars else "none of these measured yet"
     figure.suptitle(f"{title}; {measured}", fontsize=10)
