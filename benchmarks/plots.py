@@ -85,7 +85,7 @@ def time_per_volume(results: Results) -> Figure:
         f"{short(part['case'])}\n{sum(part['decisions'][1:])} of {sum(part['decisions'])} slices"
         for part in results.networks
     ], fontsize=8)  # fmt: skip
-    right.set(ylabel="times as long", title="each timed case, and how many slices are run")
+    right.set(ylabel="times as long", title="each timed case, and its slices that run")
     right.set_ylim(top=1.75 * right.get_ylim()[1])
     right.grid(axis="x", visible=False)
     right.legend(loc="upper left", ncols=1)
