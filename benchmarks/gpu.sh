@@ -14,7 +14,8 @@
 #                                stages, on the same case
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
-#   benchmarks/gpu.sh PART -k crop           what follows goes to pytest
+#   benchmarks/gpu.sh PART -k crop           what follows goes to pytest; `test -n 8` compiles kernels
+#                                            in as many processes (pytest-xdist)
 #
 # Results go to $OUT (default benchmarks/results) under the names that `make report` reads, such as
 # gpu_kernels_rtx-4090.json, and are whole after every test. Nothing has to be installed: the
