@@ -138,6 +138,12 @@ def pixel_pitch(image: Tensor) -> int | None:
     return pitch if side_by_side and even and pitch >= channels else None
 
 
+def dense_pixels(image: Tensor) -> Tensor:
+    """Returns [N, C, H, W] dense and channels last, copied if need be."""
+    dense = pixel_pitch(image) == image.shape[1]
+    return image if dense else image.contiguous(memory_format=torch.channels_last)
+
+
 def even_planes(planes: Tensor) -> Tensor:
     """Returns byte planes whose pixels follow one another at one distance, copied if need be."""
     if any(pixel_pitch(plane) is None for plane in planes.unbind()):

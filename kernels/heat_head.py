@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import pixel_pitch
+from .conv_call import dense_pixels
 from .layout import wide_dtype
 from .pointwise import pointwise_matrix, pointwise_reference
 from .shuffle_pack import KERNEL_DTYPES, Layer, checked_input
@@ -113,9 +113,7 @@ def _heat_head(
     if input.dtype in KERNEL_DTYPES and small and triton_runs(input):
         from .heat_head_triton import run
 
-        if pixel_pitch(input) != input.shape[1]:
-            input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, weight, bias, map_weight, gain, plays, edge, seen)
+        run(output, dense_pixels(input), weight, bias, map_weight, gain, plays, edge, seen)
     else:
         output.copy_(_run_reference(input, weight, bias, map_weight, gain, plays, edge))
     return output

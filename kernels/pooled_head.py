@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import pixel_pitch
+from .conv_call import dense_pixels
 from .layout import wide_dtype
 from .pointwise import pointwise_matrix, pointwise_reference
 from .shuffle_pack import KERNEL_DTYPES, Layer, checked_input
@@ -108,9 +108,7 @@ def _pooled_head(
     if input.dtype in KERNEL_DTYPES and small and triton_runs(input):
         from .pooled_head_triton import run
 
-        if pixel_pitch(input) != input.shape[1]:
-            input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, weight, bias, classifier, classifier_bias, seen)
+        run(output, dense_pixels(input), weight, bias, classifier, classifier_bias, seen)
     else:
         output.copy_(_run_reference(input, weight, bias, classifier, classifier_bias, outputs))
     return output

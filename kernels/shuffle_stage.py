@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import pixel_pitch
+from .conv_call import dense_pixels
 from .shuffle_pack import KERNEL_DTYPES, PackedStage, checked_input
 
 # bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
@@ -74,9 +74,7 @@ def _shuffle_stage(
     if input.dtype in KERNEL_DTYPES and widest <= WIDEST and triton_runs(input):
         from .shuffle_stage_triton import run
 
-        if pixel_pitch(input) != input.shape[1]:
-            input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, first, rest, mids, seen)
+        run(output, dense_pixels(input), first, rest, mids, seen)
     else:
         output.copy_(_run_reference(input, first, rest, mids, channels))
     return output

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .conv_call import pixel_pitch
+from .conv_call import dense_pixels
 from .shuffle_pack import KERNEL_DTYPES, checked_input, padded, padded_matrix
 
 # rows and columns of the weight, and bytes of the pixels under a row of taps; larger ones fit
@@ -83,9 +83,7 @@ def _shuffle_stem(
     if input.dtype in KERNEL_DTYPES and fits(input, weight) and triton_runs(input):
         from .shuffle_stem_triton import run
 
-        if pixel_pitch(input) != input.shape[1]:
-            input = input.contiguous(memory_format=torch.channels_last)
-        run(output, input, weight, bias, seen)
+        run(output, dense_pixels(input), weight, bias, seen)
     else:
         output.copy_(_run_reference(input, weight, bias, channels))
     return output
