@@ -54,6 +54,30 @@ def slices_of(case: Path | None) -> tuple[str, Tensor, np.ndarray]:
     return volume.name, slices, labels.transpose(2, 0, 1) > 0
 
 
+def arguments(doc: str, rounds: int) -> argparse.ArgumentParser:
+    """Returns what the commands that work on one case's plan take: result, case and rounds."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def stop_without_gpu() -> None:
+    """Ends a command that needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{Path(sys.argv[0]).name}: PyTorch sees no CUDA GPU")
+
+
+def plan_holding(
+    engine: Any, slices: Tensor, roomy: bool | None = None
+) -> tuple[Any, Callable[[], Any]]:
+    """Returns an engine's plan with slices in its buffer, and what runs it; `roomy` as there."""
+    plan, replay = engine.plan(len(slices), *slices.shape[2:], roomy=roomy)
+    plan.images.zero_()[: len(slices)].copy_(slices)
+    return plan, replay
+
+
 def captured(run: Callable[[], object], repeats: int) -> Callable[[], None]:
     """Returns the replay of a graph of so many calls."""
     stream = torch.cuda.Stream()
@@ -105,8 +129,7 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
     """Returns the times of the whole plan, of its routes and of every launch."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
     engine.segment(slices)
-    plan, replay = engine.plan(len(slices), *slices.shape[2:])
-    plan.images.zero_()[: len(slices)].copy_(slices)
+    plan, replay = plan_holding(engine, slices)
     with torch.no_grad():
         plan.run()
         whole = microseconds(replay, rounds)
@@ -124,8 +147,7 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
             name: parts_of(getattr(planned, name), plan._view, plan._seen, rounds)
             for name in ("policy", "position")
         }
-        roomy, _ = engine.plan(len(slices), *slices.shape[2:], roomy=True)
-        roomy.images.copy_(plan.images)
+        roomy, _ = plan_holding(engine, slices, roomy=True)
         roomy.run()
         all_whole = microseconds(captured(every_slice_whole(roomy), 1), rounds)
     parts: dict[str, float] = {}
@@ -144,13 +166,8 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, writes and prints what takes longest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("plan_launches.py: PyTorch sees no CUDA GPU")
+    options = arguments(__doc__, 20).parse_args()
+    stop_without_gpu()
     name, slices, _ = slices_of(options.case)
     found = {
         "command": "python benchmarks/plan_launches.py RESULT.json --case CASE",

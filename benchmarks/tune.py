@@ -10,7 +10,6 @@ line per class: what `blocks()` in `kernels/conv_int_triton.py` says now, and th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,11 +17,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from plan_launches import REPEATS, captured, every_slice_whole, microseconds, slices_of
+from plan_launches import (
+    REPEATS,
+    arguments,
+    captured,
+    every_slice_whole,
+    microseconds,
+    plan_holding,
+    slices_of,
+    stop_without_gpu,
+)
 from timing import environment
 from torch import Tensor
 
@@ -31,6 +38,7 @@ from meddanet.engine import compile_engine
 from meddanet.engine.lowering import Launch
 from meddanet.engine.plan import Plan, PlannedModel
 from meddanet.kernels import conv_int_triton, variants
+from meddanet.kernels.backend import architecture
 from meddanet.kernels.conv_call import ConvCall
 
 Sizes = dict[str, Any]
@@ -124,8 +132,7 @@ original: Callable[..., Sizes] = conv_int_triton.blocks
 def classes(slices: Tensor, whole: bool) -> dict[tuple, list[Launch]]:
     """Returns the convolutions of the groups in use by their classes."""
     engine: Any = compile_engine(load_model(), "cuda", "triton")
-    plan, _ = engine.plan(len(slices), *slices.shape[2:], roomy=whole)
-    plan.images.zero_()[: len(slices)].copy_(slices)
+    plan, _ = plan_holding(engine, slices, roomy=whole)
     (every_slice_whole(plan) if whole else plan.run)()
     found: dict[tuple, list[Launch]] = {}
     for group in plan.groups:
@@ -156,11 +163,11 @@ def compile_part(arch: int, part: int, parts: int, channels: int) -> None:
 
 def compile_beforehand(channels: int) -> None:
     """Compiles all candidates, in a process per core."""
-    major, minor = torch.cuda.get_device_capability()
+    arch = architecture(torch.device("cuda"))
     parts = os.cpu_count() or 1
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, "-", "--compile", f"{10 * major + minor},{part},{parts}",
+            [sys.executable, __file__, "-", "--compile", f"{arch},{part},{parts}",
              "--channels", str(channels)],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
@@ -173,18 +180,14 @@ def compile_beforehand(channels: int) -> None:
 @torch.no_grad()
 def main() -> None:
     """Measures, writes a row per class, and prints the best."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser = arguments(__doc__, 8)
     parser.add_argument("--whole", action="store_true", help="every slice whole, none cropped")
     parser.add_argument("--channels", type=int, default=0, help="at the least, going in")
     parser.add_argument("--compile", help="arch,part,parts: what a process of its own does")
     options = parser.parse_args()
     if options.compile:
         return compile_part(*map(int, options.compile.split(",")), options.channels)
-    if not torch.cuda.is_available():
-        sys.exit("tune.py: PyTorch sees no CUDA GPU")
+    stop_without_gpu()
     compile_beforehand(options.channels)
     name, slices, _ = slices_of(options.case)
     found = {

@@ -9,15 +9,19 @@ must stay near those of the first, for products may be summed in another order.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from plan_launches import captured, microseconds, slices_of
+from plan_launches import (
+    arguments,
+    captured,
+    microseconds,
+    plan_holding,
+    slices_of,
+    stop_without_gpu,
+)
 from timing import environment
 
 from meddanet import load_model
@@ -49,17 +53,11 @@ class Bounded:
 @torch.no_grad()
 def main() -> None:
     """Measures, writes a row per variant, and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--case", type=Path, help="a folder of NIfTI files; else a phantom")
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("tune_stage.py: PyTorch sees no CUDA GPU")
+    options = arguments(__doc__, 10).parse_args()
+    stop_without_gpu()
     name, slices, _ = slices_of(options.case)
     engine: Any = compile_engine(load_model(), "cuda", "triton")
-    plan, _ = engine.plan(len(slices), *slices.shape[2:])
-    plan.images.zero_()[: len(slices)].copy_(slices)
+    plan, _ = plan_holding(engine, slices)
     plan.run()
     runs = {
         "decide_us": plan._decide, "locate_us": plan._locate,
@@ -68,7 +66,7 @@ def main() -> None:
     answers = plan._routes, plan._places
     right = [answer[: len(slices)].clone() for answer in answers]
     held = plan._seen[: len(slices)] != 0
-    kernel, rows = stage.shuffle_stage_kernel, []
+    kernel, rows, facts = stage.shuffle_stage_kernel, [], environment()
     for power, warps, registers in VARIANTS:
         stage.AREA, stage.WARPS = 1 << power, warps
         stage.shuffle_stage_kernel = kernel if registers is None else Bounded(kernel, registers)
@@ -86,7 +84,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         content = {
             "command": "python benchmarks/tune_stage.py RESULT.json --case CASE", "case": name,
-            "environment": environment(), "rows": rows,
+            "environment": facts, "rows": rows,
         }  # fmt: skip
         options.result.write_text(json.dumps(content, indent=1) + "\n")
 
