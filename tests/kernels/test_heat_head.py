@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from meddanet.build import build_position_network
-from meddanet.engine.decisions import _OneKernel, answers, frozen
+from meddanet.engine.decisions import answers, frozen
 from meddanet.kernels import heat_head, heat_head_reference, pack_heat_head
-from meddanet.layers import quantized_layers, set_quantization
-from meddanet.networks.heatmap import EDGE, HeatCentre, HeatmapLocator, play_shares
+from meddanet.layers import set_quantization
+from meddanet.networks.heatmap import EDGE, HeatCentre, play_shares
 from meddanet.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
@@ -163,20 +163,6 @@ def test_large_heads_run_in_the_reference(shape, dtype, monkeypatch):
     monkeypatch.setattr("meddanet.kernels.heat_head_triton.run", None)
     head, x = packed(Head(*shape, dtype)), image(shape[0], dtype, samples=1)
     assert torch.equal(heat_head(x, head, plays_of(x)), heat_head_reference(x, head, plays_of(x)))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("quantised", ["last.0", "map"])
-def test_a_quantised_head_keeps_its_layers(quantised):
-    network = build_position_network("heatmap", 4).double().eval()
-    set_quantization(network, quantize=False, update_range=False)
-    assert isinstance(frozen(network, torch.float64).head, _OneKernel)
-    layer = quantized_layers(network)[quantised]
-    layer.quantize = True
-    layer.input_amax.fill_(4.0)
-    small, x = frozen(network, torch.float64), torch.randn(2, 4, 40, 32, dtype=torch.float64)
-    assert isinstance(small, HeatmapLocator)
-    torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

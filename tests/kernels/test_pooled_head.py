@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from meddanet.build import build_decision_network
+from meddanet.build import build_decision_network, build_position_network
 from meddanet.engine.decisions import _OneKernel, answers, frozen
 from meddanet.kernels import pack_pooled_head, pooled_head, pooled_head_reference
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.networks.decision import ShuffleNetV2
+from meddanet.networks.heatmap import HeatmapLocator
 
 pytestmark = pytest.mark.usefixtures("nan_poisoning")
 LAST = torch.channels_last
@@ -143,17 +144,28 @@ def test_large_heads_run_in_the_reference(shape, dtype, monkeypatch):
     assert torch.equal(pooled_head(x, head), pooled_head_reference(x, head))
 
 
+NETWORKS = {
+    ShuffleNetV2: lambda: build_decision_network("shufflenetv2-m", 4, 4),
+    HeatmapLocator: lambda: build_position_network("heatmap", 4),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("quantised", ["last.0", "classifier"])
-def test_a_quantised_head_keeps_its_layers(quantised):
-    network = build_decision_network("shufflenetv2-m", 4, 4).double().eval()
+@pytest.mark.parametrize(
+    ("kind", "quantised"),
+    [(ShuffleNetV2, "last.0"), (ShuffleNetV2, "classifier"),
+     (HeatmapLocator, "last.0"), (HeatmapLocator, "map")],
+)  # fmt: skip
+def test_a_quantised_head_keeps_its_layers(kind, quantised):
+    """Pooled, or of a map."""
+    network = NETWORKS[kind]().double().eval()
     set_quantization(network, quantize=False, update_range=False)
     assert isinstance(frozen(network, torch.float64).head, _OneKernel)
     layer = quantized_layers(network)[quantised]
     layer.quantize = True
     layer.input_amax.fill_(4.0)
     small, x = frozen(network, torch.float64), torch.randn(2, 4, 40, 32, dtype=torch.float64)
-    assert isinstance(small, ShuffleNetV2)
+    assert isinstance(small, kind)
     torch.testing.assert_close(small(x), network(x), rtol=1e-9, atol=1e-9)
 
 
