@@ -54,17 +54,18 @@ def openvino_static(model: MedDANetV2, slices: np.ndarray, num_bits: int) -> Run
         ov = require("openvino")
     from openvino import opset13 as ops
 
-    from meddanet.engine.openvino_graphs import to_labels
+    from meddanet.engine.openvino_graphs import exact_sums, to_labels
     from meddanet.engine.opset import record, translate
 
     network = static_network(model)
     if num_bits == 8:
         set_quantization(network, quantize=True, update_range=False)
     image = ops.parameter([1, *slices.shape[1:]], np.float32)
-    (logits,) = translate(record(network), [image])
+    core = ov.Core()
+    (logits,) = translate(record(network), [image], exact_sums(core))
     labels = to_labels(logits)
     threads = torch.get_num_threads()
-    compiled = ov.Core().compile_model(
+    compiled = core.compile_model(
         ov.Model([labels], [image]), "CPU",
         {"NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": threads,
          "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False},

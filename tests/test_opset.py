@@ -23,7 +23,7 @@ def graphs_of(module: nn.Module) -> openvino_graphs.Graphs:
 
     class One(openvino_graphs.Graphs):
         def _outputs(self, part, inputs):
-            return opset.translate(opset.record(module.eval()), inputs)
+            return self.translated(opset.record(module.eval()), inputs)
 
     return One(1, 1)
 

@@ -69,11 +69,12 @@ def compile_engine(
     Args:
         model: Trained; stays as it is, in its mode and on its device.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        executor: On a CPU "openvino" (int8 graphs; needs the extra `cpu`), "torch" (oneDNN int8 and
-            float32), "eager" (the model's own layers), or "auto": the first of these that this
-            machine, installation and model allow. On a GPU "triton" (a recorded plan of this
-            package's integer kernels; compute capability 8.0, V2 with U-Net segmenters, every layer
-            of theirs quantised), "eager", or "auto", likewise. V2 with a segmenter without the
+        executor: On a CPU "openvino" (graphs in int8 where the machine's sums are exact, else in
+            float32; needs the extra `cpu`), "torch" (oneDNN int8, likewise, and float32), "eager"
+            (the model's own layers), or "auto": the first of these that this machine, installation
+            and model allow. On a GPU "triton" (a recorded plan of this package's integer kernels;
+            compute capability 8.0, V2 with U-Net segmenters, every layer of theirs quantised),
+            "eager", or "auto", likewise. V2 with a segmenter without the
             parts of `UNet`, V1 with members other than `UNet` and `TransBTS`, V1 on a GPU and
             subclasses of either run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the
             CPU too, very slowly, for tests.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..med_danet import MedDANet
 from .openvino_graphs import Graphs, Part, to_labels
 from .operations import Node
-from .opset import record, translate
+from .opset import record
 from .slices import DECISIONS, Array
 
 # sizes of slices whose graphs are kept; one of the largest member holds 137 MB of weights
@@ -20,7 +20,7 @@ class OpenVINOBank(Graphs):
         threads: How many calls run at a time; others wait.
 
     Raises:
-        ValueError: If a network has no translation, or this CPU's int8 sums are not exact.
+        ValueError: If a network has no translation.
     """
 
     def __init__(self, model: MedDANet, threads: int) -> None:
@@ -44,6 +44,6 @@ class OpenVINOBank(Graphs):
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
         name, *rest = part
         if name == "decide":
-            return translate(self._decision, inputs)
-        (logits,) = translate(self._members[rest[0]], inputs)
+            return self.translated(self._decision, inputs)
+        (logits,) = self.translated(self._members[rest[0]], inputs)
         return [to_labels(logits)]

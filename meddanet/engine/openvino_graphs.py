@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from .operations import Node, constant, integers
+from .opset import Exact, Recorded, translate
 from .slices import Array
 from .unreported import unreported
 
@@ -35,15 +36,14 @@ class Graphs(ABC):
         threads: How many calls run at a time; others wait.
         kept: How many graphs a thread keeps.
 
-    Raises:
-        ValueError: If this CPU's int8 sums are not exact.
+    Attributes:
+        exact: What runs on codes here.
     """
 
     def __init__(self, threads: int, kept: int) -> None:
         self._threads, self._kept = threads, kept
         self._core = ov.Core()
-        if not is_exact(self._core):
-            raise ValueError("executor openvino: this CPU rounds int8 sums; use executor torch")
+        self.exact = exact_sums(self._core)
         # one per graph, so that several are compiled at a time, each once
         self._locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
         # a graph lives as long as a thread has a request of it, or until one asks for it
@@ -54,6 +54,12 @@ class Graphs(ABC):
     @abstractmethod
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
         """Builds a part's graph over its inputs; raises ValueError where that cannot be done."""
+
+    def translated(
+        self, recorded: Recorded, inputs: list[Node], channels_last: bool = False
+    ) -> list[Node]:
+        """Adds a module's forward pass to a graph, as `opset.translate` does."""
+        return translate(recorded, inputs, self.exact, channels_last)
 
     def _run(self, part: Part, *inputs: Array) -> list[Array]:
         inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
@@ -114,10 +120,17 @@ class Graphs(ABC):
         return ov.Model(self._outputs(part, inputs), inputs, "-".join(map(str, part)))
 
 
-def is_exact(core: ov.Core) -> bool:
-    """Tells, by trying codes of +-127, whether int8 sums come out exact on this machine."""
+def exact_sums(core: ov.Core) -> Exact:
+    """Finds out, by trying codes of +-127, which int8 sums come out exact on this machine."""
+    if _sums_are_exact(core, -128, (127, -127)):
+        return Exact(unsigned=True, signed=True)
+    return Exact(unsigned=_sums_are_exact(core, 0, (127,)), signed=False)
+
+
+def _sums_are_exact(core: ov.Core, lowest: int, codes: tuple[int, ...]) -> bool:
+    """Tries a convolution of images that are one code throughout, of 256 from `lowest` on."""
     image = ops.parameter([1, 32, 6, 6], np.float32)
-    ends = constant(-128), constant(127)
+    ends = constant(lowest), constant(lowest + 255)
     kernel = np.where(np.arange(32 * 8 * 9) % 3 == 1, -127, 127).reshape(8, 32, 3, 3)
     weight = ops.convert(ops.constant(kernel.astype(np.int8)), "f32")
     pads = [0, 0]
@@ -126,11 +139,10 @@ def is_exact(core: ov.Core) -> bool:
         [1, 1], pads, pads, [1, 1],
     )
     compiled = core.compile_model(ov.Model([sums], [image]), "CPU", _configuration(1))
-    exact = 127 * kernel.sum((1, 2, 3))[:, None, None]
+    each = np.broadcast_to(kernel.sum((1, 2, 3))[:, None, None], (8, 4, 4))
     return all(
-        np.array_equal(compiled([np.full((1, 32, 6, 6), value, np.float32)])[0][0] / sign,
-                       np.broadcast_to(exact, (8, 4, 4)))
-        for sign, value in ((1, 127), (-1, -127))
+        np.array_equal(compiled([np.full((1, 32, 6, 6), code, np.float32)])[0][0], code * each)
+        for code in codes
     )
 
 

@@ -15,7 +15,7 @@ from ..layers import quantized_layers, sobel_kernel
 from ..med_danet_v2 import MedDANetV2
 from .openvino_graphs import Graphs, Key, Part, to_labels
 from .operations import Node, channels_last, constant, integers
-from .opset import Recorded, record, translate
+from .opset import Recorded, record
 from .slices import Array
 from .unreported import unreported
 
@@ -58,7 +58,7 @@ class OpenVINONetworks(Graphs):
         threads: How many calls run at a time; others wait.
 
     Raises:
-        ValueError: If a part has no translation, or this CPU's int8 sums are not exact.
+        ValueError: If a part has no translation.
     """
 
     def __init__(self, model: MedDANetV2, threads: int) -> None:
@@ -66,7 +66,8 @@ class OpenVINONetworks(Graphs):
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         layers = quantized_layers(self._model.segmenter).values()
-        self._integers = all(
+        # floats round another way in another graph
+        self._integers = self.exact.signed and all(
             layer.quantize and max(layer.num_bits, layer.input_num_bits) <= 8 for layer in layers
         )
         self._recorded: dict[Part, Recorded] = {}
@@ -133,7 +134,7 @@ class OpenVINONetworks(Graphs):
         self, widths: tuple[int, ...], image: Array, finish: bool
     ) -> tuple[Array, Array, list[Array]] | None:
         """Returns (features [H, W, b] or labels [H, W], image gradients, spreads)."""
-        if not self._integers:  # floats round another way in another graph
+        if not self._integers:
             return None
         result, gradients, *spreads = self._run(("at once", widths, finish), image)
         return result[0], gradients[0], [spread[0] for spread in spreads]
@@ -175,14 +176,14 @@ class OpenVINONetworks(Graphs):
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
         name, *rest = part
         if name in ("decide", "locate"):
-            return translate(self._part(name), inputs)
+            return self.translated(self._part(name), inputs)
         if name == "begin":
             feature, gradients = self._begin(inputs)
             return [channels_last(feature), _spread(feature), gradients]
         if name == "at once":
             widths, finish = rest
             return self._whole_way(widths, finish, inputs)
-        results = translate(self._part(*part), inputs, channels_last=True)
+        results = self.translated(self._part(*part), inputs, channels_last=True)
         if name == "stage":
             return self._stage(*rest, *results)
         return [channels_last(results[0]) if name == "decode" else to_labels(results[0])]
@@ -197,7 +198,7 @@ class OpenVINONetworks(Graphs):
 
     def _begin(self, inputs: list[Node]) -> tuple[Node, Node]:
         """The input of the first stage and the image's gradients."""
-        (feature,) = translate(self._part("begin"), inputs)
+        (feature,) = self.translated(self._part("begin"), inputs)
         return feature, _gradients(inputs[0], self._model.in_channels)
 
     def _whole_way(
@@ -208,10 +209,10 @@ class OpenVINONetworks(Graphs):
         skips, spreads = [], []
         for index, num_bits in enumerate(widths):
             spreads.append(_spread(feature))
-            skip, feature = translate(self._part("stage", index, num_bits), [feature])
+            skip, feature = self.translated(self._part("stage", index, num_bits), [feature])
             skips.append(skip)
         end = self._part("finish" if finish else "decode")
-        (result,) = translate(end, [feature, *skips[:-1]])
+        (result,) = self.translated(end, [feature, *skips[:-1]])
         return [to_labels(result) if finish else channels_last(result), gradients, *spreads]
 
 

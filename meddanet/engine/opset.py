@@ -6,8 +6,9 @@ sides, with the layer's own range, which is the form OpenVINO runs as int8:
     weights      int8 codes -> float -> * step (* gain of the norm that follows)
     activations  clamp to the range -> FakeQuantize with the grid's step
 
-Where weights or inputs have more than 8 bits a layer runs in float32 on the values of the same
-grid. No converter is involved: OpenVINO's own one reports usage.
+Where weights or inputs have more than 8 bits, or this machine's int8 sums would be wrong (`Exact`),
+a layer runs in float32 on the values of the same grid. No converter is involved: OpenVINO's own one
+reports usage.
 """
 
 from __future__ import annotations
@@ -47,6 +48,29 @@ class _Tracer(fx.Tracer):
         return whole or super().is_leaf_module(module, name)
 
 
+class Exact(NamedTuple):
+    """Which int8 convolutions come out exact on a machine, for codes within +-127.
+
+    Before VNNI, x86 adds products of unsigned and signed bytes up in pairs of 16 bits. Codes that
+    are never negative fit, 2 * 127 * 127; others are moved up by 128, and their sums saturate.
+
+    Attributes:
+        unsigned: Those of codes that are never negative.
+        signed: All.
+    """
+
+    unsigned: bool
+    signed: bool
+
+    def allows(self, layer: QuantizedInput, non_negative: bool) -> bool:
+        """Tells whether a layer of at most 8 bits may run on codes."""
+        if self.signed:
+            return True
+        # only what was tried
+        dense = isinstance(layer, QuantConv2d) and layer.groups == 1
+        return self.unsigned and non_negative and dense
+
+
 class Recorded(NamedTuple):
     """A module in `eval()` and what its forward pass does."""
 
@@ -75,13 +99,14 @@ def record(module: nn.Module) -> Recorded:
 
 
 def translate(
-    recorded: Recorded, inputs: Sequence[Node], channels_last: bool = False
+    recorded: Recorded, inputs: Sequence[Node], exact: Exact, channels_last: bool = False
 ) -> list[Node]:
     """Adds a module's forward pass to an OpenVINO graph.
 
     Args:
         recorded: Its forward takes as many tensors as there are inputs.
         inputs: Nodes of static shape, [N, C, H, W] each.
+        exact: What may run on codes where the graph will.
         channels_last: The inputs are [N, H, W, C] instead; outputs are [N, C, H, W] all the same.
 
     Returns:
@@ -91,7 +116,7 @@ def translate(
         ValueError: If the forward pass holds an operation without translation.
     """
     try:
-        return _Translation(*recorded, channels_last).run(inputs)
+        return _Translation(*recorded, exact, channels_last).run(inputs)
     except ValueError:
         raise
     except Exception as error:  # arguments that a translation, or OpenVINO, does not take
@@ -107,8 +132,10 @@ class _Translation:
     where floats would.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, channels_last: bool) -> None:
-        self.graph, self.channels_last = graph, channels_last
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, exact: Exact, channels_last: bool
+    ) -> None:
+        self.graph, self.exact, self.channels_last = graph, exact, channels_last
         self.modules = dict(module.named_modules())
         self.values: dict[fx.Node, Node] = {}
         self.last: dict[fx.Node, Node] = {}  # the values that also exist with channels last
@@ -172,10 +199,13 @@ class _Translation:
         norm = self._module(users[0]) if len(users) == 1 else None
         if isinstance(norm, nn.BatchNorm2d):
             gain, shift = affine(norm)
-        codes = self._on_grid(source, layer, input_num_bits)
+        # both or none: int8 weights of floats would make OpenVINO round the floats as well
+        integer = (
+            layer.quantize and max(num_bits, input_num_bits) <= 8
+            and self.exact.allows(layer, source in self.non_negative)
+        )  # fmt: skip
+        codes = self._on_grid(source, layer, input_num_bits, integer)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
-        # int8 weights of floats would make OpenVINO round the floats to 8 bits as well
-        integer = layer.quantize and max(num_bits, input_num_bits) <= 8
         weight = _weight(layer, num_bits, gain, integer, tokens=rank(codes) == 3)
         result = _LAYERS[type(layer)](codes, layer, weight)
         offset = np.broadcast_to(bias * gain + shift, layer.weight.shape[_out_axis(layer)])
@@ -186,10 +216,10 @@ class _Translation:
             self.values[users[0]] = result
         return result
 
-    def _on_grid(self, node: Any, layer: Any, num_bits: int) -> Node:
+    def _on_grid(self, node: Any, layer: Any, num_bits: int, integer: bool) -> Node:
         if not layer.quantize:
             return self.values[node]
-        options = layer, num_bits, node in self.non_negative
+        options = layer, num_bits, integer, node in self.non_negative
         if node.target is torch.cat:
             # codes are put side by side, not floats: a quarter of the bytes
             inputs, axis = node.args
@@ -209,22 +239,25 @@ class _Translation:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
 
-def on_grid(input: Node, layer: Any, num_bits: int, non_negative: bool = False) -> Node:
-    """Puts values on the grid of a layer's input, in the form that OpenVINO runs as codes.
+def on_grid(
+    input: Node, layer: Any, num_bits: int, integer: bool, non_negative: bool = False
+) -> Node:
+    """Puts values on the grid of a layer's input.
 
-    Beyond 8 bit the values stay float32. Up to 8 bit the range is clamped first, so that 256 levels
-    of the right step serve for every width (255 levels of +-amax gave wrong sums, see
-    docs/engine.md); what cannot be negative becomes unsigned codes, which x86 multiplies without a
-    correction. That the layer has a range is `compile_engine`'s to check.
+    For integers in the form that OpenVINO runs as codes: the range is clamped first, so that 256
+    levels of the right step serve for every width up to 8 bits (255 levels of +-amax gave wrong
+    sums, see docs/engine.md); what cannot be negative becomes unsigned codes, which x86 multiplies
+    without a correction. Otherwise the values stay float32, rounded by what OpenVINO does not take
+    for codes. That the layer has a range is `compile_engine`'s to check.
     """
     amax, step = float(layer.input_amax), float(layer.input_amax.float() / qmax(num_bits))
-    if num_bits > 8:
-        ends = constant(-amax), constant(amax)
-        return ops.fake_quantize(input, *ends, *ends, 2 * qmax(num_bits) + 1)
-    low = 0 if non_negative else -128
     if non_negative and input.get_type_name() == "Relu":
         input = input.input_value(0)
     input = ops.clamp(input, 0.0 if non_negative else -amax, amax)
+    if not integer:
+        codes = ops.round(ops.divide(input, constant(step)), "half_to_even")
+        return ops.multiply(codes, constant(step))
+    low = 0 if non_negative else -128
     ends = constant(low * step), constant((low + 255) * step)
     return ops.fake_quantize(input, *ends, *ends, 256)
 
