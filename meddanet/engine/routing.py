@@ -18,11 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ..med_danet_v2 import MedDANetV2, place
+from ..networks.transbts import PostActivationBlock
+from ..networks.unet import LastStage, ResidualBlock
 from ..routing import Segmentation
 from .slices import Array, Deciding, SliceEngine
 
 # an uninterrupted run saves a seventh of the way, a wrong guess costs all of it
 _SURE = 0.9
+# pixels that no slice has
+EVERYWHERE = 2**30
+# what computes every pixel from the same pixel of its input, or from what its own modules say
+_PIXELWISE = (
+    LastStage, ResidualBlock, PostActivationBlock, nn.Sequential, nn.ModuleList, nn.BatchNorm2d,
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout,
+    nn.Dropout2d,
+)
 # labels of empty canvases that are kept: one per crop size and size of slices
 _BACKGROUNDS = 16
 
@@ -229,6 +239,30 @@ def _selector(selector: Any) -> tuple[Array, Array, list[int]]:
 
 
 def halo(stage: nn.Module) -> int:
-    """Returns how many pixels away the last stage looks: the sum of what its convolutions pad."""
-    paddings = [layer.padding for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
-    return sum(max(padding) for padding in paddings if not isinstance(padding, str))
+    """Returns how many pixels away a last stage looks: more than any slice has if that is unknown.
+
+    It is the sum over its convolutions, where these keep the size and are all that looks beyond a
+    pixel, as in the package's own blocks; any other module may look at the whole map.
+    """
+    reach = 0
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            found = _reach(module)
+            if found is None:
+                return EVERYWHERE
+            reach += found
+        elif type(module) not in _PIXELWISE:
+            return EVERYWHERE
+    return reach
+
+
+def _reach(layer: nn.Conv2d) -> int | None:
+    """Returns how many pixels away a convolution looks; None where it changes the map's size."""
+    spans = [
+        step * (side - 1) for step, side in zip(layer.dilation, layer.kernel_size, strict=True)
+    ]
+    paddings = [layer.padding] if isinstance(layer.padding, str) else layer.padding
+    kept = paddings == ["same"] or [2 * padding for padding in paddings] == spans
+    if not kept or tuple(layer.stride) != (1, 1) or layer.padding_mode != "zeros":
+        return None
+    return max(-(-span // 2) for span in spans)
