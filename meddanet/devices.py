@@ -8,11 +8,13 @@ import torch
 def resolve_device(name: str | torch.device) -> torch.device:
     """Returns the device that "auto", "cpu", "cuda" or "cuda:N" means on this machine.
 
+    A GPU has its number, since the current one is each thread's own.
+
     Raises:
         ValueError: If the name is none of these or the device is not there.
     """
     if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -23,4 +25,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use cpu"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device

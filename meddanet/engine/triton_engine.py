@@ -12,6 +12,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import cycle
 from typing import Any
 
@@ -39,7 +40,7 @@ class TritonEngine:
 
     Args:
         model: In `eval()`, every quantised layer with a range.
-        device: A CUDA device, or the CPU under TRITON_INTERPRET=1.
+        device: A CUDA device with its index, or the CPU under TRITON_INTERPRET=1.
         capacities: Slices of a chunk that plans are made for, ascending.
 
     Raises:
@@ -52,9 +53,6 @@ class TritonEngine:
     def __init__(
         self, model: MedDANetV2, device: torch.device, capacities: tuple[int, ...] = CAPACITIES
     ) -> None:
-        if device.type == "cuda" and device.index is None:
-            # the current one may be another when it segments
-            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.capacities = device, capacities
         self._model = model
         self._planned = PlannedModel(model, device)
@@ -124,7 +122,9 @@ class TritonEngine:
                 self._plans.popitem(last=False)
                 # launches and buffers refer to each other
                 gc.collect()
-            self._plans[key] = self._make(*key)
+            on_gpu = self.device.type == "cuda"
+            with torch.cuda.device(self.device) if on_gpu else nullcontext():
+                self._plans[key] = self._make(*key)
         self._plans.move_to_end(key)
         return self._plans[key]
 
@@ -163,9 +163,13 @@ class TritonEngine:
     def _compile(self, height: int, width: int) -> None:
         """Has the first plan's kernels compiled; those of a small one are those of all."""
         if not self._compiled:
-            compile_side_by_side(
-                lambda: Plan(self._planned, self.capacities[0], (height, width)).run()
-            )
+
+            def launch() -> None:
+                # what is no kernel runs, on streams as a capture's
+                with _CAPTURING:
+                    Plan(self._planned, self.capacities[0], (height, width)).run()
+
+            compile_side_by_side(launch)
             # its launches and buffers refer to each other
             gc.collect()
             self._compiled = True
@@ -218,17 +222,22 @@ class TritonEngine:
 
 
 def captured(plan: Plan) -> Callable[[], None]:
-    """Returns the replay of a CUDA graph of a plan."""
-    stream = torch.cuda.Stream(priority=CAPTURED)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # kernels are compiled and algorithms chosen before anything is recorded
-        plan.run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # PyTorch's own default stream lies on the device that captured first
-    with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        plan.run()
+    """Returns the replay of a CUDA graph of a plan.
+
+    One at a time, from its first launch on: PyTorch hands out a stream again that another thread's
+    capture may be on.
+    """
+    with _CAPTURING:
+        stream = torch.cuda.Stream(priority=CAPTURED)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # kernels are compiled and algorithms chosen before anything is recorded
+            plan.run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # PyTorch's own default stream lies on the device that captured first
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            plan.run()
     return graph.replay
 
 
