@@ -18,7 +18,7 @@ from ..networks.unet import UNet
 from ..routing import RoutedSegmenter, Segmentation, channels_last
 from .bank import BankEngine
 from .routing import CropEngine
-from .slices import SliceEngine
+from .slices import NOT_FINITE, SliceEngine
 from .unreported import unreported
 
 EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
@@ -42,6 +42,10 @@ class Engine(Protocol):
         """Segments slices [N, C, H, W] float32, on the CPU or where the networks run.
 
         See `RoutedSegmenter.segment`; what it returns is on the CPU.
+
+        Raises:
+            ValueError: If the shape does not fit, or values are NaN or infinite; "triton", which
+                never waits for the GPU, does not ask after these.
         """
 
 
@@ -56,7 +60,9 @@ class EagerEngine:
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Segments slices [N, C, H, W] on any device; see `Engine.segment`."""
-        chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
+        if not slices.isfinite().all():
+            raise ValueError(NOT_FINITE)
+        chunks = (channels_last(chunk.to(self._device).float()) for chunk in slices.split(CHUNK))
         parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
         return Segmentation.joined(parts)
 
@@ -198,10 +204,14 @@ def _openvino_engine(model: RoutedSegmenter) -> SliceEngine:
     threads = torch.get_num_threads()
     # the graphs have threads of their own; one caller for each leaves these idle in between
     options = "openvino", threads, 2 * threads
-    if isinstance(model, MedDANet):
-        return BankEngine(model, OpenVINOBank(model, threads), *options)
-    assert isinstance(model, MedDANetV2), "all others are misfits"
-    return CropEngine(model, OpenVINONetworks(model, threads), *options)
+    try:
+        if isinstance(model, MedDANet):
+            return BankEngine(model, OpenVINOBank(model, threads), *options)
+        assert isinstance(model, MedDANetV2), "all others are misfits"
+        return CropEngine(model, OpenVINONetworks(model, threads), *options)
+    except RuntimeError as error:  # as of an installation without the CPU's plugin
+        told = " ".join(str(error).split())
+        raise ValueError(f"executor openvino: {told}; use executor torch") from error
 
 
 def _torch_engine(model: RoutedSegmenter) -> SliceEngine:

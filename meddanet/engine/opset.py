@@ -43,6 +43,20 @@ with unreported():
 
 
 class _Tracer(fx.Tracer):
+    """Takes the package's layers as they are, and leaves other threads' modules alone.
+
+    While it records, torch.fx changes what every module of the process does when it is called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         whole = isinstance(module, (QuantizedInput, HeatCentre))
         return whole or super().is_leaf_module(module, name)
@@ -78,7 +92,7 @@ class Recorded(NamedTuple):
     graph: fx.Graph
 
 
-# while torch.fx records it changes what every module of the process does when it is called
+# two recordings at a time would undo each other's changes to PyTorch in the wrong order
 _recording = threading.Lock()
 
 

@@ -10,6 +10,7 @@ idles while Python prepares the next slice. No result depends on a slice's neigh
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ from ..routing import RoutedSegmenter, Segmentation
 Array = np.ndarray
 
 DECISIONS = 8  # slices that are decided on at a time
+NOT_FINITE = "slices hold NaN or infinite values; expected finite ones"
+
+# the number of PyTorch's threads is the process's
+_STARTING = threading.Lock()
 
 
 class Deciding(Protocol):
@@ -59,6 +64,7 @@ class SliceEngine(ABC):
         # its parts are found by name, of which type checkers know nothing
         self._model: Any = model
         self._networks: Any = networks
+        self._process = os.getpid()
         self._pool = single_threaded_workers(threads)
         self._callers = self._pool if callers == threads else single_threaded_workers(callers)
 
@@ -73,8 +79,14 @@ class SliceEngine(ABC):
             A `Segmentation`.
 
         Raises:
-            ValueError: If the shape does not fit.
+            ValueError: If the shape does not fit, or a slice holds NaN or infinite values.
+            RuntimeError: In a process that was forked after the engine was made.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this engine was made before the process was forked and its threads are not here; "
+                "make one in each process, or start processes by spawn"
+            )
         self._model.check(slices)
         self._prepare(*slices.shape[2:])
         result = Segmentation.skipped(slices, self._model.num_stages)
@@ -125,13 +137,24 @@ class SliceEngine(ABC):
             batch = np.empty((DECISIONS, *some[0].shape), np.float32)
             np.stack(some, out=batch[: len(some)])
             batch[len(some) :] = 0
+            # a sum is read faster than all are asked
+            if not np.isfinite(batch.sum()) and not np.isfinite(batch).all():
+                raise ValueError(NOT_FINITE)
             return network(batch)[: len(some)].copy()
 
         return np.concatenate(list(self._callers.map(run, range(0, len(chosen), DECISIONS))))
 
 
 def single_threaded_workers(count: int) -> ThreadPoolExecutor:
-    """Starts threads inside of which PyTorch uses one core; outside nothing changes."""
+    """Starts threads inside of which PyTorch uses one core; outside nothing changes.
+
+    For a moment the process's number is 1 for threads that ask for it for the first time.
+    """
+    with _STARTING:
+        return _single_threaded_workers(count)
+
+
+def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
     usual = torch.get_num_threads()
     started = threading.Barrier(count + 1)
 
@@ -142,12 +165,19 @@ def single_threaded_workers(count: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="meddanet", initializer=start)
-    for _ in range(count):
-        pool.submit(started.wait)
-    started.wait()
-    started.wait()
-    # the worker's call reached threads that are started later as well
-    torch.set_num_threads(usual)
+    try:
+        for _ in range(count):
+            pool.submit(started.wait)
+        started.wait()
+        started.wait()
+    except BaseException:
+        # those that wait for one that could not be started
+        started.abort()
+        pool.shutdown(wait=False)
+        raise
+    finally:
+        # the worker's call reached threads that are started later as well
+        torch.set_num_threads(usual)
     return pool
 
 

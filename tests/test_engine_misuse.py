@@ -1,0 +1,218 @@
+"""An engine beside other threads and processes, and with models and slices it was not made for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from meddanet.build import build_med_danet_v2
+from meddanet.devices import resolve_device
+from meddanet.engine import compile_engine
+from meddanet.engine.routing import EVERYWHERE, CropEngine, halo
+from meddanet.engine.slices import single_threaded_workers
+from meddanet.layers import QuantConv2d, quantized_layers, set_quantization
+from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.networks.unet import LastStage, ResidualBlock
+
+needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
+CPU_EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch", "eager"]
+
+
+@pytest.fixture
+def model() -> MedDANetV2:
+    torch.manual_seed(0)
+    model = build_med_danet_v2("unet-8", 2, 3, crop_sizes=(16,))
+    for layer in quantized_layers(model).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    return model.eval()
+
+
+# threads and processes -------------------------------------------------------------------------
+
+
+@needs_openvino
+def test_other_threads_modules_run_while_a_graph_is_recorded():
+    """torch.fx changes what every module of the process does when it is called."""
+    from meddanet.engine.opset import record
+
+    recording, called = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def forward(self, input):
+            recording.set()
+            assert called.wait(20)
+            return input + input
+
+    other, outcome = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+
+    def call() -> None:
+        assert recording.wait(20)
+        try:
+            outcome.append(other(torch.ones(2, 3)))
+        except Exception as error:
+            outcome.append(error)
+        called.set()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    recorded = record(Waiting())
+    thread.join()
+    assert torch.equal(outcome[0], other(torch.ones(2, 3)))
+    assert [node.op for node in recorded.graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_a_forked_process_is_told(model):
+    """Its engine's threads are the parent's: it would wait for them for ever."""
+    engine = compile_engine(model, "cpu", "torch")
+    slices = torch.randn(1, 2, 32, 32)
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            engine.segment(slices)
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        assert told.read().endswith("make one in each process, or start processes by spawn")
+    os.waitpid(child, 0)
+
+
+def test_threads_that_cannot_be_started(monkeypatch):
+    """As under a limit of processes: the first one does not wait for the second for ever."""
+    usual, before = torch.get_num_threads(), set(threading.enumerate())
+    start = threading.Thread.start
+
+    def start_one(thread):
+        if len(set(threading.enumerate()) - before):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        single_threaded_workers(2)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == usual
+
+
+@needs_openvino
+def test_auto_goes_on_where_openvino_fails(model, monkeypatch):
+    """As in an image without the plugin for CPUs: its own errors are RuntimeErrors."""
+    from meddanet.engine import openvino_graphs
+
+    def fail(core):
+        raise RuntimeError("Exception from core.cpp:117:\nDevice 'CPU' is not registered")
+
+    monkeypatch.setattr(openvino_graphs, "exact_sums", fail)
+    engine = compile_engine(model, "cpu")
+    assert engine.executor == "torch" and "\n" not in engine.passed_over
+    assert "Device 'CPU' is not registered; use executor torch" in engine.passed_over
+
+
+def test_a_gpu_has_its_number(monkeypatch):
+    """The current GPU is each thread's own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in ("auto", "cuda", "cuda:1"):
+        assert resolve_device(name) == torch.device("cuda:1")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+
+
+# slices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(model, executor, value):
+    """Not a route, as if the slice had been seen: the largest of NaN is the first."""
+    slices = torch.randn(3, 2, 32, 32)
+    slices[1, 0, 5, 7] = value
+    engine = compile_engine(model, "cpu", executor)
+    with pytest.raises(ValueError, match="slices hold NaN or infinite values"):
+        engine.segment(slices)
+    slices[1] = 1e37  # whose sum is infinite
+    engine.segment(slices)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int16])
+def test_other_dtypes(model, executor, dtype):
+    slices = (torch.randn(2, 2, 32, 32) * 2).round().to(dtype)
+    engine = compile_engine(model, "cpu", executor)
+    for found, expected in zip(engine.segment(slices), engine.segment(slices.float()), strict=True):
+        assert torch.equal(found, expected)
+
+
+# last stages -----------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A block with squeeze and excitation, whose gates depend on the whole map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block, self.gate = ResidualBlock(channels), nn.Linear(channels, channels)
+
+    def forward(self, input):
+        gate = self.gate(input.mean((2, 3))).mul(8).sigmoid()
+        return self.block(input) * gate[:, :, None, None]
+
+
+@pytest.mark.parametrize(("padding", "dilation", "expected"), [
+    (1, 1, 1), ("same", 1, 1), ("same", 3, 3), (2, 2, 2), (0, 1, EVERYWHERE), (3, 1, EVERYWHERE),
+    ("valid", 1, EVERYWHERE),
+])  # fmt: skip
+def test_how_far_a_convolution_looks(padding, dilation, expected):
+    layer = QuantConv2d(2, 2, 3, padding=padding, dilation=dilation)
+    assert halo(nn.Sequential(layer, nn.ReLU())) == expected
+    if expected != EVERYWHERE:
+        impulse = torch.zeros(1, 2, 15, 15)
+        impulse[..., 7, 7] = 1
+        layer.quantize = False
+        seen = (layer(impulse) - layer(0 * impulse)).abs().sum(1)[0].nonzero()
+        assert (seen - 7).abs().max() == expected
+
+
+@pytest.mark.parametrize("layer", [
+    QuantConv2d(2, 2, 3, stride=2, padding=1),
+    QuantConv2d(2, 2, 3, padding=1, padding_mode="circular"),
+    nn.InstanceNorm2d(2), nn.AvgPool2d(3, 1, 1), LastStage(2, 2, Gated),
+])  # fmt: skip
+def test_what_may_look_anywhere(layer):
+    assert halo(nn.Sequential(layer)) == EVERYWHERE
+
+
+def test_the_last_stages_of_the_package():
+    assert halo(LastStage(4, 3)) == 2
+    model = build_med_danet_v2("transbts-light", 2, 3, crop_sizes=(16,))
+    assert halo(model.crop_last_stages[0]) == 2
+
+
+def test_a_last_stage_that_sees_the_whole_map(model):
+    """It sees the whole canvas, not the patch and two halos."""
+    model.crop_last_stages[0] = LastStage(8, 3, Gated)
+    for layer in quantized_layers(model.crop_last_stages).values():
+        layer.input_amax.fill_(4.0)
+    set_quantization(model, quantize=True, update_range=False)
+    model.eval()
+    from meddanet.engine.torch_networks import TorchNetworks
+
+    engine = CropEngine(model, TorchNetworks(model), "torch", threads=1, callers=1)
+    patch, canvas = torch.randn(16, 16, 8), torch.zeros(1, 8, 48, 64)
+    canvas[0, :, 20:36, 8:24] = patch.permute(2, 0, 1)
+    with torch.no_grad():
+        expected = model.crop_last_stages[0](canvas)[0].argmax(0).numpy()
+    labels = np.full((48, 64), 9, np.uint8)
+    engine._paste(labels, patch.numpy(), (20, 8), 0)
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(labels, expected)
