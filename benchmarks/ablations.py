@@ -41,13 +41,13 @@ from accuracy import training_seconds
 from torch import Tensor
 
 from meddanet.arguments import parse_command, train_config
-from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.checkpoint import checkpoint_files, load_checkpoint
 from meddanet.cost import cost_tables
 from meddanet.data.slices import CachedCase, pad
 from meddanet.dataset import Dataset, prepare_dataset
 from meddanet.layers import set_quantization
+from meddanet.machine import machine
 from meddanet.metrics import dice_score
 from meddanet.objectives import oracle_route
 from meddanet.objectives_v1 import DecisionObjective, decision_labels

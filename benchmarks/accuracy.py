@@ -29,11 +29,11 @@ import torch
 from decisions import decision_report
 from torch import Tensor, nn
 
-from meddanet.bench import machine
 from meddanet.build import build_segmenter
 from meddanet.cost import CONVENTIONS, cost_table, count_macs
 from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_classes, to_slices
 from meddanet.layers import set_quantization
+from meddanet.machine import machine
 from meddanet.metrics import brats_regions, dice_score, hausdorff_distance_95
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model

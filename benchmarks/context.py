@@ -34,8 +34,8 @@ from memory import read_memory, reset_peak
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meddanet.bench import machine
 from meddanet.data import find_cases, load_volume, to_slices
+from meddanet.machine import machine
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
 

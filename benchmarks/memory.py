@@ -20,10 +20,10 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from meddanet.bench import machine
 from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_cases
 from meddanet.data import Case, find_cases
+from meddanet.machine import machine
 from meddanet.predictor import VolumePredictor
 from meddanet.weights import load_model
 

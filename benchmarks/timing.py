@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meddanet.bench import RUNTIMES, date, versions
+from meddanet.machine import RUNTIMES, date, gpu, versions
 
 DRY_RUN = os.environ.get("MEDDANET_DRY_RUN") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
@@ -62,13 +62,8 @@ def environment() -> dict[str, Any]:
         **versions((*RUNTIMES, "torchvision", "torch-tensorrt", "tensorrt")),
     }  # fmt: skip
     if DEVICE.type == "cuda":
-        properties = torch.cuda.get_device_properties(DEVICE)
-        facts |= {
-            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(), "driver": _smi("driver_version"),
-            "copy_gb_per_s": round(copy_bandwidth(), 1),
-        }  # fmt: skip
+        facts |= gpu()
+        facts["copy_gb_per_s"] = round(copy_bandwidth(), 1)
     return facts
 
 
@@ -76,15 +71,6 @@ def card_name(device: str) -> str:
     """Returns what files call a card: "NVIDIA GeForce RTX 4090" is rtx-4090."""
     short = re.sub(r"\b(NVIDIA|GeForce)\b", "", device)
     return re.sub(r"\W+", "-", short.lower()).strip("-")
-
-
-def _smi(what: str) -> str:
-    """Asks nvidia-smi about the first GPU."""
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return "unknown"
 
 
 def copy_bandwidth() -> float:
@@ -256,5 +242,5 @@ def compare(
         for name, row in rows.items()
         if name != ours and "failed" not in row
     }
-    clocks = {"sm_clock_after": _smi("clocks.sm")} if cuda else {}
+    clocks = {"sm_clock_after": gpu()["sm_clock"]} if cuda else {}
     return {"ours": ours, "rounds": rounds, "providers": rows, "ratios": ratios, **clocks}

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from meddanet.activation import activation_ratio
 from meddanet.batches import Batches
-from meddanet.bench import machine
 from meddanet.build import build_med_danet
 from meddanet.choice import choice_metric, slice_dice
 from meddanet.cost import CONVENTIONS, CostTable, cost_tables
 from meddanet.data import Volume, canonical, find_cases, load_labels, load_volume, to_slices
 from meddanet.data.slices import CachedCase, folds, read_cache, write_cache
+from meddanet.machine import machine
 from meddanet.med_danet import MedDANet
 from meddanet.metrics import dice_score
 from meddanet.monitor import Monitor

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from timing import environment
 
-from meddanet.bench import machine
 from meddanet.data import Case, find_cases
 from meddanet.data.phantom import write_phantom
+from meddanet.machine import machine
 from meddanet.metrics import dice_score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021"

@@ -6,14 +6,10 @@ Besides wall time stands CPU time, which other programs on the machine disturb l
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +18,26 @@ from torch import Tensor, nn
 
 from .data import Volume, to_slices
 from .layers import set_quantization
+from .machine import machine
 from .med_danet_v2 import MedDANetV2
 from .metrics import dice_score
 from .predictor import VolumePredictor
 from .routing import RoutedSegmenter, channels_last, to_memory_format
-from .version import __version__
 
-BATCH = 8
-RUNTIMES = "openvino", "onnxruntime", "triton"
+# slices at a time, and on a GPU
+BATCH, GPU_BATCH = 8, 16
+# Dice of what two networks call lesion, from which on they are taken for the same
+SAME = 0.98
 Run = Callable[[], object]
+Tell = Callable[[str], object]
+
+
+def _in_silence(line: str) -> None:
+    """Tells nobody."""
 
 
 def time_interleaved(
-    runs: Mapping[str, Run], rounds: int, warm_up: bool = True
+    runs: Mapping[str, Run], rounds: int, warm_up: bool = True, tell: Tell = _in_silence
 ) -> dict[str, dict[str, float]]:
     """Times several contestants in turns.
 
@@ -42,6 +45,7 @@ def time_interleaved(
         runs: What to time, by name.
         rounds: How often.
         warm_up: Whether each runs once unmeasured before; False where all have run already.
+        tell: Called with a line of progress before each round.
 
     Returns:
         For each name "seconds" (median of wall time), "fastest", "slowest" and "cpu_seconds"
@@ -55,7 +59,8 @@ def time_interleaved(
         run()
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for number in range(rounds):
+        tell(f"round {number + 1} of {rounds}")
         for name, run in runs.items():
             began, cpu_began = time.perf_counter(), time.process_time()
             run()
@@ -88,39 +93,6 @@ def ratios(times: Mapping[str, Mapping[str, float]], base: str) -> dict[str, dic
     }
 
 
-def machine() -> dict[str, object]:
-    """Returns what a timing depends on: processor, threads, versions; and when it was."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "processor": _processor(), "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "gpus": gpus, "platform": platform.platform(),
-        "python": platform.python_version(), "torch": torch.__version__, "meddanet": __version__,
-        **versions(RUNTIMES), "date": date(),
-    }  # fmt: skip
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def date() -> str:
-    """Returns the present date and time, in a form that sorts as time goes."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-
-
 # the static network ----------------------------------------------------------------------------
 
 
@@ -134,23 +106,27 @@ def static_network(model: MedDANetV2) -> nn.Module:
 @torch.inference_mode()
 def slice_by_slice(network: Callable[[Tensor], Tensor], slices: Tensor) -> Tensor:
     """The way the official code runs: one slice at a time in PyTorch's default layout."""
-    return torch.cat([_labels(network(part)) for part in slices.split(1)])
+    return torch.cat([_labels(network(part)) for part in slices.split(1)]).cpu()
 
 
 @torch.inference_mode()
 def batched(network: Callable[[Tensor], Tensor], slices: Tensor) -> Tensor:
-    """Eight slices at a time in PyTorch's default layout."""
-    return torch.cat([_labels(network(part)) for part in slices.split(BATCH)])
+    """Several slices at a time in PyTorch's default layout."""
+    return torch.cat([_labels(network(part)) for part in _batches(slices)]).cpu()
 
 
 @torch.inference_mode()
 def batched_channels_last(network: Callable[[Tensor], Tensor], slices: Tensor) -> Tensor:
-    """Eight slices at a time with channels last: what a careful user writes."""
-    return torch.cat([_labels(network(channels_last(part))) for part in slices.split(BATCH)])
+    """Several slices at a time with channels last: what a careful user writes."""
+    return torch.cat([_labels(network(channels_last(part))) for part in _batches(slices)]).cpu()
+
+
+def _batches(slices: Tensor) -> tuple[Tensor, ...]:
+    return slices.split(GPU_BATCH if slices.is_cuda else BATCH)
 
 
 def _labels(logits: Tensor) -> Tensor:
-    return logits.argmax(1).to(torch.uint8).cpu()
+    return logits.argmax(1).to(torch.uint8)
 
 
 def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict[str, str]]:
@@ -168,20 +144,48 @@ def torch_peers(model: MedDANetV2, slices: Tensor) -> tuple[dict[str, Run], dict
         "eager batched": lambda: batched(plain, slices),
         "eager channels_last": lambda: batched_channels_last(last, slices),
     }
+    tuned = {"torch.compile channels_last": (last, slices)}
     if slices.is_cuda:
         half, halves = deepcopy(last).half(), slices.half()
         runs["eager float16 channels_last"] = lambda: batched_channels_last(half, halves)
-    compiled = torch.compile(last)
-    padded = torch.cat([slices, slices[: -len(slices) % BATCH]])  # one shape, compiled once
-    try:
-        batched_channels_last(compiled, padded[:BATCH])
-    except Exception as error:  # a missing compiler comes as many kinds of error
-        reason = " ".join(str(error).split())[:200]
-        return runs, {"torch.compile channels_last": f"{type(error).__name__}: {reason}"}
-    runs["torch.compile channels_last"] = (
-        lambda: batched_channels_last(compiled, padded)[: len(slices)]
-    )
-    return runs, {}
+        tuned["torch.compile float16 channels_last"] = half, halves
+    missing = {}
+    for name, (network, given) in tuned.items():
+        try:
+            runs[name] = _compiled(network, given)
+        except Exception as error:  # a missing compiler comes as many kinds of error
+            reason = " ".join(str(error).split())[:200]
+            missing[name] = f"{type(error).__name__}: {reason}"
+    return runs, missing
+
+
+def _compiled(network: nn.Module, slices: Tensor) -> Run:
+    """Compiles a network for batches of one shape, and returns its run over slices."""
+    compiled = torch.compile(network)
+    batch = len(_batches(slices)[0])
+    padded = torch.cat([slices, slices[: -len(slices) % batch]])
+    batched_channels_last(compiled, padded[:batch])
+    return lambda: batched_channels_last(compiled, padded)[: len(slices)]
+
+
+def same_answers(runs: Mapping[str, Run]) -> tuple[dict[str, float], dict[str, str]]:
+    """Runs each once and compares the labels with those of the first.
+
+    Returns:
+        Dice of what is not background, by name, and why those below `SAME` are not to be timed.
+    """
+    dice: dict[str, float] = {}
+    expected = None
+    for name, run in runs.items():
+        labels = np.asarray(run()) > 0
+        expected = labels if expected is None else expected
+        dice[name] = float(dice_score(labels, expected))
+    first = next(iter(dice), "")
+    wrong = {
+        name: f"its lesion has Dice {found:.3f} with that of {first}, expected {SAME} or more"
+        for name, found in dice.items() if found < SAME
+    }
+    return dice, wrong
 
 
 def plan_times(engine: Any, slices: Tensor, rounds: int) -> dict[str, object]:
@@ -227,6 +231,7 @@ def bench_volume(
     device: str = "auto",
     executor: str = "auto",
     rounds: int = 3,
+    tell: Tell = _in_silence,
 ) -> dict:
     """Times a model's engine against its static network on one volume, in one run.
 
@@ -236,11 +241,13 @@ def bench_volume(
         device: As for `VolumePredictor`.
         executor: As for `compile_engine`.
         rounds: How often everything is timed.
+        tell: Called with lines of progress.
 
     Returns:
         JSON-ready: "machine", "case", "decisions", "agreement" (Dice of the engine's lesion with
-        that of the model's own layers), "times", "ratios", "not_run" with reasons, and "plan", the
-        GPU's own time of a recorded plan (`plan_times`).
+        that of the model's own layers), "static_agreement" (of each static peer's with the first
+        one's; what differs is not timed), "times", "ratios", "not_run" with reasons, and "plan",
+        the GPU's own time of a recorded plan (`plan_times`).
 
     Raises:
         ValueError: If the model is not a `MedDANetV2`, or `rounds` is below 1.
@@ -248,26 +255,31 @@ def bench_volume(
     check_rounds(rounds)
     if not isinstance(model, MedDANetV2):
         raise ValueError(f"bench times MedDANetV2 only, these weights are a {type(model).__name__}")
+    tell("preparing the engine and the model's own layers")
     predictor = VolumePredictor(model, device, executor=executor)
     reference = VolumePredictor(model, device, executor="eager")
     prediction, expected = predictor.predict(volume), reference.predict(volume)
     slices = torch.from_numpy(to_slices(predictor.ordered(volume), window_hu=predictor.window_hu))
     fitting = predictor.fitted(slices)
+    tell("preparing the static networks and comparing their answers")
     peers, not_run = torch_peers(model, fitting.to(predictor.device))
+    alike, wrong = same_answers(peers)
+    not_run |= wrong
     runs: dict[str, Run] = {
-        **peers,
+        **{name: run for name, run in peers.items() if name not in wrong},
         "engine": lambda: predictor.engine.segment(fitting),
         "predict": lambda: predictor.predict(volume),
     }
     if predictor.device.type == "cuda":
         runs["the model's own layers"] = lambda: reference.engine.segment(fitting)
-    times = time_interleaved(runs, rounds)
+    times = time_interleaved(runs, rounds, tell=tell)
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
     return {
         "machine": machine(), "device": str(predictor.device),
         "executor": predictor.engine.executor, "case": volume.name, "shape": list(fitting.shape),
         "decisions": dict(zip(prediction.routes, counts.tolist(), strict=True)),
         "agreement": float(dice_score(prediction.labels > 0, expected.labels > 0)),
+        "static_agreement": alike,
         "rounds": rounds, "times": times, "not_run": not_run,
         "plan": plan_times(predictor.engine, fitting, rounds),
         "ratios": {base: ratios(times, base) for base in ("engine", "predict")},

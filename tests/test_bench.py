@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meddanet import bench
+from meddanet import bench, machine
 from meddanet.bench import ratios, static_network, time_interleaved
 from meddanet.build import build_med_danet_v2
 from meddanet.layers import quantized_layers
@@ -32,7 +32,9 @@ def test_contestants_take_turns_and_medians_are_theirs(monkeypatch):
     assert ratios(times, "quick") == {"slow": {"seconds": 3, "cpu_seconds": 3}}
     durations["slow"], durations["quick"] = iter([3]), iter([1])
     calls.clear()
-    warm = time_interleaved({name: contestant(name) for name in durations}, 1, warm_up=False)
+    told = []
+    warm = time_interleaved({name: contestant(name) for name in durations}, 1, False, told.append)
+    assert told == ["round 1 of 1"]
     assert calls == ["slow", "quick"] and warm["slow"]["seconds"] == 3
     with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):
         time_interleaved({}, 0)
@@ -50,13 +52,25 @@ def test_the_static_network_is_a_copy_in_full_precision():
         assert torch.equal(way(static, slices), expected)
 
 
+def test_peers_that_answer_otherwise_are_not_timed():
+    lesion = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    lesion[:, 2:6, 2:6] = 1
+    other = lesion.clone()
+    other[0, 2, 2:4] = 0  # 30 of 32 voxels: Dice 60 / 62
+    runs = {"first": lambda: lesion, "alike": lambda: 3 * lesion, "off": lambda: other}
+    dice, wrong = bench.same_answers({**runs, "empty": lambda: 0 * lesion})
+    assert dice == {"first": 1, "alike": 1, "off": pytest.approx(60 / 62), "empty": 0}
+    assert wrong.keys() == {"off", "empty"}
+    assert wrong["off"] == "its lesion has Dice 0.968 with that of first, expected 0.98 or more"
+
+
 def test_the_machine_names_the_runtimes_that_are_there(monkeypatch):
     def installed(name):
         if name == "openvino":
             return "2026.4"
-        raise bench.PackageNotFoundError(name)
+        raise machine.PackageNotFoundError(name)
 
-    monkeypatch.setattr(bench, "version", installed)
-    facts = bench.machine()
+    monkeypatch.setattr(machine, "version", installed)
+    facts = machine.machine()
     assert facts["openvino"] == "2026.4" and "onnxruntime" not in facts
     assert facts["date"] > "2026" and facts["date"].endswith(" UTC")

@@ -31,7 +31,10 @@ def run(options: Namespace) -> int:
         case = case or as_case(write_phantom(Path(folder), seed=0))
         volume = load_volume(case, unnamed_channels(case, channel_names(options)))
     say(f"timing {volume.name}, {options.rounds} rounds ...", sys.stderr)
-    result = bench_volume(model, volume, options.device, options.executor, options.rounds)
+    result = bench_volume(
+        model, volume, options.device, options.executor, options.rounds,
+        tell=lambda line: say(f"{line} ...", sys.stderr),
+    )  # fmt: skip
     say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
         f"executor {result['executor']}, {result['machine']['threads']} threads")
     say(render(result))
