@@ -32,6 +32,17 @@ def test_images_and_labels_move_together_and_the_background_stays(slices):
     assert moved[:, :, :2, :2].abs().max() == 0
 
 
+def test_a_disc_stays_a_disc_on_slices_of_any_shape():
+    """Turned and enlarged alike in both directions, whatever height and width are."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(128.0), indexing="ij")
+    disc = ((y - 31.5) ** 2 + (x - 63.5) ** 2 <= 18**2).long().expand(16, -1, -1)
+    images = disc[:, None].float()
+    turned, labels = augment(images, disc, draws(16), rotation=60.0, scale=0.0, intensity=0.0)
+    for label in labels:
+        rows, columns = label.any(1).sum().item(), label.any(0).sum().item()
+        assert abs(rows - 36) <= 2 and abs(columns - 36) <= 2, (rows, columns)
+
+
 def test_contrast_moves_each_class_towards_normal_tissue_by_one_factor(slices):
     images, labels = slices
     changed = change_contrast(images, labels, draws(32), 1.0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import re
 from dataclasses import replace
 
@@ -74,6 +75,10 @@ def test_lesion_box_route_and_offset_by_hand():
     assert first[0].tolist() == [10, 20] and last[0].tolist() == [14, 27]
     assert present.tolist() == [True, False, True, True, True]
     assert oracle_route(labels, (24, 40)).tolist() == [1, 0, 2, 3, 1]
+    # boxes of 8, 30, 55 and 1 pixels and as many to spare on both sides
+    assert oracle_route(labels, (24, 40), margin=5).tolist() == [1, 0, 2, 3, 1]
+    assert oracle_route(labels, (24, 40), margin=8).tolist() == [1, 0, 3, 3, 1]
+    assert oracle_route(labels, (24, 40), margin=9).tolist() == [2, 0, 3, 3, 1]
     # centred: (10 + 15 - 24) / 2 = 0.5, (20 + 28 - 24) / 2 = 12; at the far edge kept inside
     assert centred_offset(labels, 24)[0].tolist() == [0.5, 12.0]
     assert centred_offset(labels, 24)[2].tolist() == [3.0, 40.0]
@@ -89,6 +94,34 @@ def test_the_heat_belongs_into_the_lesions_box_by_hand():
     # half of the box in another cell: half of the heat is in the wrong place
     labels[0, 15, 31], labels[0, 31, 31] = 0, 1
     assert heat_loss(heat, labels)[0].item() == pytest.approx(10, rel=1e-6)
+
+
+def test_decisions_are_weighed_by_the_lesion_by_hand(model):
+    """An empty slice weighs 1, one of the mean lesion 3, one of much more 4."""
+    labels = torch.zeros(3, 64, 64, dtype=torch.long)
+    labels[1, 4:6, 4:6], labels[2, 30:50, 30:50] = 1, 1
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.5, 1.0, 0.0], [0.0, 0.0, 3.0]])
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, answer):
+            super().__init__()
+            self.answer = answer
+
+        def forward(self, slices):
+            return self.answer
+
+    model.policy, model.position = Fixed(logits), Fixed(torch.zeros(3, 2))
+    loss = oracle_loss(model, torch.zeros(3, 2, 64, 64), labels).item()
+    # routes are skip and twice the crop; areas 4 and 400, 202 in the mean
+    wanted = [0, 1, 1]
+    log_sum = [math.log(sum(map(math.exp, row))) for row in logits.tolist()]
+    each = [log_sum[n] - logits[n, route].item() for n, route in enumerate(wanted)]
+    weight = [1, 1 + 2 * 4 / 202, 1 + 2 * 1.5]
+    expected = sum(map(operator.mul, each, weight)) / sum(weight)
+    # place 0.5 of the free play of 40 is 20, wanted are the ends 0 and 28, in crops of 24 pixels
+    miss = [20 / 24, 8 / 24]
+    expected += 2 * sum(distance - 0.05 / 2 for distance in miss) / 2
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_position_network_with_a_map_learns_from_it(cases):
@@ -207,6 +240,29 @@ def test_the_sampler_keeps_its_shares(cases):
     share = sampler.batch(np.random.default_rng(3), 400, slice(1, None, 4))[1]
     assert torch.equal(share, labels[1::4]) and len(sampler.drawn) == 100
     assert set(sampler.drawn) <= {f"{name} slice {z}" for name in "ab" for z in range(1, 6)}
+
+
+def test_windows_lie_about_the_lesion(tmp_path):
+    """As often above as below, and never without it; a share of lesions is what it says."""
+    labels = np.zeros((8, 96, 96), np.uint8)
+    labels[5, 50, 41] = 1
+    # every pixel tells where it lies
+    images = np.stack([np.indices((96, 96)) + 1.0] * 8).astype(np.float32)
+    write_cache("one", images, labels, tmp_path)
+    case = read_cache("one", tmp_path)
+    found, labels = SliceSampler([case], lesion_share=1.0, window=24).batch(
+        np.random.default_rng(0), 600
+    )
+    assert labels.flatten(1).sum(1).tolist() == [1] * 600
+    places = labels.nonzero()[:, 1:].double()
+    # the middle, and a third of the window to both sides
+    assert (places.mean(0) - 12).abs().max() < 1 and places.min() == 4 and places.max() == 20
+    assert torch.equal(places, torch.tensor([51.0, 42.0]) - found[:, :, 0, 0].double())
+    for wanted in (0.2, 0.8):
+        some = SliceSampler([case], lesion_share=wanted, window=24)
+        share = some.batch(np.random.default_rng(1), 800)[1].flatten(1).any(1).double().mean()
+        # one of the eight others' slices is the lesion's, too
+        assert share.item() == pytest.approx(wanted + (1 - wanted) / 8, abs=0.05)
 
 
 def test_small_slices_are_padded_at_the_bottom_and_right(tmp_path):

@@ -90,6 +90,9 @@ CASES = {
         kernel=2, stride=2, padding=0, transposed=True, size=(2, 3), per_channel=True
     ),
     "transposed 2x2": Case(kernel=2, stride=2, padding=0, transposed=True, size=(3, 5)),
+    "transposed 4x4, padding 1": Case(
+        kernel=4, stride=2, padding=1, transposed=True, size=(3, 5)
+    ),
     "transposed 2x2, 16 bits": Case(
         kernel=2, stride=2, padding=0, transposed=True, size=(2, 3), bits=(16, 8),
         channels=(16, 16), out_bits=(8, 16), relu=True,
@@ -116,7 +119,8 @@ def loops(x, w, stride, padding, transposed):
         for y, i, dy, dx in itertools.product(range(height), range(width), range(k), range(k)):
             taps = np.einsum("nc,co->no", x[:, :, y, i], w[:, :, dy, dx])
             out[:, :, y * stride + dy, i * stride + dx] += taps
-        return out
+        ends = slice(padding, -padding or None)
+        return out[:, :, ends, ends]
     rows, columns = ((s + 2 * padding - k) // stride + 1 for s in (height, width))
     out = np.zeros((n, len(w), rows, columns), int)
     for y, i, dy, dx in itertools.product(range(rows), range(columns), range(k), range(k)):
