@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import norm_affine
 from ..networks.heatmap import EDGE, HeatCentre, play_shares
 from ..networks.transbts import as_map, positions_for
 from ..networks.unet import check_input
@@ -48,16 +49,9 @@ def rank(node: Node) -> int:
     return len(node.get_output_shape(0))
 
 
-def affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns gain and shift of a batch norm in `eval()`, float64."""
-    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    shift = norm.bias.detach().double() - norm.running_mean.double() * gain
-    return gain.numpy(), shift.numpy()
-
-
 def _norm(module: nn.BatchNorm2d, input: Node, axis: int = 1) -> Node:
     shape = (1, -1, 1, 1) if axis == 1 else (1, 1, 1, -1)
-    gain, shift = (constant(part.reshape(shape)) for part in affine(module))
+    gain, shift = (constant(part.reshape(shape)) for part in norm_affine(module))
     return ops.add(ops.multiply(input, gain), shift)
 
 

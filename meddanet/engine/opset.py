@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..kernels import norm_affine
 from ..kernels.grid import qmax, quantize_codes, step_size
 from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
 from ..networks.heatmap import HeatCentre
@@ -30,7 +31,6 @@ from .operations import (
     ELEMENTWISE,
     OPERATIONS,
     Node,
-    affine,
     channels_first,
     constant,
     integers,
@@ -212,7 +212,7 @@ class _Translation:
         users = list(node.users)
         norm = self._module(users[0]) if len(users) == 1 else None
         if isinstance(norm, nn.BatchNorm2d):
-            gain, shift = affine(norm)
+            gain, shift = (part.numpy() for part in norm_affine(norm))
         # both or none: int8 weights of floats would make OpenVINO round the floats as well
         integer = (
             layer.quantize and max(num_bits, input_num_bits) <= 8
