@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -74,3 +76,32 @@ def test_the_machine_names_the_runtimes_that_are_there(monkeypatch):
     facts = machine.machine()
     assert facts["openvino"] == "2026.4" and "onnxruntime" not in facts
     assert facts["date"] > "2026" and facts["date"].endswith(" UTC")
+
+
+def test_a_gpu_is_asked_by_its_own_name(monkeypatch):
+    """nvidia-smi may number GPUs otherwise than PyTorch, and may not be there."""
+    card = SimpleNamespace(
+        name="NVIDIA GeForce RTX 4090", major=8, minor=9, multi_processor_count=128,
+        total_memory=25_386_352_640, uuid="1d2e3f",
+    )  # fmt: skip
+    asked = []
+
+    def answer(command, **options):
+        asked.append(command)
+        return SimpleNamespace(stdout="580.159.04, 2520, 3105, 450.00\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(machine.subprocess, "run", answer)
+    facts = machine.gpu(0)
+    assert facts["device"].endswith("RTX 4090") and facts["capability"] == "8.9"
+    assert facts["memory_gb"] == 25.4 and facts["driver"] == "580.159.04"
+    assert (facts["sm_clock"], facts["largest_sm_clock"], facts["power_limit"]) == (
+        "2520", "3105", "450.00"
+    )  # fmt: skip
+    assert "--id=GPU-1d2e3f" in asked[0]
+
+    def missing(command, **options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(machine.subprocess, "run", missing)
+    assert machine.gpu(0)["driver"] == machine.gpu(0)["power_limit"] == "unknown"
