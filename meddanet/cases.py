@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
 from .data.conventions import Survey, cases_among, stem, survey
+from .data.results import has_report, kept_result, result_paths
 from .data.sources import unnamed_channels
-from .data.storage import has_report, is_edited, is_result, write_errors
+from .data.storage import write_errors
 
 # above it arrays are of whole volumes, below it maps of slices, which come and go all the time
 _OWN_MAPPING = 16 << 20
@@ -132,23 +133,6 @@ def is_finished(case: Case, out: Path, preview: bool) -> bool:
     labels, _, picture = result_paths(case.name, out)
     wanted = [labels, *([picture] if preview else [])]
     return has_report(labels) and all(path.is_file() for path in wanted)
-
-
-def result_paths(name: str, out: Path) -> tuple[Path, Path, Path]:
-    """Returns the labels, the report and the picture of a case of that name."""
-    labels, report, picture = (out / f"{name}{end}" for end in (".nii.gz", ".json", ".png"))
-    return labels, report, picture
-
-
-def kept_result(results: tuple[Path, Path, Path]) -> tuple[Path, str] | None:
-    """Returns which file must not be replaced by results, and why; None if they may be written."""
-    labels = results[0]
-    if is_edited(labels):
-        return labels, "was changed after meddanet wrote it"
-    there = [path for path in results if path.exists()]
-    if there and not is_result(labels):
-        return there[0], "was not written by meddanet"
-    return None
 
 
 class Reading(NamedTuple):

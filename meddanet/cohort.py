@@ -11,16 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .cases import ReadAhead, Reading, read_case, result_paths
+from .cases import ReadAhead, Reading, read_case
 from .data import Case, Volume, save_volume
-from .data.storage import (
-    digest,
-    has_report,
-    is_result,
-    unfinished_mark,
-    write_errors,
-    write_json,
-)
+from .data.results import digest, has_report, is_result, result_paths, unfinished_mark
+from .data.storage import write_errors, write_json
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_preview
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from ..cases import kept_result, output_folder, result_paths
+from ..cases import output_folder
 from ..cohort import segment_case
 from ..data import VolumeError, find_cases
 from ..data.phantom import write_phantom
+from ..data.results import kept_result, result_paths
 from ..data.storage import read_head
 from ..evaluation import compare
 from ..messages import say

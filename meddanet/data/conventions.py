@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .storage import is_result
+from .results import is_result
 from .volume import VolumeError
 
 MODALITIES = ("flair", "t1ce", "t1", "t2")

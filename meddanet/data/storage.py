@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -90,51 +89,6 @@ def write_errors(path: Path) -> Iterator[None]:
         raise VolumeError(
             f"{path}: cannot be written ({error.strerror or error}); {cure}"
         ) from error
-
-
-def is_result(labels: Path) -> bool:
-    """Tells whether a label file, there or not, is `meddanet segment`'s: its report says so.
-
-    So does the mark of a run that was ended between the two.
-    """
-    # a name may leave no room for that of a mark
-    with suppress(OSError):
-        if unfinished_mark(labels).exists():
-            return True
-    return has_report(labels)
-
-
-def has_report(labels: Path) -> bool:
-    """Tells whether `<case>.json` beside `<case>.nii.gz` is the report of that case."""
-    return bool(_report(labels))
-
-
-def _report(labels: Path) -> dict[str, Any]:
-    """Returns the report of a label file's case; empty if there is none."""
-    name = labels.name.removesuffix(".nii.gz")
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        content = json.loads(labels.with_name(f"{name}.json").read_bytes())
-        if content["case"] == name and content["versions"]["meddanet"]:
-            return content
-    return {}
-
-
-def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def is_edited(labels: Path) -> bool:
-    """Tells whether a label file is no longer the one that its report tells of."""
-    known = _report(labels).get("labels_sha256")
-    with suppress(OSError):
-        return known is not None and known != digest(labels)
-    return False
-
-
-def unfinished_mark(labels: Path) -> Path:
-    """Returns the file that is there while a case's results are being written."""
-    return labels.with_name(f".{labels.name}.unfinished")
 
 
 def read_record(path: Path, cure: str) -> dict[str, Any]:
