@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .cases import ReadAhead, Reading, read_case
-from .data import Case, Volume, save_volume
+from .data import Case, save_volume
 from .data.results import digest, has_report, is_result, result_paths, unfinished_mark
 from .data.storage import write_errors, write_json
 from .predictor import Prediction, VolumePredictor
@@ -22,8 +22,8 @@ from .report import case_report, write_preview
 # (PyTorch's and OpenVINO's own errors, memory that is not there among them, are RuntimeErrors)
 CASE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
 
-# a volume, what was found in it, and the seconds that reading and predicting took
-_Predicted = tuple[Volume, Prediction, float]
+# what was read, what was found in it, and the seconds that reading and predicting took
+_Predicted = tuple[Reading, Prediction, float]
 
 
 def segment_case(
@@ -84,7 +84,7 @@ def segment_cases(
 def _predict(predictor: VolumePredictor, reading: Reading) -> _Predicted:
     began = time.perf_counter()
     prediction = predictor.predict(reading.volume)
-    return reading.volume, prediction, reading.seconds + time.perf_counter() - began
+    return reading, prediction, reading.seconds + time.perf_counter() - began
 
 
 def _write_or_raise(
@@ -113,11 +113,12 @@ def _write(
     out: Path,
     weights: str,
     preview: bool,
-    volume: Volume,
+    reading: Reading,
     prediction: Prediction,
     seconds: float,
 ) -> dict:
     """Writes labels, picture and report; returns the report."""
+    volume = reading.volume
     labels, report, picture = result_paths(case.name, out)
     with _marked(labels):
         # the report marks a case as finished, so an old one goes first and the new one comes last
@@ -134,6 +135,7 @@ def _write(
             weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
             threads=torch.get_num_threads(),
         )
+        content["images_sha256"] = reading.images
         content["labels_sha256"] = digest(labels)
         write_json(content, report)
     return content

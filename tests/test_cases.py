@@ -95,6 +95,7 @@ def reading(monkeypatch) -> dict[str, threading.Event]:
     """Tells of every case when its reading begins."""
     begun = {name: threading.Event() for name in "abc"}
     monkeypatch.setattr(cases, "load_volume", lambda case, _: begun[case.name].set())
+    monkeypatch.setattr(cases, "image_digests", lambda _: {})
     return begun
 
 
@@ -115,6 +116,7 @@ def test_the_first_case_is_read_at_once_and_the_others_one_ahead(reading, tmp_pa
 def test_an_error_does_not_wait_for_what_is_being_read(tmp_path, monkeypatch):
     """Such as one in the arguments, which is found while the first case is read."""
     found, read = threading.Event(), []
+    monkeypatch.setattr(cases, "image_digests", lambda _: {})
     monkeypatch.setattr(cases, "load_volume", lambda *_: read.append(found.wait(20)))
     with pytest.raises(KeyError), ReadAhead([case(name) for name in "ab"], tmp_path) as readings:
         raise KeyError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -170,6 +171,53 @@ def test_finished_cases_are_skipped_and_redone_on_demand(cohort, tmp_path, segme
     assert code == 0 and len(results) == 2
     assert (out / "case_0.json").stat().st_mtime_ns != first
     assert not (out / "case_0.png").exists(), "the picture of an older run is stale"
+
+
+def test_another_patient_of_the_same_name_is_not_finished(cohort, tmp_path, segment):
+    """Not even with files of the same size and time; the same files elsewhere are the same."""
+    out, moved = tmp_path / "out", tmp_path / "moved" / "case_0"
+    assert segment(cohort / "case_0", "-o", out)[0] == 0
+    shutil.copytree(cohort / "case_0", moved, copy_function=shutil.copyfile)
+    assert segment(moved, "-o", out) == (
+        0, [], ["1 finished before, skipped (see --overwrite)"],
+    )
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    scan, times = moved / "case_0_t2.nii.gz", (moved / "case_0_t2.nii.gz").stat()
+    content = bytearray(scan.read_bytes())
+    content[4] ^= 1  # of the time in gzip's header
+    scan.write_bytes(content)
+    os.utime(scan, ns=(times.st_atime_ns, times.st_mtime_ns))
+    refusal = (
+        f"meddanet: error: case_0: {out}/case_0.json is of other images (t2); name another folder "
+        "with -o, or replace it with --overwrite"
+    )
+    for more in ([], ["--preview"]):
+        assert segment(moved, "-o", out, *more) == (1, [], [refusal])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    # the others go on
+    shutil.copytree(cohort / "case_1", moved.parent / "case_1")
+    code, results, messages = segment(moved.parent, "-o", out)
+    assert code == 1 and len(results) == 1 and messages == [refusal]
+    assert segment(moved, "-o", out, "--overwrite")[0] == 0 == segment(moved, "-o", out)[0]
+
+
+def test_a_report_of_an_older_version_is_as_good(cohort, tmp_path, segment):
+    out = tmp_path / "out"
+    assert segment(cohort / "case_0", "-o", out)[0] == 0
+    report = json.loads((out / "case_0.json").read_text())
+    del report["images_sha256"]
+    (out / "case_0.json").write_text(json.dumps(report))
+    assert segment(cohort / "case_0", "-o", out) == (
+        0, [], ["1 finished before, skipped (see --overwrite)"],
+    )
+
+
+def test_the_report_tells_which_images_it_is_of(cohort, tmp_path, segment):
+    assert segment(cohort / "case_0", "-o", tmp_path)[0] == 0
+    files = {kind: cohort / "case_0" / f"case_0_{kind}.nii.gz" for kind in MRI}
+    assert json.loads((tmp_path / "case_0.json").read_text())["images_sha256"] == {
+        kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in files.items()
+    }
 
 
 def test_labels_in_another_convention_are_the_same_tissue(cohort, tmp_path, segment):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from ..cases import ReadAhead, gather_cases, is_finished, output_folder
+from ..cases import ReadAhead, gather_cases, output_folder
+from ..data import Case, VolumeError
+from ..finished import is_finished
 from ..messages import complain, say
 from .options import channel_names
 
@@ -17,18 +20,34 @@ def run(options: Namespace) -> int:
     """Segments the cases that are not finished."""
     out = output_folder(options.out)
     cases, errors = gather_cases(options.inputs)
+    pending, refused = _pending(cases, out, options)
+    errors += refused
     for error in errors:
         complain(error)
-    pending = [
-        case for case in cases if options.overwrite or not is_finished(case, out, options.preview)
-    ]
-    if len(pending) < len(cases):
-        say(f"{len(cases) - len(pending)} finished before, skipped (see --overwrite)", sys.stderr)
+    if finished := len(cases) - len(pending) - len(refused):
+        say(f"{finished} finished before, skipped (see --overwrite)", sys.stderr)
     failed = 0
     if pending:
         with ReadAhead(pending, out, channel_names(options), options.overwrite) as readings:
             failed = _segment_all(readings, len(pending), options)
     return 1 if errors or failed else 0
+
+
+def _pending(
+    cases: list[Case], out: Path, options: Namespace
+) -> tuple[list[Case], list[ValueError]]:
+    """Returns the cases to segment, and why others are neither that nor finished."""
+    if options.overwrite:
+        return cases, []
+    pending: list[Case] = []
+    refused: list[ValueError] = []
+    for case in cases:
+        try:
+            if not is_finished(case, out, options.preview):
+                pending.append(case)
+        except VolumeError as error:
+            refused.append(error)
+    return pending, refused
 
 
 def _segment_all(readings: ReadAhead, count: int, options: Namespace) -> int:

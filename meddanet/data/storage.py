@@ -32,7 +32,7 @@ def read_head(path: Path, size: int) -> bytes:
     Raises:
         VolumeError: If the file cannot be read or decompressed.
     """
-    with _errors_of(path), (igzip.open if _is_gzip(path) else open)(path, "rb") as stream:
+    with read_errors(path), (igzip.open if _is_gzip(path) else open)(path, "rb") as stream:
         return stream.read(size)
 
 
@@ -44,7 +44,7 @@ def read_bytes(path: Path, size: int) -> np.ndarray:
     Raises:
         VolumeError: If the file holds fewer bytes, is truncated or fails its checksum.
     """
-    with _errors_of(path):
+    with read_errors(path):
         compressed = _is_gzip(path)
         held = _decompressed_size(path, size) if compressed else path.stat().st_size
         if held < size:
@@ -135,7 +135,8 @@ def compress(*parts: bytes | memoryview) -> bytes:
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into a VolumeError that names it and a cure."""
     try:
         yield
     except EOFError as error:
