@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from os.path import samestat
@@ -27,7 +27,7 @@ _Predicted = tuple[Reading, Prediction, float]
 
 
 def segment_case(
-    case: Case, predictor: VolumePredictor, out: Path, *, weights: str, preview: bool = False
+    case: Case, predictor: VolumePredictor, out: Path, *, preview: bool = False, **run: object
 ) -> dict:
     """Segments one case into `<out>/<case>.nii.gz`, `.json` and, with a preview, `.png`.
 
@@ -35,8 +35,8 @@ def segment_case(
         case: From `find_cases`.
         predictor: The model.
         out: An existing folder.
-        weights: What the report calls the weights.
         preview: Whether to draw the picture.
+        **run: What the report says of the run, such as the name of the weights.
 
     Returns:
         The report; its "file_to_file" is reading, predicting and writing the labels.
@@ -45,11 +45,11 @@ def segment_case(
         VolumeError: As for `read_case`.
     """
     outcome = _predict(predictor, read_case(case, out))
-    return _write(case, predictor, out, weights, preview, *outcome)
+    return _write(case, predictor, out, run, preview, *outcome)
 
 
 def segment_cases(
-    readings: ReadAhead, predictor: VolumePredictor, *, weights: str, preview: bool = False
+    readings: ReadAhead, predictor: VolumePredictor, *, preview: bool = False, **run: object
 ) -> Iterator[tuple[Case, dict | Exception]]:
     """Segments many cases: the next one is read and the former one written meanwhile.
 
@@ -57,7 +57,7 @@ def segment_cases(
 
     Args:
         readings: The cases; results go to its `out`.
-        predictor, weights, preview: As for `segment_case`.
+        predictor, preview, **run: As for `segment_case`.
 
     Yields:
         Each case, in order, with its report once it is written, or the error that ended it.
@@ -74,7 +74,7 @@ def segment_cases(
             if written is not None:
                 yield written[0], _outcome(written[1])
             written = case, writer.submit(
-                _write_or_raise, case, predictor, readings.out, weights, preview, outcome
+                _write_or_raise, case, predictor, readings.out, run, preview, outcome
             )
             del outcome
         if written is not None:
@@ -91,13 +91,13 @@ def _write_or_raise(
     case: Case,
     predictor: VolumePredictor,
     out: Path,
-    weights: str,
+    run: Mapping[str, object],
     preview: bool,
     outcome: _Predicted | Exception,
 ) -> dict:
     if isinstance(outcome, Exception):
         raise outcome
-    return _write(case, predictor, out, weights, preview, *outcome)
+    return _write(case, predictor, out, run, preview, *outcome)
 
 
 def _outcome(writing: Future) -> dict | Exception:
@@ -111,7 +111,7 @@ def _write(
     case: Case,
     predictor: VolumePredictor,
     out: Path,
-    weights: str,
+    run: Mapping[str, object],
     preview: bool,
     reading: Reading,
     prediction: Prediction,
@@ -132,7 +132,7 @@ def _write(
             write_preview(volume, prediction, picture)
         content = case_report(
             volume, prediction, seconds,
-            weights=weights, device=str(predictor.device), executor=predictor.engine.executor,
+            **run, device=str(predictor.device), executor=predictor.engine.executor,
             threads=torch.get_num_threads(),
         )
         content["images_sha256"] = reading.images

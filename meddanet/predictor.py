@@ -15,7 +15,6 @@ from torch import Tensor
 from .cost import CostTable, cost_tables
 from .data import (
     LABELS,
-    MODALITIES,
     Volume,
     VolumeError,
     from_classes,
@@ -23,6 +22,7 @@ from .data import (
     has_hounsfield_values,
     to_slices,
 )
+from .data.labels import result_convention
 from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .engine import CHUNK, compile_engine
@@ -185,13 +185,10 @@ class VolumePredictor:
         """Returns the convention of the result and its class -> value."""
         if self.label_values:
             return self.trained_labels, self.label_values
-        own = volume.convention if self._has_brain_labels(volume) else self.trained_labels
-        convention = self.labels or own
+        convention = result_convention(
+            self.labels, volume.convention, volume.modalities, self.trained_labels
+        )
         return convention, LABELS[convention]
-
-    def _has_brain_labels(self, volume: Volume) -> bool:
-        """Tells whether the naming says what labels mean; the Decathlon names ten tasks alike."""
-        return volume.convention in LABELS and set(volume.modalities) <= set(MODALITIES)
 
     def _slices(self, volume: Volume) -> Tensor:
         """Returns the normalised slices [D, C, H, W] of a volume, where the networks run."""

@@ -37,7 +37,8 @@ from .objectives_v1 import DecisionObjective, bank, member_shares
 from .phase import check_parts, run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .routing import to_memory_format
-from .weights import locate, part_of, save_model, take_weights
+from .weight_files import locate
+from .weights import part_of, save_model, take_weights
 
 # quantised?, ranges still learnt?
 _ARITHMETIC = {"float": (False, True), "learning": (True, True), "fixed": (True, False)}

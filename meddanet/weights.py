@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,18 +17,12 @@ from .data.storage import write_bytes
 from .layers import quantized_layers
 from .routing import RoutedSegmenter, to_memory_format
 from .version import __version__
+from .weight_files import ENDING, facts_in, locate, weight_errors
 
-PRETRAINED = Path(__file__).parent / "pretrained"
-_ENDING = ".safetensors"
 _BUILDERS: dict[str, Callable[..., RoutedSegmenter]] = {
     "MedDANet": build_med_danet, "MedDANetV2": build_med_danet_v2,
 }
 _RANGE = "quantization.{}.input_amax"
-
-
-def pretrained_names() -> list[str]:
-    """Returns the names of the weights that came with the package."""
-    return sorted(path.stem for path in PRETRAINED.glob(f"*{_ENDING}"))
 
 
 def save_model(
@@ -53,8 +47,8 @@ def save_model(
         VolumeError: If the file cannot be written.
     """
     path = Path(path)
-    if path.suffix != _ENDING:
-        raise ValueError(f"{path}: expected a name that ends in {_ENDING}")
+    if path.suffix != ENDING:
+        raise ValueError(f"{path}: expected a name that ends in {ENDING}")
     if len(modalities) != model.in_channels:
         raise ValueError(
             f"modalities are {', '.join(modalities)}, expected {model.in_channels} of them"
@@ -166,25 +160,6 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor], names: Iterable[
         target[name].copy_(source[name])
 
 
-def locate(path_or_name: str | Path) -> Path:
-    """Returns where weights lie, or raises ValueError if there are none."""
-    path = Path(path_or_name)
-    if path.is_file():
-        return path
-    shipped = PRETRAINED / f"{path_or_name}{_ENDING}"
-    if path.name != str(path_or_name) or not shipped.is_file():
-        names = ", ".join(pretrained_names()) or "none"
-        raise ValueError(
-            f"{path_or_name}: no such weights; expected a {_ENDING} file or a name of shipped "
-            f"weights ({names})"
-        )
-    return shipped
-
-
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not a meddanet weights file ({error})") from error
+    with weight_errors(path), safe_open(path, framework="pt") as file:
+        return facts_in(file), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

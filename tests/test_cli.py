@@ -220,6 +220,75 @@ def test_the_report_tells_which_images_it_is_of(cohort, tmp_path, segment):
     }
 
 
+@pytest.mark.parametrize(("before", "now", "difference"), [
+    ([], ["--labels", "msd"], "of labels in brats2021, not in msd"),
+    (["--labels", "brats2023"], [], "of labels in brats2023, not in brats2021"),
+    ([], ["--window", "24"], "of whole slices, not of windows of 24"),
+    (["--window", "16"], ["--window", "24"], "of windows of 16, not of windows of 24"),
+    (["--window", "24"], [], "of windows of 24, not of whole slices"),
+    ([], ["--labels", "brats2021"], None),
+    (["--labels", "brats2021"], [], None),
+    (["--window", "24"], ["--window", "24"], None),
+])  # fmt: skip
+def test_a_result_of_other_options_is_not_finished(
+    cohort, tmp_path, segment, before, now, difference
+):
+    out, case = tmp_path / "out", cohort / "case_0"
+    assert segment(case, "-o", out, *before)[0] == 0
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    expected = (0, [], ["1 finished before, skipped (see --overwrite)"]) if not difference else (
+        1, [], [f"meddanet: error: case_0: {out}/case_0.json is {difference}; name another folder "
+                "with -o, or replace it with --overwrite"],
+    )
+    assert segment(case, "-o", out, *now) == expected
+    if difference:
+        assert segment(case, "-o", out, "--preview", *now) == expected
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == left
+    if difference:
+        assert segment(case, "-o", out, "--overwrite", *now)[0] == 0
+        assert segment(case, "-o", out, *now)[2][0].startswith("1 finished before")
+
+
+def test_a_result_of_other_weights_is_not_finished(
+    cohort, weights, tmp_path, segment, monkeypatch
+):
+    """By their bytes, wherever they lie and whatever they are called."""
+    monkeypatch.chdir(tmp_path)
+    case, done = cohort / "case_0", (0, [], ["1 finished before, skipped (see --overwrite)"])
+    shutil.copy(weights, "w.safetensors")
+    assert segment(case, "-o", "out", "--weights", "w.safetensors")[0] == 0
+    assert segment(case, "-o", "out") == done
+    code, _, (message,) = segment(case, "-o", "out", "--weights", "brats2021")
+    assert code == 1 and message.startswith(
+        "meddanet: error: case_0: out/case_0.json is of weights w.safetensors, not brats2021; name"
+    )
+    for name in ("nosuch", "cohort/absent.safetensors"):
+        code, _, (message,) = segment(case, "-o", "out", "--weights", name)
+        assert code == 1 and message.startswith(f"meddanet: error: {name}: no such weights; ")
+    torch.manual_seed(1)
+    save_model(build_med_danet_v2("unet-12", crop_sizes=(16,)), "w.safetensors")
+    code, _, (message,) = segment(case, "-o", "out", "--weights", "w.safetensors")
+    assert code == 1 and "of weights w.safetensors, not those that have this name now" in message
+    # an older report has their name
+    report = json.loads(Path("out/case_0.json").read_text())
+    del report["run"]["weights_sha256"], report["run"]["window"]
+    Path("out/case_0.json").write_text(json.dumps(report))
+    for name in ("w.safetensors", tmp_path / "w.safetensors"):
+        assert segment(case, "-o", "out", "--weights", name) == done
+    assert segment(case, "-o", "out")[0] == 1
+
+
+def test_channels_in_another_order_are_not_finished(cohort, tmp_path, segment):
+    parts = [nib.load(cohort / "case_0" / f"case_0_{kind}.nii.gz") for kind in MRI]
+    data = np.stack([np.asarray(part.dataobj) for part in parts], -1)
+    nib.save(nib.Nifti1Image(data, parts[0].affine), scan := tmp_path / "scan.nii.gz")
+    given = [scan, "-o", tmp_path / "out", "--modalities"]
+    assert segment(*given, ",".join(MRI))[0] == 0
+    assert segment(*given, "FLAIR,t1gd,t1,t2")[2][0].startswith("1 finished before")
+    code, _, (message,) = segment(*given, "t2,t1ce,t1,flair")
+    assert code == 1 and "is of channels flair, t1ce, t1, t2, not t2, t1ce, t1, flair" in message
+
+
 def test_labels_in_another_convention_are_the_same_tissue(cohort, tmp_path, segment):
     for convention in LABEL_CONVENTIONS:
         out = tmp_path / convention

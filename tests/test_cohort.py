@@ -26,6 +26,9 @@ MRI = ("flair", "t1ce", "t1", "t2")
 VOLUME = Volume(np.ones((4, 8, 8, 3), np.float32), np.eye(4), None, MRI, "brats2021", "a")
 
 
+WITH_PICTURE = finished.Request("", "", {}, preview=True)
+
+
 class Engine:
     executor = "none"
 
@@ -241,6 +244,6 @@ def test_a_run_that_is_killed_while_it_writes_goes_on(volumes, tmp_path, monkeyp
     monkeypatch.setattr(cases, "load_volume", lambda *_: VOLUME)
     for index, copy in enumerate(copies):
         whole = end == "write_json" and index % 2
-        assert finished.is_finished(case("a"), copy, preview=True) == whole
+        assert finished.is_finished(case("a"), copy, WITH_PICTURE) == whole
         segment_case(case("a"), Predictor(), copy, weights="", preview=True)
         assert {path.name for path in copy.iterdir()} == {"a.nii.gz", "a.json", "a.png"}

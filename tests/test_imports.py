@@ -12,7 +12,7 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FLOORS = (
     {
         "kernels", "data", "cases", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
-        "recipe", "bounds", "activation", "frame", "machine", "version", "finished",
+        "recipe", "bounds", "activation", "frame", "machine", "version", "finished", "weight_files",
     },
     {"layers", "losses", "choice"},
     {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.layers import quantized_layers
 from meddanet.med_danet_v2 import MedDANetV2
-from meddanet.weights import PRETRAINED, load_model, pretrained_names, save_model, take_weights
+from meddanet.weight_files import PRETRAINED, pretrained_names
+from meddanet.weights import load_model, save_model, take_weights
 
 
 @pytest.fixture(scope="module")

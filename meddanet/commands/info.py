@@ -15,7 +15,8 @@ from ..cost import cost_tables
 from ..kernels.aot import build, listing, parse_archs
 from ..messages import say
 from ..version import __version__
-from ..weights import load_model, pretrained_names
+from ..weight_files import pretrained_names
+from ..weights import load_model
 
 
 def run(options: Namespace) -> int:

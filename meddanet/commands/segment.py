@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..cases import ReadAhead, gather_cases, output_folder
 from ..data import Case, VolumeError
-from ..finished import is_finished
+from ..finished import Request, is_finished, request
 from ..messages import complain, say
 from .options import channel_names
 
@@ -19,8 +19,12 @@ from .options import channel_names
 def run(options: Namespace) -> int:
     """Segments the cases that are not finished."""
     out = output_folder(options.out)
+    asked = request(
+        options.weights, window=options.window, labels=options.labels,
+        modalities=channel_names(options), preview=options.preview,
+    )
     cases, errors = gather_cases(options.inputs)
-    pending, refused = _pending(cases, out, options)
+    pending, refused = (cases, []) if options.overwrite else _pending(cases, out, asked)
     errors += refused
     for error in errors:
         complain(error)
@@ -28,29 +32,29 @@ def run(options: Namespace) -> int:
         say(f"{finished} finished before, skipped (see --overwrite)", sys.stderr)
     failed = 0
     if pending:
-        with ReadAhead(pending, out, channel_names(options), options.overwrite) as readings:
-            failed = _segment_all(readings, len(pending), options)
+        with ReadAhead(pending, out, asked.modalities, options.overwrite) as readings:
+            failed = _segment_all(readings, len(pending), options, asked)
     return 1 if errors or failed else 0
 
 
 def _pending(
-    cases: list[Case], out: Path, options: Namespace
+    cases: list[Case], out: Path, asked: Request
 ) -> tuple[list[Case], list[ValueError]]:
     """Returns the cases to segment, and why others are neither that nor finished."""
-    if options.overwrite:
-        return cases, []
     pending: list[Case] = []
     refused: list[ValueError] = []
     for case in cases:
         try:
-            if not is_finished(case, out, options.preview):
+            if not is_finished(case, out, asked):
                 pending.append(case)
         except VolumeError as error:
             refused.append(error)
     return pending, refused
 
 
-def _segment_all(readings: ReadAhead, count: int, options: Namespace) -> int:
+def _segment_all(
+    readings: ReadAhead, count: int, options: Namespace, asked: Request
+) -> int:
     """Segments `count` cases with one model; returns how many failed."""
     # here, since they import PyTorch, beside which the first case is read
     from ..cohort import segment_cases
@@ -63,7 +67,8 @@ def _segment_all(readings: ReadAhead, count: int, options: Namespace) -> int:
     )
     say(running_on(predictor), sys.stderr)
     outcomes = segment_cases(
-        readings, predictor, weights=options.weights, preview=options.preview
+        readings, predictor, preview=asked.preview, weights=asked.weights,
+        weights_sha256=asked.weights_sha256, window=asked.window,
     )
     failed = 0
     progress = tqdm(outcomes, desc="segment", unit="case", total=count, disable=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,21 @@ LABELS = {
 
 # so many values are replaced one by one faster than by looking all of them up
 _FEW = 4
+
+
+def result_convention(
+    asked: str | None, naming: str, modalities: Collection[str], trained: str
+) -> str:
+    """Returns the convention of a brain tumour's labels that are found in a case.
+
+    Args:
+        asked: Key of `LABELS`, or None.
+        naming: That of the case, which may tell one; the Decathlon names ten tasks alike.
+        modalities: Of the case.
+        trained: The model's.
+    """
+    told = naming in LABELS and set(modalities) <= set(MODALITIES)
+    return asked or (naming if told else trained)
 
 
 def to_classes(labels: np.ndarray, convention: str) -> np.ndarray:
