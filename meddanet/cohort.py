@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from os.path import samestat
 from pathlib import Path
 
 import torch
 
 from .cases import ReadAhead, Reading, read_case
 from .data import Case, save_volume
-from .data.results import digest, has_report, is_result, result_paths, unfinished_mark
-from .data.storage import write_errors, write_json
+from .data.results import digest, is_result, marked, result_paths
+from .data.storage import Staged, write_json
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_preview
 
@@ -117,41 +115,27 @@ def _write(
     prediction: Prediction,
     seconds: float,
 ) -> dict:
-    """Writes labels, picture and report; returns the report."""
+    """Writes labels, picture and report, which replace earlier ones at once; returns the report."""
     volume = reading.volume
     labels, report, picture = result_paths(case.name, out)
-    with _marked(labels):
-        # the report marks a case as finished, so an old one goes first and the new one comes last
-        if has_report(labels):
-            picture.unlink(missing_ok=True)
-            report.unlink()
+    # of labels that are replaced
+    stale = not preview and is_result(labels)
+    with Staged() as staged:
         began = time.perf_counter()
-        save_volume(prediction.labels, labels, volume)
+        save_volume(prediction.labels, labels, volume, staged.write)
         seconds += time.perf_counter() - began
         if preview:
-            write_preview(volume, prediction, picture)
+            write_preview(volume, prediction, picture, write=staged.write)
         content = case_report(
             volume, prediction, seconds,
             **run, device=str(predictor.device), executor=predictor.engine.executor,
             threads=torch.get_num_threads(),
         )
         content["images_sha256"] = reading.images
-        content["labels_sha256"] = digest(labels)
-        write_json(content, report)
+        content["labels_sha256"] = sha256 = digest(staged.partials[labels])
+        write_json(content, report, staged.write)
+        with marked(labels, sha256):
+            staged.appear()
+            if stale:
+                picture.unlink(missing_ok=True)
     return content
-
-
-@contextmanager
-def _marked(labels: Path) -> Iterator[None]:
-    """Marks results as meddanet's while they have no report; a killed process leaves the mark."""
-    mark = unfinished_mark(labels)
-    with write_errors(labels):
-        # a file of somebody's own, to be replaced
-        foreign = labels.stat() if labels.exists() and not is_result(labels) else None
-        mark.touch()
-        try:
-            yield
-        finally:
-            written = labels.exists() and not (foreign and samestat(foreign, labels.stat()))
-            if has_report(labels) or not written:
-                mark.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .cases import image_digests
 from .data import Case, VolumeError, canonical_modality
 from .data.labels import result_convention
-from .data.results import digest, report_of, result_paths
+from .data.results import digest, is_unfinished, report_of, result_paths
 from .data.sources import unnamed_channels
 from .weight_files import locate, read_facts
 
@@ -69,7 +69,8 @@ def is_finished(case: Case, out: Path, asked: Request) -> bool:
             f"{case.name}: {path} is {differences}; name another folder with -o, or replace it "
             "with --overwrite"
         )
-    return labels.is_file() and (picture.is_file() or not asked.preview)
+    there = labels.is_file() and (picture.is_file() or not asked.preview)
+    return there and not is_unfinished(labels)
 
 
 def _differences(case: Case, report: dict[str, Any], asked: Request) -> Iterator[str]:

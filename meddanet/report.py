@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .data import LABELS, Volume, canonical
-from .data.storage import write_bytes
+from .data.storage import Writer, write_bytes
 from .predictor import Prediction
 from .version import __version__
 
@@ -97,7 +97,10 @@ def case_report(
     }
 
 
-def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: int = 4) -> None:
+def write_preview(
+    volume: Volume, prediction: Prediction, path: Path, columns: int = 4,
+    write: Writer = write_bytes,
+) -> None:
     """Draws labelled slices through the lesion, the crops, and a strip of all decisions.
 
     Args:
@@ -105,6 +108,7 @@ def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: i
         prediction: Its prediction.
         path: PNG to write.
         columns: Slices per row, two rows.
+        write: What writes the bytes.
 
     Raises:
         VolumeError: If the file cannot be written.
@@ -135,7 +139,7 @@ def write_preview(volume: Volume, prediction: Prediction, path: Path, columns: i
     _strip(draw, prediction, _MARGIN, sheet.height - _STRIP, sheet.width - _MARGIN)
     content = io.BytesIO()
     sheet.save(content, "PNG")
-    write_bytes(path, content.getvalue())
+    write(path, content.getvalue())
 
 
 def _slices_to_show(classes: np.ndarray, count: int) -> list[int]:

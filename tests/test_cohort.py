@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import weakref
@@ -34,12 +35,14 @@ class Engine:
 
 
 class Predictor:
-    """Labels nothing; refuses the cases it is told to."""
+    """Labels everything alike; refuses the cases it is told to."""
 
     device, engine = "cpu", Engine()
 
-    def __init__(self, bad: tuple[str, ...] = (), error: Exception | None = None) -> None:
-        self.bad, self.error = bad, error
+    def __init__(
+        self, bad: tuple[str, ...] = (), error: Exception | None = None, label: int = 0
+    ) -> None:
+        self.bad, self.error, self.label = bad, error, label
         self.at_work = threading.Event()
 
     def predict(self, volume: Volume) -> Prediction:
@@ -47,11 +50,11 @@ class Predictor:
         if volume.name in self.bad:
             raise self.error or VolumeError(f"{volume.name}: refused")
         depth = volume.data.shape[3]
-        zeros = np.zeros(volume.data.shape[1:], np.uint8)
+        labels = np.full(volume.data.shape[1:], self.label, np.uint8)
         kinds = "mac", "paper", "static_mac", "static_paper", "scaled_paper", "bit_operations"
         macs = {key: 1.0 for key in kinds}
         return Prediction(
-            zeros, "brats2021", ("skip", "whole"), (), np.zeros(depth, int), np.zeros((depth, 2)),
+            labels, "brats2021", ("skip", "whole"), (), np.zeros(depth, int), np.zeros((depth, 2)),
             np.zeros((depth, 4), int), macs, {"normalise": 0.0, "network": 0.0, "total": 0.0},
         )
 
@@ -145,10 +148,10 @@ def test_reading_and_writing_overlap_with_the_work(volumes, tmp_path, monkeypatc
             meet.wait(limit)
         return load(source, modalities)
 
-    def writing(labels, path, like):
+    def writing(labels, path, *others):
         if path.name.startswith("first"):
             meet.wait(limit)
-        save(labels, path, like)
+        save(labels, path, *others)
 
     class Meeting(Predictor):
         def predict(self, volume):
@@ -226,24 +229,71 @@ def test_an_overwriting_that_fails_makes_nothing_meddanets(volumes, tmp_path, mo
     assert "was not written by meddanet" in str(error) and labels.read_text() == "b.nii.gz"
 
 
-@pytest.mark.parametrize("end", ["save_volume", "write_preview", "write_json"])
-def test_a_run_that_is_killed_while_it_writes_goes_on(volumes, tmp_path, monkeypatch, end):
-    """The folder as it is when a step begins, or has just ended, over old results and none."""
-    out, step, copies = tmp_path / "out", getattr(cohort, end), []
+@pytest.fixture
+def once(volumes, tmp_path) -> tuple[Path, dict[str, bytes]]:
+    """A folder with the results of a case, and what is in it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    segment_case(case("a"), Predictor(), out, weights="", preview=True)
+    return out, contents(out)
 
-    def watched(*arguments):
-        for act in (lambda: None, lambda: step(*arguments)):
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_what_there_was_stays_where_the_disk_is_full(once, monkeypatch, step):
+    """Whichever of labels, picture, report and mark has no room."""
+    out, before = once
+    sync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) > step:
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(VolumeError, match="make room on the disk"):
+        segment_case(case("a"), Predictor(label=1), out, weights="", preview=True)
+    assert contents(out) == before and finished.is_finished(case("a"), out, WITH_PICTURE)
+
+
+@pytest.fixture(params=[True, False], ids=["over old results", "over none"])
+def killed(request, once, tmp_path, monkeypatch) -> list[Path]:
+    """The folder before and after each step that puts a file in place."""
+    out, (replace, copies) = once[0], (os.replace, [])
+    if not request.param:
+        shutil.rmtree(out)
+        out.mkdir()
+
+    def watched(*paths):
+        for act in (lambda: None, lambda: replace(*paths)):
             act()
             copies.append(shutil.copytree(out, tmp_path / f"copy{len(copies)}"))
 
-    out.mkdir()
-    monkeypatch.setattr(cohort, end, watched)
-    for _ in range(2):
-        segment_case(case("a"), Predictor(), out, weights="", preview=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(cases, "load_volume", lambda *_: VOLUME)
-    for index, copy in enumerate(copies):
-        whole = end == "write_json" and index % 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        segment_case(case("a"), Predictor(label=1), out, weights="", preview=True)
+    assert len(copies) == 8 and set(contents(out)) == {"a.nii.gz", "a.json", "a.png"}
+    return copies
+
+
+def test_a_run_that_is_killed_while_it_writes_goes_on(killed):
+    for index, copy in enumerate(killed):
+        # before its mark the old results are all there
+        whole = index == 0 and (copy / "a.json").exists()
         assert finished.is_finished(case("a"), copy, WITH_PICTURE) == whole
-        segment_case(case("a"), Predictor(), copy, weights="", preview=True)
+        segment_case(case("a"), Predictor(label=1), copy, weights="", preview=True)
         assert {path.name for path in copy.iterdir()} == {"a.nii.gz", "a.json", "a.png"}
+        assert (nib.load(copy / "a.nii.gz").get_fdata() == 1).all()
+
+
+def test_labels_that_were_corrected_after_a_run_was_killed_are_kept(killed):
+    for copy in killed:
+        labels = copy / "a.nii.gz"
+        labels.write_bytes(b"corrected")
+        with pytest.raises(VolumeError, match=r"was changed after|was not written by"):
+            segment_case(case("a"), Predictor(), copy, weights="", preview=True)
+        assert labels.read_bytes() == b"corrected"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -302,8 +303,8 @@ def test_results_are_no_inputs(tmp_path: Path) -> None:
     """Wherever they are; not even those of a run that was ended between labels and report."""
     touch(tmp_path, "imagesTr/BRATS_1.nii.gz", "volume-2.nii")
     before = survey(tmp_path)
-    touch(tmp_path, "out/BRATS_1.nii.gz", "volume-2.nii.gz", "out/.BRATS_2.nii.gz.unfinished")
-    touch(tmp_path, "out/BRATS_2.nii.gz")
+    touch(tmp_path, "out/BRATS_1.nii.gz", "volume-2.nii.gz", "out/BRATS_2.nii.gz")
+    (tmp_path / "out" / ".BRATS_2.nii.gz.unfinished").write_text(hashlib.sha256(b"").hexdigest())
     assert len(survey(tmp_path).cases) == 3
     for report in ("out/BRATS_1.json", "volume-2.json"):
         name = Path(report).stem

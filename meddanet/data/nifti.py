@@ -15,7 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
-from .storage import compress, read_bytes, read_head, write_bytes
+from .storage import Writer, compress, read_bytes, read_head, write_bytes
 from .volume import Volume, VolumeError, in_millimetres
 
 # relative to the voxel size; exports of one scan differ by 1e-8
@@ -120,7 +120,9 @@ def load_header(path: str | Path) -> Any:
     return _header(Path(path))[0]
 
 
-def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
+def save_volume(
+    labels: np.ndarray, path: str | Path, like: Volume, write: Writer = write_bytes
+) -> None:
     """Writes labels as uint8 NIfTI with the affine, form codes and units of the input.
 
     The file appears under its name only when it is complete.
@@ -129,6 +131,7 @@ def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
         labels: [H, W, D] whole numbers 0..255, in the voxel order of `like`.
         path: Ends in .nii, or .nii.gz to be compressed.
         like: The volume the labels were computed from.
+        write: What writes the bytes.
 
     Raises:
         ValueError: If shape, values or the file's ending do not fit.
@@ -143,7 +146,7 @@ def save_volume(labels: np.ndarray, path: str | Path, like: Volume) -> None:
     header = _new_header(like.affine) if like.header is None else _header_at(like)
     header["descrip"] = header["aux_file"] = header["intent_name"] = b""
     header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
-    _save(stored, Path(path), header)
+    _save(stored, Path(path), header, write)
 
 
 def save_image(data: np.ndarray, path: str | Path, affine: np.ndarray) -> None:
@@ -265,7 +268,7 @@ def _header_at(volume: Volume) -> Any:
     return header
 
 
-def _save(data: np.ndarray, path: Path, header: Any) -> None:
+def _save(data: np.ndarray, path: Path, header: Any, write: Writer = write_bytes) -> None:
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
     header = header.as_byteswapped("<")
@@ -275,4 +278,4 @@ def _save(data: np.ndarray, path: Path, header: Any) -> None:
     header["magic"], header["vox_offset"] = header.single_magic, header.single_vox_offset
     voxels = data.astype(data.dtype.newbyteorder("<"), copy=False).ravel(order="F")
     parts = header.binaryblock, bytes(4), voxels.data
-    write_bytes(path, *([compress(*parts)] if path.name.endswith(".gz") else parts))
+    write(path, *([compress(*parts)] if path.name.endswith(".gz") else parts))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .storage import write_bytes
 
 _CHUNK = 1 << 20
 
@@ -31,13 +34,9 @@ def kept_result(results: tuple[Path, Path, Path]) -> tuple[Path, str] | None:
 def is_result(labels: Path) -> bool:
     """Tells whether a label file, there or not, is `meddanet segment`'s: its report says so.
 
-    So does the mark of a run that was ended between the two.
+    So does the mark of a run that was ended between the two, of the very labels that it wrote.
     """
-    # a name may leave no room for that of a mark
-    with suppress(OSError):
-        if unfinished_mark(labels).exists():
-            return True
-    return has_report(labels)
+    return has_report(labels) or _is_marked(labels)
 
 
 def has_report(labels: Path) -> bool:
@@ -65,13 +64,49 @@ def digest(path: Path) -> str:
 
 
 def is_edited(labels: Path) -> bool:
-    """Tells whether a label file is no longer the one that its report tells of."""
+    """Tells whether a label file is no longer the one that its report, or a mark, tells of."""
     known = report_of(labels).get("labels_sha256")
     with suppress(OSError):
-        return known is not None and known != digest(labels)
+        return known not in (None, digest(labels)) and not _is_marked(labels)
     return False
 
 
-def unfinished_mark(labels: Path) -> Path:
-    """Returns the file that is there while a case's results are being written."""
+@contextmanager
+def marked(labels: Path, sha256: str) -> Iterator[None]:
+    """Has labels with that SHA-256 count as meddanet's while their report is not there yet.
+
+    A killed process leaves the mark. The context ends without, but where it ends between the two.
+
+    Raises:
+        VolumeError: If there can be no mark.
+    """
+    mark = _mark(labels)
+    # what a killed run left is known until it is replaced
+    write_bytes(mark, " ".join([*_marks(labels), sha256]).encode())
+    try:
+        yield
+    finally:
+        if report_of(labels).get("labels_sha256") == sha256 or not _is_marked(labels):
+            mark.unlink(missing_ok=True)
+
+
+def is_unfinished(labels: Path) -> bool:
+    """Tells whether a run was ended while it put the results of a case in place."""
+    return bool(_marks(labels))
+
+
+def _is_marked(labels: Path) -> bool:
+    with suppress(OSError):
+        return (marks := _marks(labels)) != [] and digest(labels) in marks
+    return False
+
+
+def _marks(labels: Path) -> list[str]:
+    # a name may leave no room for that of a mark
+    with suppress(OSError, ValueError):
+        return _mark(labels).read_text().split()
+    return []
+
+
+def _mark(labels: Path) -> Path:
     return labels.with_name(f".{labels.name}.unfinished")

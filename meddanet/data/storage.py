@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,9 @@ import numpy as np
 from isal import igzip, igzip_lib, igzip_threaded
 
 from .volume import VolumeError
+
+# takes a path and its bytes, as `write_bytes` does
+Writer = Callable[..., None]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # deflate cannot shrink further than 258 bytes to two bits
@@ -60,23 +63,59 @@ def read_bytes(path: Path, size: int) -> np.ndarray:
     return buffer
 
 
+class Staged:
+    """Files that appear under their names together, when all of them are complete and on disk.
+
+    Leaving its context removes what has not appeared.
+
+    Attributes:
+        partials: Where each file lies until then.
+    """
+
+    def __init__(self) -> None:
+        self.partials: dict[Path, Path] = {}
+
+    def write(self, path: Path, *parts: bytes | memoryview) -> None:
+        """Writes a file beside its name.
+
+        Raises:
+            VolumeError: If it cannot be written.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.partials[path] = partial
+        with write_errors(path), open(partial, "wb") as stream:
+            stream.writelines(parts)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def appear(self) -> None:
+        """Puts the files under their names, in the order in which they were written.
+
+        Raises:
+            VolumeError: If one cannot be replaced.
+        """
+        for path, partial in self.partials.items():
+            with write_errors(path):
+                os.replace(partial, path)
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for partial in self.partials.values():
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Writes a file that appears under its name only when it is complete and on disk.
 
     Raises:
         VolumeError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with write_errors(path):
-            with open(partial, "wb") as stream:
-                stream.writelines(parts)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with Staged() as staged:
+        staged.write(path, *parts)
+        staged.appear()
 
 
 @contextmanager
@@ -111,13 +150,13 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
     return content
 
 
-def write_json(content: dict, path: Path) -> None:
+def write_json(content: dict, path: Path, write: Writer = write_bytes) -> None:
     """Writes JSON that appears under its name only when complete; one line per entry.
 
     Raises:
         VolumeError: If the file cannot be written.
     """
-    write_bytes(path, (_lines(content, 0) + "\n").encode())
+    write(path, (_lines(content, 0) + "\n").encode())
 
 
 def _lines(content: object, depth: int) -> str:
