@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
 from .data.conventions import Survey, cases_among, stem, survey
-from .data.results import digest, kept_result, result_paths
+from .data.results import check_kept, digest, result_paths
 from .data.sources import unnamed_channels
 from .data.storage import read_errors, write_errors
 
@@ -174,13 +174,9 @@ def read_case(
     own = case.paths if case.label is None else [*case.paths, case.label]
     if labels.resolve() in [file.resolve() for file in own]:
         raise VolumeError(f"{labels}: belongs to the input itself; name another folder with -o")
-    with write_errors(labels):
-        kept = kept_result(results)
-    if kept and not overwrite:
-        path, why = kept
-        raise VolumeError(
-            f"{path}: {why}; name another folder with -o, or replace it with --overwrite"
-        )
+    if not overwrite:
+        with write_errors(labels):
+            check_kept(results)
     volume = load_volume(case, unnamed_channels(case, modalities))
     return Reading(volume, image_digests(case), time.perf_counter() - began)
 

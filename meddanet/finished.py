@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .cases import image_digests
 from .data import Case, VolumeError, canonical_modality
 from .data.labels import result_convention
-from .data.results import digest, is_unfinished, report_of, result_paths
+from .data.results import check_kept, digest, is_unfinished, report_of, result_paths
 from .data.sources import unnamed_channels
 from .weight_files import locate, read_facts
 
@@ -57,13 +57,14 @@ def is_finished(case: Case, out: Path, asked: Request) -> bool:
         asked: From `request`.
 
     Raises:
-        VolumeError: If there is a report of something else, whose results a run would replace, or
-            an image cannot be read.
+        VolumeError: If there is a report of something else, whose results a run would replace, the
+            labels were changed since, or an image cannot be read.
     """
-    labels, path, picture = result_paths(case.name, out)
+    labels, path, picture = results = result_paths(case.name, out)
     report = report_of(labels)
     if not report:
         return False
+    check_kept(results)
     if differences := " and ".join(_differences(case, report, asked)):
         raise VolumeError(
             f"{case.name}: {path} is {differences}; name another folder with -o, or replace it "

@@ -201,6 +201,21 @@ def test_another_patient_of_the_same_name_is_not_finished(cohort, tmp_path, segm
     assert segment(moved, "-o", out, "--overwrite")[0] == 0 == segment(moved, "-o", out)[0]
 
 
+@pytest.mark.parametrize("content", [b"", b"corrected"])
+def test_labels_that_were_changed_are_not_finished(cohort, tmp_path, segment, content):
+    """And the other cases are."""
+    out, labels = tmp_path / "out", tmp_path / "out" / "case_0.nii.gz"
+    assert segment(cohort, "-o", out)[0] == 0
+    labels.write_bytes(content)
+    assert segment(cohort, "-o", out) == (1, [], [
+        f"meddanet: error: {labels}: was changed after meddanet wrote it; name another folder with "
+        "-o, or replace it with --overwrite",
+        "1 finished before, skipped (see --overwrite)",
+    ])  # fmt: skip
+    assert labels.read_bytes() == content
+    assert segment(cohort, "-o", out, "--overwrite")[0] == 0 == segment(cohort, "-o", out)[0]
+
+
 def test_a_report_of_an_older_version_is_as_good(cohort, tmp_path, segment):
     out = tmp_path / "out"
     assert segment(cohort / "case_0", "-o", out)[0] == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .storage import write_bytes
+from .volume import VolumeError
 
 _CHUNK = 1 << 20
 
@@ -29,6 +30,15 @@ def kept_result(results: tuple[Path, Path, Path]) -> tuple[Path, str] | None:
     if there and not is_result(labels):
         return there[0], "was not written by meddanet"
     return None
+
+
+def check_kept(results: tuple[Path, Path, Path]) -> None:
+    """Raises VolumeError where results would replace what must be kept."""
+    if kept := kept_result(results):
+        path, why = kept
+        raise VolumeError(
+            f"{path}: {why}; name another folder with -o, or replace it with --overwrite"
+        )
 
 
 def is_result(labels: Path) -> bool:
