@@ -140,7 +140,8 @@ class VolumePredictor:
             volume: From `load_volume`; its modalities are put into the model's order.
 
         Raises:
-            VolumeError: If a modality is missing or voxels are NaN or infinite.
+            VolumeError: If a modality is missing, voxels are NaN or infinite, or a window is larger
+                than the slices.
         """
         began = time.perf_counter()
         ordered = self.ordered(volume)
@@ -150,6 +151,7 @@ class VolumePredictor:
         self._warn_of_negative_scans(ordered)
         slices = self._slices(ordered)
         channels, height, width = slices.shape[1:]
+        self._check_window(volume, slices)
         try:
             frame, slices = self._framed(slices)
         except torch.OutOfMemoryError:
@@ -254,6 +256,18 @@ class VolumePredictor:
             return volume
         order = [volume.modalities.index(name) for name in self.modalities]
         return replace(volume, data=volume.data[order], modalities=self.modalities)
+
+    def _check_window(self, volume: Volume, slices: Tensor) -> None:
+        """Refuses windows that show little but padding, in which the model finds nothing."""
+        if self.window is None:
+            return
+        whole = frame_of(slices, self.model.stride, self.model.smallest_side)
+        if self.window > (most := max(whole.height, whole.width)):
+            raise VolumeError(
+                f"{volume.name}: window is {self.window}, larger than its slices of "
+                f"{slices.shape[2]} x {slices.shape[3]} pixels; name at most {most}, or none for "
+                "whole slices"
+            )
 
     def _warn_of_spacing(self, volume: Volume) -> None:
         if self.spacing and not np.allclose(volume.spacing, self.spacing, rtol=0.1):

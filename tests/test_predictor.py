@@ -295,6 +295,21 @@ def test_an_empty_volume_costs_nothing(model):
     assert result.cost["static_mac"] > 0
 
 
+@pytest.mark.parametrize(("height", "width", "fits", "too_large"), [
+    (24, 44, 48, 56), (44, 24, 48, 80000), (8, 8, 16, 24),
+])  # fmt: skip
+def test_a_window_larger_than_the_slices_is_refused(model, height, width, fits, too_large):
+    """Beyond what rounding to the stride of 8, and the smallest side of 16, need."""
+    scan = volume(noise(height, width, 3))
+    assert Predictor(model, "cpu", window=fits).predict(scan).labels.shape == (height, width, 3)
+    with pytest.raises(VolumeError) as error:
+        Predictor(model, "cpu", window=too_large).predict(scan)
+    assert str(error.value) == (
+        f"case: window is {too_large}, larger than its slices of {height} x {width} pixels; name "
+        f"at most {fits}, or none for whole slices"
+    )
+
+
 def test_windows_are_decided_one_by_one(model):
     """48 pixels give windows of 24 at 0, 8, 16 and 24; those that see nothing cost nothing."""
     data = noise(48, 48, 2)
