@@ -146,6 +146,7 @@ class VolumePredictor:
         began = time.perf_counter()
         ordered = self.ordered(volume)
         self._warn_of_spacing(volume)
+        self._warn_of_orientation(volume)
         self._warn_of_missing_window(volume)
         self._warn_of_flat_scans(ordered)
         self._warn_of_negative_scans(ordered)
@@ -278,6 +279,16 @@ class VolumePredictor:
             warnings.warn(
                 f"{volume.name}: its voxels are {voxel} mm, the model was trained on {trained} mm; "
                 "resample the scan, or expect worse labels",
+                stacklevel=3,
+            )
+
+    def _warn_of_orientation(self, volume: Volume) -> None:
+        header = volume.header
+        if header is not None and not header["sform_code"] and not header["qform_code"]:
+            warnings.warn(
+                f"{volume.name}: its header tells no orientation (sform_code and qform_code are "
+                "0), so that voxel axes are taken to run toward Left, Anterior and Superior; set "
+                "the scan's own, or expect labels of a body that lies otherwise",
                 stacklevel=3,
             )
 

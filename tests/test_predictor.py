@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
-from meddanet.data import Volume, VolumeError
+from meddanet.data import Volume, VolumeError, load_volume
 from meddanet.data.phantom import make_phantom
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
@@ -355,6 +356,28 @@ def test_a_scan_of_zeros_is_a_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor.predict(volume(data))
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(0, 0), (1, 0), (0, 1), (4, 2)])
+def test_a_header_without_an_orientation_is_a_warning(model, tmp_path, sform, qform):
+    """Whose axes are then, as in nibabel, those that the warning names."""
+    image = nib.Nifti1Image(noise(24, 24, 3)[0], np.diag([-1.0, -1.0, 1.0, 1.0]))
+    image.set_sform(image.affine, sform)
+    image.set_qform(image.affine, qform)
+    files = {kind: tmp_path / f"{kind}.nii" for kind in MRI}
+    for path in files.values():
+        nib.save(image, path)
+    scan = load_volume(files)
+    answer(model, lambda slices: slices[:, 0] > 0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Predictor(model, "cpu").predict(scan)
+    found = [str(w.message) for w in told if "orientation" in str(w.message)]
+    assert len(found) == (sform == qform == 0)
+    if found:
+        assert found[0].startswith(f"{scan.name}: its header tells no orientation (sform_code and")
+        assert "Left, Anterior and Superior" in found[0]
+        assert nib.aff2axcodes(nib.load(files["t1"]).affine) == ("L", "A", "S")
 
 
 def test_a_ct_without_a_window_is_a_warning():
