@@ -424,3 +424,16 @@ def test_the_real_cases_are_found(real_data: Path) -> None:
     assert len(cases) == 15 and all(set(case.files) == set(MRI) and case.label for case in cases)
     hippocampi = find_cases(real_data / "hippocampus")
     assert len(hippocampi) == 208 and all(case.label for case in hippocampi)
+
+
+def test_one_file_for_several_modalities_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """By whatever path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.nii", "b.nii"):
+        Path(name).touch()
+    Path("link.nii").symlink_to("a.nii")
+    given = {"flair": "a.nii", "t1": "b.nii", "t2": tmp_path / "link.nii"}
+    with pytest.raises(VolumeError) as error:
+        case_from_files(given)
+    assert str(error.value) == "named files: flair, t2 are all a.nii; expected a file of each"
+    assert case_from_files({**given, "t2": "c.nii"}).modalities == ("flair", "t1", "t2")

@@ -179,12 +179,17 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
     """Makes a case of named files, modality -> path; files of one BraTS naming keep its convention.
 
     Raises:
-        VolumeError: If no file is named or two keys mean the same modality.
+        VolumeError: If no file is named, or two keys mean the same modality or name the same file.
     """
     paths = {canonical_modality(key): Path(value) for key, value in files.items()}
     if not paths or len(paths) < len(files):
         given = ", ".join(files) or "none"
         raise VolumeError(f"named files: modalities are {given}; expected each modality once")
+    places = [path.resolve() for path in paths.values()]
+    if same := [kind for kind, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+        raise VolumeError(
+            f"named files: {', '.join(same)} are all {paths[same[0]]}; expected a file of each"
+        )
     parsed = {entry[:2] if (entry := _parse(path)) else None for path in paths.values()}
     shared = parsed.pop() if len(parsed) == 1 else None
     convention = shared[0] if shared and shared[0] in _BRATS else "files"
