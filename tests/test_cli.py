@@ -521,6 +521,37 @@ def test_an_interrupt_is_one_line(cohort, tmp_path, segment, monkeypatch):
     assert code == 1 and messages == ["meddanet: error: interrupted"]
 
 
+INTERRUPTED_IMPORT = """
+import runpy, sys
+from importlib.metadata import EntryPoint
+
+module, way = sys.argv[1:3]
+sys.argv[1:] = ["info"]
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == module:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+if way == "-m":
+    runpy.run_module("meddanet", run_name="__main__")
+else:
+    sys.exit(EntryPoint("meddanet", way, "console_scripts").load()())
+"""
+
+
+@pytest.mark.parametrize("module", ["meddanet.cli", "jsonargparse", "meddanet.commands.info"])
+@pytest.mark.parametrize("script", [False, True])
+def test_an_interrupt_of_the_first_imports_is_one_line(module, script):
+    """Of the console script, too, as pyproject.toml names it."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    way = re.search(r'^meddanet = "(.+)"$', project, re.MULTILINE)[1] if script else "-m"
+    given = [sys.executable, "-c", INTERRUPTED_IMPORT, module, way]
+    run = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", "meddanet: error: interrupted\n")
+
+
 def test_coarse_voxels_are_a_warning(cohort, tmp_path, segment):
     for path in (cohort / "case_0").iterdir():
         image = nib.load(path)

@@ -137,7 +137,7 @@ def test_wheel_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = {"test", "cpu", "train", "bench", "context", "plots"}
     assert set(metadata.get_all("Provides-Extra")) >= extras
-    assert "meddanet = meddanet.cli:entry" in (folder / "entry_points.txt").read_text()
+    assert "meddanet = meddanet.__main__:start" in (folder / "entry_points.txt").read_text()
 
 
 @pytest.mark.parametrize(
