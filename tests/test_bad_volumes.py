@@ -59,6 +59,31 @@ def test_truncated_gzip(scans, tmp_path: Path, kept: float) -> None:
     assert message.startswith(f"{path}: the gzip data is truncated")
 
 
+@pytest.mark.parametrize("junk", [b"j", b"junk", b"\r\n", bytes(9) + b"x", b"<html>" * 9999])
+@pytest.mark.parametrize("members", [1, 2])
+def test_bytes_after_the_gzip_data(scans, tmp_path: Path, junk: bytes, members: int) -> None:
+    """The file is complete without, by Python's gzip."""
+    path = scans.write_case(tmp_path)["t1"]
+    raw = gzip.decompress(path.read_bytes())
+    half = len(raw) // members
+    content = b"".join(gzip.compress(raw[i : i + half]) for i in range(0, len(raw), half))
+    path.write_bytes(content + junk)
+    assert scans.error(lambda: load_volume(tmp_path)) == (
+        f"{path}: {len(junk)} bytes that are no gzip data follow it; expected none, it is complete "
+        f"without: cut the file to {len(content)} bytes"
+    )
+    path.write_bytes(path.read_bytes()[: len(content)])
+    assert gzip.decompress(path.read_bytes()) == raw
+    np.testing.assert_array_equal(load_volume(tmp_path).data[2], scans.image(2))
+
+
+def test_a_second_gzip_member_that_is_not_whole(scans, tmp_path: Path) -> None:
+    path = scans.write_case(tmp_path)["t1"]
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:40])
+    message = scans.error(lambda: load_volume(tmp_path))
+    assert message.startswith(f"{path}: the gzip data is truncated")
+
+
 @pytest.mark.parametrize("position", [-6, -2, 300])
 def test_damaged_gzip(scans, tmp_path: Path, position: int) -> None:
     path = scans.write_case(tmp_path)["t1"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # deflate cannot shrink further than 258 bytes to two bits
 _MAX_RATIO = 1032
 _CHUNK = 1 << 20
+# of compressed bytes, which may become a thousand times as many
+_BLOCK = 1 << 14
 _CURES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room on the disk",
@@ -178,17 +181,41 @@ def read_errors(path: Path) -> Iterator[None]:
     """Turns what goes wrong while a file is read into a VolumeError that names it and a cure."""
     try:
         yield
-    except EOFError as error:
-        raise VolumeError(
-            f"{path}: the gzip data is truncated; expected a complete file, copy it again"
-        ) from error
     # isal's stub forgets that IsalError is a class
-    except (igzip.BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]
-        raise VolumeError(
-            f"{path}: the gzip data is damaged ({error}); expected an intact file, copy it again"
-        ) from error
+    except (EOFError, igzip.BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]
+        raise VolumeError(f"{path}: {_gzip_fault(path, error)}") from error
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _gzip_fault(path: Path, error: Exception) -> str:
+    """Returns what is wrong with a gzip file that could not be read to its end."""
+    size = path.stat().st_size
+    if whole := _whole_gzip(path):
+        return (
+            f"{size - whole} bytes that are no gzip data follow it; expected none, it is complete "
+            f"without: cut the file to {whole} bytes"
+        )
+    if isinstance(error, EOFError):
+        return "the gzip data is truncated; expected a complete file, copy it again"
+    return f"the gzip data is damaged ({error}); expected an intact file, copy it again"
+
+
+def _whole_gzip(path: Path) -> int:
+    """Returns the length of the complete gzip members that a file begins with, 0 if one is not."""
+    end = 0
+    with suppress(zlib.error), open(path, "rb") as stream:
+        while stream.read(2) == _GZIP_MAGIC:
+            stream.seek(end)
+            member = zlib.decompressobj(wbits=31)
+            while not member.eof:
+                if not (block := stream.read(_BLOCK)):
+                    return 0
+                member.decompress(block)
+            end = stream.tell() - len(member.unused_data)
+            stream.seek(end)
+        return end
+    return 0
 
 
 def _is_gzip(path: Path) -> bool:
