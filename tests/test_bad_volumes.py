@@ -104,6 +104,20 @@ def test_voxels_that_are_not_finite(scans, tmp_path: Path, bad: float, dtype: ty
     assert message.startswith(f"{path}: 2 voxels are NaN or infinite")
 
 
+def test_finite_voxels_that_float32_does_not_hold(scans, tmp_path: Path) -> None:
+    """Where some are infinite besides, those are what is told."""
+    data = scans.image(dtype=np.float64)
+    data[0, 0, :3] = 1e39, -1e300, float(np.finfo(np.float32).max)
+    path = scans.write(scans.write_case(tmp_path)["t2"], data)
+    assert scans.error(lambda: load_volume(tmp_path)) == (
+        f"{path}: 2 voxels exceed 3.4e+38, which float32 ends at; rescale the scan"
+    )
+    data[1, 1, 1] = np.inf
+    scans.write(path, data)
+    message = scans.error(lambda: load_volume(tmp_path))
+    assert message == f"{path}: 1 voxels are NaN or infinite; expected finite ones"
+
+
 def test_a_flat_file(scans, tmp_path: Path) -> None:
     path = scans.write(scans.write_case(tmp_path)["t1"], scans.image(shape=(6, 5)))
     message = scans.error(lambda: load_volume(tmp_path))

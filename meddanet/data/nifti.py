@@ -231,13 +231,21 @@ def _fill(target: np.ndarray, image: _Image, index: int) -> None:
     with np.errstate(over="ignore"):
         target[...] = values
     if values.dtype.kind == "f" and not np.isfinite(target).all():
-        count = target.size - int(np.isfinite(target).sum())
-        raise VolumeError(f"{image.path}: {count} voxels are NaN or infinite; expected finite ones")
+        raise VolumeError(f"{image.path}: {_not_finite(target, values)}")
     if _looks_like_labels(target):
         raise VolumeError(
             f"{image.path}: holds only the values {np.unique(target).astype(int).tolist()}, "
             "so it is a label file; expected an image"
         )
+
+
+def _not_finite(target: np.ndarray, values: np.ndarray) -> str:
+    """Returns what is wrong with values that are not finite in float32 memory."""
+    if count := values.size - np.count_nonzero(np.isfinite(values)):
+        return f"{count} voxels are NaN or infinite; expected finite ones"
+    count = target.size - np.count_nonzero(np.isfinite(target))
+    largest = np.finfo(target.dtype).max
+    return f"{count} voxels exceed {largest:.1e}, which float32 ends at; rescale the scan"
 
 
 def _looks_like_labels(values: np.ndarray) -> bool:
