@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -179,13 +180,23 @@ def _tile(grey: np.ndarray, classes: np.ndarray, prediction: Prediction, index: 
 
 def _header(draw: ImageDraw.ImageDraw, name: str, prediction: Prediction, right: int) -> None:
     share = prediction.cost["mac"] / prediction.cost["static_mac"]
-    title = f"{name}   {share:.1%} of the multiply-adds of the static network"
+    title = f"{_drawable(name)}   {share:.1%} of the multiply-adds of the static network"
     draw.text((_MARGIN, 9), title, fill=_INK)
     names = class_names(prediction)
     for k in sorted(names, reverse=True)[-_LEGEND:]:
         right -= 12 + int(draw.textlength(names[k])) + 14
         draw.rectangle((right, 10, right + 9, 19), fill=_colour(k))
         draw.text((right + 14, 9), names[k], fill=_PALE)
+
+
+def _drawable(name: str) -> str:
+    """Returns a name in ASCII, all that Pillow's font has: without accents, or escaped."""
+    letters = []
+    for letter in unicodedata.normalize("NFC", name):
+        # its accents follow it
+        bare = unicodedata.normalize("NFD", letter)[0]
+        letters.append(bare if bare.isascii() else letter)
+    return "".join(letters).encode("ascii", "backslashreplace").decode()
 
 
 def _strip(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from meddanet.data import Volume, VolumeError
 from meddanet.data.storage import write_json
@@ -120,6 +120,19 @@ def test_the_picture_shows_labels_crop_and_grey_values(lesion, tmp_path):
     for y, x in [(12, 30), (27, 45), (12, 40), (20, 45)]:
         assert framed[y, x].tolist() == [255] * 3
     assert framed[28, 46].max() < 5 and framed[14, 43].max() < 5
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("M\u00fcller 3", "Muller 3"), ("Mu\u0308ller 3", "Muller 3"), ("\u8133-1", r"\u8133-1"),
+    ("c\u00f8d\udcff", r"c\xf8d\udcff"),
+])  # fmt: skip
+def test_a_name_is_shown_by_letters_that_the_font_has(lesion, tmp_path, name, shown):
+    font, none = ImageFont.load_default(), bytes(ImageFont.load_default().getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != none for letter in shown)
+    drawn, expected = (
+        picture(replace(volume(), name=title), lesion, tmp_path) for title in (name, shown)
+    )
+    assert np.array_equal(drawn, expected)
 
 
 def test_the_picture_is_turned_to_the_usual_view(lesion, tmp_path):
