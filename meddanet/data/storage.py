@@ -28,6 +28,7 @@ _BLOCK = 1 << 14
 _CURES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room on the disk",
+    errno.EFBIG: "raise the limit of files' size, ulimit -f",
     errno.ENAMETOOLONG: "give it a shorter name",
 }
 
