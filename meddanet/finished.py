@@ -65,7 +65,11 @@ def is_finished(case: Case, out: Path, asked: Request) -> bool:
     if not report:
         return False
     check_kept(results)
-    if differences := " and ".join(_differences(case, report, asked)):
+    try:
+        differences = " and ".join(_differences(case, report, asked))
+    except (AttributeError, LookupError, TypeError):
+        differences = "not as meddanet wrote it"
+    if differences:
         raise VolumeError(
             f"{case.name}: {path} is {differences}; name another folder with -o, or replace it "
             "with --overwrite"

@@ -68,7 +68,8 @@ def case(name: str) -> Case:
 def no_files() -> Iterator[None]:
     """The cases' files are nowhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "image_digests", lambda _: {})
+        for module in (cases, finished):
+            patch.setattr(module, "image_digests", lambda _: {})
         yield
 
 
@@ -297,3 +298,16 @@ def test_labels_that_were_corrected_after_a_run_was_killed_are_kept(killed):
         with pytest.raises(VolumeError, match=r"was changed after|was not written by"):
             segment_case(case("a"), Predictor(), copy, weights="", preview=True)
         assert labels.read_bytes() == b"corrected"
+
+
+@pytest.mark.parametrize("changes", [
+    {"run": "fast"}, {"run": {"weights": 3}}, {"images_sha256": ["ab"]}, {"modalities": 4},
+])  # fmt: skip
+def test_a_report_that_was_spoilt_is_refused(once, changes):
+    out, _ = once
+    report = json.loads((out / "a.json").read_text())
+    (out / "a.json").write_text(json.dumps({**report, **changes}))
+    asked = WITH_PICTURE._replace(modalities=MRI)
+    unnamed = Case("a", Path("/nowhere/a.nii.gz"), "files")
+    with pytest.raises(VolumeError, match=r"^a: .*a\.json is not as meddanet wrote it; name "):
+        finished.is_finished(unnamed, out, asked)
