@@ -1048,7 +1048,7 @@ def test_bench_takes_the_advice_on_channels(weights, tmp_path, monkeypatch, caps
     assert "such as --modalities flair,t1ce,t1,t2" in capsys.readouterr().err
     seen = []
 
-    def stop(model, volume, *others):
+    def stop(model, volume, *others, **named):
         seen.append(volume)
         raise ValueError("seen")
 
