@@ -19,12 +19,12 @@ from .data import (
     VolumeError,
     from_classes,
     from_slices,
-    has_hounsfield_values,
     to_slices,
 )
 from .data.labels import result_convention
 from .data.on_device import to_slices_on
 from .devices import resolve_device
+from .doubts import doubts_about, doubts_about_frame
 from .engine import CHUNK, compile_engine
 from .engine.slices import holds_signal
 from .frame import Frame, frame_of
@@ -145,11 +145,8 @@ class VolumePredictor:
         """
         began = time.perf_counter()
         ordered = self.ordered(volume)
-        self._warn_of_spacing(volume)
-        self._warn_of_orientation(volume)
-        self._warn_of_missing_window(volume)
-        self._warn_of_flat_scans(ordered)
-        self._warn_of_negative_scans(ordered)
+        for doubt in doubts_about(ordered, self.spacing, self.window_hu):
+            warnings.warn(f"{volume.name}: {doubt}", stacklevel=2)
         slices = self._slices(ordered)
         channels, height, width = slices.shape[1:]
         self._check_window(volume, slices)
@@ -157,7 +154,9 @@ class VolumePredictor:
             frame, slices = self._framed(slices)
         except torch.OutOfMemoryError:
             frame, slices = self._framed(slices.cpu())
-        self._warn_of_frame(volume, frame)
+        least = self.model.smallest_side, self.model.stride
+        for doubt in doubts_about_frame(frame, self.canvas, *least):
+            warnings.warn(f"{volume.name}: {doubt}", stacklevel=2)
         seen = self._seen(slices)
         normalised = time.perf_counter()
         result = self._segment(slices)
@@ -268,82 +267,6 @@ class VolumePredictor:
                 f"{volume.name}: window is {self.window}, larger than its slices of "
                 f"{slices.shape[2]} x {slices.shape[3]} pixels; name at most {most}, or none for "
                 "whole slices"
-            )
-
-    def _warn_of_spacing(self, volume: Volume) -> None:
-        if self.spacing and not np.allclose(volume.spacing, self.spacing, rtol=0.1):
-            voxel, trained = (
-                " x ".join(f"{side:.3g}" for side in sides)
-                for sides in (volume.spacing, self.spacing)
-            )
-            warnings.warn(
-                f"{volume.name}: its voxels are {voxel} mm, the model was trained on {trained} mm; "
-                "resample the scan, or expect worse labels",
-                stacklevel=3,
-            )
-
-    def _warn_of_orientation(self, volume: Volume) -> None:
-        header = volume.header
-        if header is not None and not header["sform_code"] and not header["qform_code"]:
-            warnings.warn(
-                f"{volume.name}: its header tells no orientation (sform_code and qform_code are "
-                "0), so that voxel axes are taken to run toward Left, Anterior and Superior; set "
-                "the scan's own, or expect labels of a body that lies otherwise",
-                stacklevel=3,
-            )
-
-    def _warn_of_missing_window(self, volume: Volume) -> None:
-        if self.window_hu is None and has_hounsfield_values(volume):
-            warnings.warn(
-                f"{volume.name}: is a CT with negative values, which count as background since the "
-                "model has no Hounsfield window; train one with window_hu, or expect worse labels",
-                stacklevel=3,
-            )
-
-    def _warn_of_flat_scans(self, volume: Volume) -> None:
-        # few voxels tell that a scan is not flat
-        few = volume.data[..., ::8, ::8, ::8]
-        if not few.size:
-            return
-        flat = [
-            name
-            for name, some, every in zip(volume.modalities, few, volume.data, strict=True)
-            if some.min() == some.max() and every.min() == every.max()
-        ]
-        if len(flat) == len(few) and not few.any():
-            warnings.warn(f"{volume.name}: its voxels are all 0; look at the scan", stacklevel=3)
-        elif flat:
-            warnings.warn(
-                f"{volume.name}: {', '.join(flat)} has the same value everywhere; look at the scan",
-                stacklevel=3,
-            )
-
-    def _warn_of_negative_scans(self, volume: Volume) -> None:
-        """Warns where what `normalize` takes for background is more than background."""
-        if self.window_hu is not None or has_hounsfield_values(volume):
-            return
-        few = volume.data[..., ::4, ::4, ::4].sum(0)
-        below, above = np.count_nonzero(few < 0), np.count_nonzero(few > 0)
-        if below > 0.05 * above:
-            warnings.warn(
-                f"{volume.name}: {below / (below + above):.0%} of its voxels that are not 0 are "
-                "negative, summed over the modalities, and count as background; give scans before "
-                "normalisation, as the model was trained on, or expect worse labels",
-                stacklevel=3,
-            )
-
-    def _warn_of_frame(self, volume: Volume, frame: Frame) -> None:
-        if self.canvas is None:
-            return
-        sides = (frame.height, frame.width)
-        # they are rounded up to a multiple of the stride
-        most = (max(side, self.model.smallest_side) + self.model.stride for side in self.canvas)
-        if any(side >= too_much for side, too_much in zip(sides, most, strict=True)):
-            warnings.warn(
-                f"{volume.name}: what is not 0 needs slices of {frame.height} x {frame.width} "
-                f"pixels, the model was trained on {' x '.join(map(str, self.canvas))}; cut off "
-                "what lies around the organ, or expect worse labels",
-                stacklevel=3,
             )
 
     def _cost(

@@ -1,0 +1,96 @@
+"""What about a scan lets one expect worse labels: a line each, to warn of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .data import Volume, has_hounsfield_values
+from .frame import Frame
+
+
+def doubts_about(
+    volume: Volume, spacing: Sequence[float] | None, window_hu: tuple[float, float] | None
+) -> Iterator[str]:
+    """Yields what is odd about a volume.
+
+    Args:
+        volume: Raw intensities, the modalities that the model takes.
+        spacing: Voxel size in training, in millimetres, if it is known.
+        window_hu: The model's Hounsfield window, or None.
+    """
+    if spacing and not np.allclose(volume.spacing, spacing, rtol=0.1):
+        voxel, trained = (
+            " x ".join(f"{side:.3g}" for side in sides) for sides in (volume.spacing, spacing)
+        )
+        yield (
+            f"its voxels are {voxel} mm, the model was trained on {trained} mm; resample the scan, "
+            "or expect worse labels"
+        )
+    header = volume.header
+    if header is not None and not header["sform_code"] and not header["qform_code"]:
+        yield (
+            "its header tells no orientation (sform_code and qform_code are 0), so that voxel axes "
+            "are taken to run toward Left, Anterior and Superior; set the scan's own, or expect "
+            "labels of a body that lies otherwise"
+        )
+    yield from _flat_scans(volume)
+    if window_hu is None:
+        yield from _negative_scans(volume)
+
+
+def _flat_scans(volume: Volume) -> Iterator[str]:
+    # few voxels tell that a scan is not flat
+    few = volume.data[..., ::8, ::8, ::8]
+    if not few.size:
+        return
+    flat = [
+        name
+        for name, some, every in zip(volume.modalities, few, volume.data, strict=True)
+        if some.min() == some.max() and every.min() == every.max()
+    ]
+    if len(flat) == len(few) and not few.any():
+        yield "its voxels are all 0; look at the scan"
+    elif flat:
+        yield f"{', '.join(flat)} has the same value everywhere; look at the scan"
+
+
+def _negative_scans(volume: Volume) -> Iterator[str]:
+    """Of those of which what `normalize` takes for background is more than background."""
+    if has_hounsfield_values(volume):
+        yield (
+            "is a CT with negative values, which count as background since the model has no "
+            "Hounsfield window; train one with window_hu, or expect worse labels"
+        )
+        return
+    few = volume.data[..., ::4, ::4, ::4].sum(0)
+    below, above = np.count_nonzero(few < 0), np.count_nonzero(few > 0)
+    if below > 0.05 * above:
+        yield (
+            f"{below / (below + above):.0%} of its voxels that are not 0 are negative, summed over "
+            "the modalities, and count as background; give scans before normalisation, as the "
+            "model was trained on, or expect worse labels"
+        )
+
+
+def doubts_about_frame(
+    frame: Frame, canvas: tuple[int, int] | None, smallest: int, stride: int
+) -> Iterator[str]:
+    """Yields what is odd about what the networks are shown of a volume's slices.
+
+    Args:
+        frame: That part.
+        canvas: Height and width of the slices in training, if they are known.
+        smallest: The least side that the model takes.
+        stride: Sides are rounded up to a multiple of it.
+    """
+    if canvas is None:
+        return
+    most = (max(side, smallest) + stride for side in canvas)
+    if any(side >= many for side, many in zip((frame.height, frame.width), most, strict=True)):
+        yield (
+            f"what is not 0 needs slices of {frame.height} x {frame.width} pixels, the model was "
+            f"trained on {' x '.join(map(str, canvas))}; cut off what lies around the organ, or "
+            "expect worse labels"
+        )
