@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import machine_code
 from cards import CARDS, LAUNCH_SECONDS, PROGRAM_SECONDS, Card, known_card
 from gpu_work import Convolution, Tiles, last_stage, unet
 from multiprocessor import simulate
 from warp_way import PRODUCT, Costs, Step, disassembled, shortest_way, steps_of
 
-from meddanet.kernels import machine_code
 from meddanet.kernels.variants import Variant, variants
 
 # of a multiprocessor: warps, programs and kilobytes of shared memory at a time
@@ -69,7 +69,7 @@ class Compiled:
         variant: Variant = self._by_class[shape_class]
         compiled = variant.compile()
         row = machine_code.describe(variant, compiled)
-        code = machine_code._cuobjdump("-sass", compiled.metadata_group["conv_kernel.cubin"])
+        code = machine_code.cuobjdump("-sass", compiled.metadata_group["conv_kernel.cubin"])
         block_m, block_n, block_k, depth = (
             int(row["constants"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "K")
         )

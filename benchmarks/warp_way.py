@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# address, condition, name, modifiers, operands, and the upper half of the encoding; not read by
-# `kernels/sass.py`, as the package that compiles may be another commit's (`simulate.py --check`)
+# address, condition, name, modifiers, operands, and the upper half of the encoding, of which
+# `sass.py` needs less
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?\w+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Z0-9_]+)*)([^;/]*);?"
     r"\s*\}?\s*/\* 0x[0-9a-f]{16} \*/\s*\n\s*/\* 0x([0-9a-f]{16}) \*/",

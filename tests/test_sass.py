@@ -1,8 +1,7 @@
 """Instructions of hand-written disassemblies, counted by hand."""
 
 import pytest
-
-from meddanet.kernels.sass import issued
+from sass import issued
 
 
 def listing(*lines: str) -> str:

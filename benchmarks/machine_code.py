@@ -1,6 +1,6 @@
 """What the compiled kernels are made of: registers, shared memory, instructions per architecture.
 
-    python -m meddanet.kernels.machine_code benchmarks/results/kernels_compiled.json
+    python benchmarks/machine_code.py benchmarks/results/kernels_compiled.json
 
 compiles every variant for five architectures and writes the table. Rows that the file has under the
 same key and the same assembler stay: source, options and triton have not changed since. The numbers
@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .aot import compile_all
-from .sass import instructions, issued
-from .variants import Variant, variants
+from sass import instructions, issued
+
+from meddanet.kernels.aot import compile_all
+from meddanet.kernels.variants import Variant, variants
 
 ARCHS = (80, 86, 89, 90, 120)
 # the least that any supported GPU gives one program (sm_86, sm_89 and sm_120)
@@ -38,7 +39,8 @@ _SLOW = re.compile(
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 
 
-def _cuobjdump(option: str, cubin: str) -> str:
+def cuobjdump(option: str, cubin: str) -> str:
+    """Returns what the disassembler that comes with triton prints of a compiled kernel."""
     from triton import knobs
 
     command = [knobs.nvidia.cuobjdump.path, option, cubin]
@@ -56,9 +58,9 @@ def describe(variant: Variant, compiled: Any) -> dict[str, Any]:
     """
     cubin = compiled.metadata_group[f"{variant.name}.cubin"]
     resources = {
-        name: int(value) for name, value in _RESOURCE.findall(_cuobjdump("-res-usage", cubin))
+        name: int(value) for name, value in _RESOURCE.findall(cuobjdump("-res-usage", cubin))
     }
-    code = _cuobjdump("-sass", cubin)
+    code = cuobjdump("-sass", cubin)
     sizes = variant.constants
     steps, products = 1, None
     if "PART_M" in sizes:
@@ -108,7 +110,7 @@ def _head() -> dict[str, Any]:
     from triton import __version__, knobs
 
     return {
-        "command": "python -m meddanet.kernels.machine_code",
+        "command": "python benchmarks/machine_code.py",
         # goes up with what `describe` tells, so that no row of before is kept
         "format": 2,
         "triton": __version__,
@@ -151,5 +153,5 @@ def main(path: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m meddanet.kernels.machine_code FILE.json")
+        sys.exit("usage: python benchmarks/machine_code.py FILE.json")
     sys.exit(main(sys.argv[1]))
