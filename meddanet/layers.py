@@ -68,6 +68,7 @@ class QuantizedInput(nn.Module):
         """Returns the range to quantise with, a scalar; None means each sample's own maximum.
 
         A sample's own maximum serves while the range is being learnt, or where none was ever set.
+        A batch with an Inf or a NaN, as mixed precision has them now and then, teaches nothing.
 
         Args:
             input: [N, ...], from which the range is learnt.
@@ -75,11 +76,12 @@ class QuantizedInput(nn.Module):
         if self.training and self.update_range:
             if input.numel():
                 largest = amax_of(input, per_sample=True).mean().to(self.input_amax.dtype)
-                unset = self.input_amax == 0
-                self.input_amax.lerp_(largest, RANGE_MOMENTUM)
-                self.input_amax.copy_(torch.where(unset, largest, self.input_amax))
+                known = self.input_amax
+                learnt = torch.where(known == 0, largest, known.lerp(largest, RANGE_MOMENTUM))
+                # chosen on the device, which is not waited for
+                known.copy_(torch.where(largest.isfinite(), learnt, known))
             return None
-        return self.input_amax if bool(self.input_amax > 0) else None
+        return None if bool(self.input_amax == 0) else self.input_amax
 
     def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
         """Fake-quantises `input` [N, ...] by the layer's range and width."""

@@ -160,6 +160,28 @@ def test_the_range_is_learnt_in_training_and_fixed_afterwards():
         assert layer(torch.full((1, 3), 100.0))[0, 0].item() == pytest.approx(9.3, rel=1e-6)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_batch_that_is_not_finite_teaches_no_range(bad):
+    layer = QuantLinear(3, 2)
+    broken = torch.tensor([[1.0, bad, 0.5], [4.0, 0.0, 0.0]])
+    layer(broken)
+    assert layer.input_amax.item() == 0.0
+    layer(torch.full((1, 3), 2.0))
+    assert layer.input_amax.item() == 2.0
+    layer(broken)
+    assert layer.input_amax.item() == 2.0
+    layer(torch.full((1, 3), -3.0))
+    assert layer.input_amax.item() == pytest.approx(2.0 + 0.05 * (3.0 - 2.0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_range_that_is_nan_gives_nan(name):
+    quantised, _, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs).eval()
+    layer.input_amax.fill_(math.nan)
+    assert layer(torch.randn(shape)).isnan().all()
+
+
 def test_set_quantization_reaches_every_layer():
     model = nn.Sequential(QuantConv2d(1, 1, 1), nn.ReLU(), nn.Sequential(QuantLinear(2, 2)))
     assert list(quantized_layers(model)) == ["0", "2.0"]
