@@ -73,9 +73,9 @@ def _check(
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
     if not input.is_floating_point():
         raise ValueError(f"input must be a floating-point tensor, got {input.dtype}")
-    check_num_bits("num_bits", num_bits, len(input))
+    check_num_bits("num_bits", num_bits, input.shape[0])
     if input_num_bits is not None:
-        check_num_bits("input_num_bits", input_num_bits, len(input))
+        check_num_bits("input_num_bits", input_num_bits, input.shape[0])
 
 
 def _quantised(
@@ -83,13 +83,13 @@ def _quantised(
 ) -> Tensor:
     """Fake-quantises the input, by default in each sample's own range."""
     if amax is None and isinstance(num_bits, int):
-        num_bits = torch.full((len(input),), num_bits, device=input.device)
+        num_bits = torch.full((input.shape[0],), num_bits, device=input.device)
     return quantize(input, num_bits, amax)
 
 
 def _per_sample(input: Tensor, amax: Tensor | None) -> bool:
     """Tells whether each sample has one range."""
-    return amax is None or amax.numel() == 1 or amax.shape == (len(input), 1, 1, 1)
+    return amax is None or amax.numel() == 1 or amax.shape == (input.shape[0], 1, 1, 1)
 
 
 def _padded(

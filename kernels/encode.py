@@ -107,7 +107,8 @@ def _encode(
 
 @_encode.register_fake
 def _(input, amax, height, width, num_bits, one_width, *others):
-    samples = len(input) if others[-2] is None else len(others[-2])
+    # len() would fix a size that tracing leaves open
+    samples = (input if others[-2] is None else others[-2]).shape[0]
     planes = byte_planes(one_width if num_bits is None else num_bits)
     shape = (planes, samples, height, width, input.shape[1])
     return input.new_empty(shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)
@@ -123,7 +124,7 @@ def _checked(
         raise ValueError(
             f"input must be [N, C, H, W] in floating point, got {input.dtype} {list(input.shape)}"
         )
-    samples, channels = len(input) if slots is None else len(slots), input.shape[1]
+    samples, channels = (input if slots is None else slots).shape[0], input.shape[1]
     check_num_bits("num_bits", num_bits, samples)
     if amax.numel() not in (1, samples):
         raise ValueError(

@@ -47,8 +47,9 @@ def new_planes(input: Tensor, planes: int) -> Tensor:
 
 def new_packed(input: Tensor) -> Tensor:
     """Allocates the bits of an input's mask."""
-    row = input.shape[1:].numel()
-    return input.new_empty(input.shape[0], -(-row // 8), dtype=torch.uint8)
+    # numel() of a shape would fix sizes that tracing leaves open
+    n, c, h, w = input.shape
+    return input.new_empty(n, -(-(c * h * w) // 8), dtype=torch.uint8)
 
 
 def encode_input(

@@ -20,8 +20,12 @@ def wide_dtype(input: Tensor) -> torch.dtype:
 
 def memory_format(input: Tensor) -> torch.memory_format:
     """Returns channels_last for [N, C, H, W] whose channels lie side by side, else contiguous."""
+    if input.dim() != 4:
+        return torch.contiguous_format
+    # numel() of a shape would fix sizes that tracing leaves open
+    _, channels, height, width = input.shape
     # one channel or one pixel lies both ways
-    ambiguous = input.dim() != 4 or input.shape[1] == 1 or input.shape[2:].numel() == 1
+    ambiguous = channels == 1 or (height == 1 and width == 1)
     if not ambiguous and input.stride(1) == 1:
         return torch.channels_last
     return torch.contiguous_format

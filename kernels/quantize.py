@@ -177,7 +177,7 @@ def _range(input: Tensor, num_bits: int | Tensor, amax: Tensor | None) -> Tensor
     amax = amax.detach()
     if amax.numel() == 1:
         return amax.reshape(1)
-    if amax.dim() == input.dim() and amax.shape == (len(input), *[1] * (input.dim() - 1)):
+    if amax.dim() == input.dim() and amax.shape == (input.shape[0], *[1] * (input.dim() - 1)):
         return amax.reshape(-1)
     try:
         return amax.expand(input.shape)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import meddanet.kernels.flops  # noqa: F401, registers the formulas
@@ -288,6 +289,55 @@ def test_exported(dynamic, tmp_path):
     more = tuple(torch.cat([t, t.flip(0), t]) if t.shape[0] == 2 else t for t in inputs)
     for values in (inputs, more) if dynamic else (inputs,):
         torch.testing.assert_close(loaded(*values), chain(*values))
+
+
+def no_offset(image):
+    return torch.zeros(image.shape[0], 2, dtype=torch.int32)
+
+
+KERNEL, SCALE = torch.randn(3, 3, 3, 3), torch.ones(3, 1, 1, requires_grad=True)
+OF_AN_IMAGE = {
+    "crop": lambda x: bilinear_crop(x, no_offset(x).float(), 5),
+    "paste": lambda x: affine_paste(x, no_offset(x).float(), 30),
+    "quantise": lambda x: fake_quantize(x, 8, ONE),
+    "convolution": lambda x: fake_quant_conv2d(x, KERNEL, num_bits=8, input_num_bits=8),
+    "convolution, masked": lambda x: fake_quant_conv2d(
+        x * SCALE, KERNEL, num_bits=8, input_num_bits=8, input_amax=ONE
+    ),
+    "encode": lambda x: encode(x, ONE),
+    "head": lambda x: label_head(x, KERNEL[:, :, 0, 0], offset=no_offset(x), size=30),
+}
+
+
+class OfAnImage(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, image):
+        return OF_AN_IMAGE[self.name](image)
+
+
+@pytest.mark.parametrize("name", OF_AN_IMAGE)
+def test_one_graph_serves_all_sizes(name):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(OfAnImage(name), fullgraph=True, backend=graphs, dynamic=True)
+    for more in range(4):
+        compiled(torch.randn(4 + more, 3, 9 + more, 14 + 2 * more))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", OF_AN_IMAGE)
+def test_exported_for_all_sizes(name, strict):
+    height, width = (torch.export.Dim(side, min=6) for side in ("height", "width"))
+    dims = {0: torch.export.Dim("batch"), 2: height, 3: width}
+    program = torch.export.export(
+        OfAnImage(name), (torch.randn(2, 3, 9, 14),), dynamic_shapes=(dims,), strict=strict
+    ).module()
+    image = torch.randn(5, 3, 11, 8)
+    torch.testing.assert_close(program(image), OF_AN_IMAGE[name](image))
 
 
 CONVS = {
