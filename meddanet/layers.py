@@ -58,7 +58,9 @@ class QuantizedInput(nn.Module):
         self.quantize = True
         self.exempt = False
         self.update_range = True
-        self.register_buffer("input_amax", torch.zeros(()), persistent=False)
+        # in half precision a running mean would stand still
+        amax = torch.zeros((), dtype=wide_dtype(self.weight), device=self.weight.device)
+        self.register_buffer("input_amax", amax, persistent=False)
 
     def weight_range(self) -> Tensor:
         """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""

@@ -182,6 +182,25 @@ def test_a_range_that_is_nan_gives_nan(name):
     assert layer(torch.randn(shape)).isnan().all()
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float32),
+     (torch.float64, torch.float64)],
+)  # fmt: skip
+def test_the_range_lies_where_the_weight_does(name, dtype, wide):
+    quantised, _, args, kwargs, _ = CASES[name]
+    layer = quantised(*args, **kwargs, device="meta", dtype=dtype)
+    assert layer.weight.device == layer.input_amax.device == torch.device("meta")
+    assert (layer.weight.dtype, layer.input_amax.dtype) == (dtype, wide)
+
+
+def test_a_float64_layer_learns_a_float64_range():
+    layer = QuantLinear(1, 1, dtype=torch.float64)
+    layer(torch.tensor([[1 / 3]], dtype=torch.float64))
+    assert layer.input_amax.item() == 1 / 3
+
+
 def test_set_quantization_reaches_every_layer():
     model = nn.Sequential(QuantConv2d(1, 1, 1), nn.ReLU(), nn.Sequential(QuantLinear(2, 2)))
     assert list(quantized_layers(model)) == ["0", "2.0"]
