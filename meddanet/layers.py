@@ -62,6 +62,16 @@ class QuantizedInput(nn.Module):
         amax = torch.zeros((), dtype=wide_dtype(self.weight), device=self.weight.device)
         self.register_buffer("input_amax", amax, persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Initialises the parameters as PyTorch does and forgets the range.
+
+        After `to_empty` a range is what its memory held, and a state_dict brings none.
+        """
+        super().reset_parameters()  # type: ignore[misc]  # of the layer that it is mixed into
+        # the layer's own constructor calls it before there is one
+        if "input_amax" in self._buffers:
+            self.input_amax.zero_()
+
     def weight_range(self) -> Tensor:
         """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""
         return weight_amax(self.weight, self.per_channel)

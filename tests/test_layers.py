@@ -201,6 +201,20 @@ def test_a_float64_layer_learns_a_float64_range():
     assert layer.input_amax.item() == 1 / 3
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_resetting_a_layer_forgets_its_range(name):
+    quantised, plain, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs, device="meta").to_empty(device="cpu")
+    layer.input_amax.fill_(7.0)  # what the memory happened to hold
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    assert torch.equal(layer.weight, plain(*args, **kwargs).weight)
+    assert layer.input_amax.item() == 0.0
+    layer(torch.ones(shape))
+    assert layer.input_amax.item() == 1.0
+
+
 def test_set_quantization_reaches_every_layer():
     model = nn.Sequential(QuantConv2d(1, 1, 1), nn.ReLU(), nn.Sequential(QuantLinear(2, 2)))
     assert list(quantized_layers(model)) == ["0", "2.0"]
