@@ -77,10 +77,13 @@ class QuantizedInput(nn.Module):
         return weight_amax(self.weight, self.per_channel)
 
     def input_range(self, input: Tensor) -> Tensor | None:
-        """Returns the range to quantise with, a scalar; None means each sample's own maximum.
+        """Returns the range to quantise with; None means each sample's own maximum.
 
         A sample's own maximum serves while the range is being learnt, or where none was ever set.
         A batch with an Inf or a NaN, as mixed precision has them now and then, teaches nothing.
+        A compiled or exported graph cannot ask whether a range was set: it has either, per sample,
+        so that it broadcasts to the input. Elsewhere the range is a scalar, and a GPU is waited
+        for.
 
         Args:
             input: [N, ...], from which the range is learnt.
@@ -93,7 +96,12 @@ class QuantizedInput(nn.Module):
                 # chosen on the device, which is not waited for
                 known.copy_(torch.where(largest.isfinite(), learnt, known))
             return None
-        return None if bool(self.input_amax == 0) else self.input_amax
+        unset = self.input_amax == 0
+        if torch.compiler.is_compiling():
+            own = amax_of(input, per_sample=True).to(self.input_amax.dtype)
+            own = own.reshape(-1, *[1] * (input.dim() - 1))
+            return torch.where(unset, own, self.input_amax)
+        return None if bool(unset) else self.input_amax
 
     def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
         """Fake-quantises `input` [N, ...] by the layer's range and width."""
@@ -155,7 +163,10 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
 
 
 class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` with fake-quantised weights and input; arguments as `QuantConv2d`."""
+    """`nn.ConvTranspose2d` with fake-quantised weights and input; arguments as `QuantConv2d`.
+
+    With widths of the weights in a tensor it cannot be traced as one graph, see `QuantLinear`.
+    """
 
     # two numbers each; PyTorch declares words or any number of axes
     stride: tuple[int, int]
@@ -209,7 +220,11 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
 
 
 class QuantLinear(QuantizedInput, nn.Linear):
-    """`nn.Linear` with fake-quantised weights and input; arguments as `QuantConv2d`."""
+    """`nn.Linear` with fake-quantised weights and input; arguments as `QuantConv2d`.
+
+    With widths of the weights in a tensor it asks the device which samples share one: then
+    `torch.compile` breaks the graph there, and `fullgraph=True` and `torch.export` refuse.
+    """
 
     def forward(
         self,

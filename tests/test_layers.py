@@ -215,6 +215,25 @@ def test_resetting_a_layer_forgets_its_range(name):
     assert layer.input_amax.item() == 1.0
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_whose_range_is_not_learnt_is_one_graph(name, training):
+    quantised, _, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs).train(training)
+    layer.update_range = False
+    x, more = torch.randn(shape), torch.randn(5, *shape[1:])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
+    for amax in (0.0, 1.5, math.nan):
+        layer.input_amax.fill_(amax)
+        exported.input_amax.fill_(amax)
+        exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+        torch.testing.assert_close(compiled(x), layer(x), **exact)
+        torch.testing.assert_close(exported(more), layer(more), **exact)
+
+
 def test_set_quantization_reaches_every_layer():
     model = nn.Sequential(QuantConv2d(1, 1, 1), nn.ReLU(), nn.Sequential(QuantLinear(2, 2)))
     assert list(quantized_layers(model)) == ["0", "2.0"]
