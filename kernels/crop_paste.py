@@ -80,7 +80,8 @@ def _shift_reference(input: Tensor, offset: Tensor, size: tuple[int, int], paste
             output[n, :, rows, columns] += shares[tap_y, n, 0] * shares[tap_x, n, 1] * taps
     nan = fraction.isnan().any(1)
     if bool(nan.any()):
-        output = output.masked_fill(nan[:, None, None, None], torch.nan)
+        # in place, so that it stays laid out as without one
+        output.masked_fill_(nan[:, None, None, None], torch.nan)
     return output.to(input.dtype)
 
 

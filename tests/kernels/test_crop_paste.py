@@ -148,6 +148,18 @@ def test_a_nan_offset_gives_nan_in_its_sample_and_nowhere_else(op):
     assert offset.grad[0].isfinite().all() and offset.grad[1:].isnan().any(1).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", [bilinear_crop, affine_paste])
+def test_a_nan_offset_leaves_the_layout_as_it_is(op, layout):
+    source = torch.randn(2, 4, 5, 5).contiguous(memory_format=layout)
+    offset = torch.tensor([[math.nan, 0.0], [1.0, 1.0]])
+    out = op(source, offset, 6)
+    assert out.isnan().any() and out.is_contiguous(memory_format=layout)
+    arguments = source, offset, 6, 6, op is affine_paste
+    operator = torch.ops.meddanet.bilinear_shift.default
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("huge", [1e4, 3e9, 1e30, math.inf])
 @pytest.mark.parametrize("op", [bilinear_crop, affine_paste])
 def test_a_huge_offset_gives_zeros(op, huge):
