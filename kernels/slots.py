@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FAR = 2**30
+
 
 def check_offset(offset: Tensor, samples: int) -> None:
     """Raises ValueError unless an offset is whole numbers (y, x) per slot."""
@@ -17,4 +19,11 @@ def check_offset(offset: Tensor, samples: int) -> None:
 
 def integers(*values: Tensor | None) -> tuple[Tensor | None, ...]:
     """Returns tensors as int32, as kernels read them; None stays."""
-    return tuple(None if value is None else value.detach().to(torch.int32) for value in values)
+    return tuple(None if value is None else _int32(value.detach()) for value in values)
+
+
+def _int32(value: Tensor) -> Tensor:
+    if value.dtype == torch.int64:
+        # would wrap; nothing lies so far away, and sums with it stay within int32
+        value = value.clamp(-FAR, FAR)
+    return value.to(torch.int32)

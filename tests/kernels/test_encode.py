@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_slots_offsets_and_count(layout, size, count):
         expected = (view / (ONE * 3 / 127)).round().clamp(-127, 127).to(torch.int8)
         unused = count is not None and m >= count
         assert torch.equal(codes[m], torch.zeros_like(expected) if unused else expected)
+
+
+# where nothing is read
+masked = pytest.mark.skipif(
+    os.environ.get("MEDDANET_OVERFLOWS") == "1", reason="products with such an offset overflow"
+)
+
+
+@masked
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, 2**32, 2**40])
+def test_an_offset_of_more_than_32_bits_is_far_outside(far):
+    offset = torch.tensor([[far, 0], [0, -far], [0, 0]])
+    codes = encode(torch.ones(3, 4, 3, 2), ONE, offset=offset, count=torch.tensor([far]))
+    assert codes.flatten(1).any(1).tolist() == [False, False, True]
 
 
 def test_what_lies_outside_goes_through_the_norm():
