@@ -151,6 +151,12 @@ def even_planes(planes: Tensor) -> Tensor:
     return planes
 
 
+def check_planes(planes: Tensor, num_bits: int) -> None:
+    """Raises ValueError unless byte planes [P, N, C, H, W] hold codes of a width."""
+    if num_bits > 8 and planes.shape[0] == 1:
+        raise ValueError(f"codes of {num_bits} bits need two byte planes: see split_codes")
+
+
 def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
     """Returns codes in any of the accepted forms as byte planes [P, N, C, H, W], checked."""
     if input.dtype == torch.int16 and input.dim() == 4:
@@ -166,8 +172,8 @@ def _planes(input: Tensor, conv: PackedConv, num_bits: int | Tensor) -> Tensor:
     check_num_bits("num_bits", num_bits, planes.shape[1])
     for width in (num_bits,) if isinstance(num_bits, int) else (8, 16)[: planes.shape[0]]:
         conv.variant(width)
-    if isinstance(num_bits, int) and num_bits > 8 and planes.shape[0] == 1:
-        raise ValueError(f"codes of {num_bits} bits need two byte planes: see split_codes")
+    if isinstance(num_bits, int):
+        check_planes(planes, num_bits)
     return even_planes(planes)
 
 

@@ -226,6 +226,8 @@ def quant_conv2d(
         conv: Weights from `pack_conv`.
         amax: Range of the input, one value or one per sample [N]; its step is amax / qmax.
         num_bits: Width of the codes and, of the packed ones, of the weights: int, or tensor [N].
+            A kernel, which cannot refuse them, gives NaN for 16-bit widths in a tensor with codes
+            of one byte plane.
         residual: [M, Cout, Hout, Wout], float32, float16 or bfloat16, added to the sum, or None.
         stream: Dtype in which the sum is returned; None does not return it.
         affine: (scale, shift), [Cout], of the norm before the next convolution, or None.

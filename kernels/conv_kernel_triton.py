@@ -309,6 +309,9 @@ def conv_kernel(
     out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
     variant = _variant(bits, variant, WIDTHS)
     step, _ = step_of(amax_ptr + sample * amax_stride, bits)
+    if bits_ptr is not None and not WIDE:
+        # such codes have a second byte, which is not here
+        step = tl.where(bits > 8, float("nan"), step)
     weight_ptr += variant * (PLANES * ROWS * K)
     scale_ptr += variant * (2 * C_OUT)
     first = sample * height * width * PITCH

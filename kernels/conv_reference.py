@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_call import ConvCall, largest_code, step_of
+from .conv_call import ConvCall, check_planes, largest_code, step_of
 from .conv_pack import split_codes, unpack_weight
 from .grid import quantize_codes
 from .pairs import join_floats, times_step
@@ -51,6 +51,7 @@ def groups(call: ConvCall) -> list[Group]:
     for slot, sample in enumerate(samples):
         ranges = (0 if shared[0] else sample, 0 if shared[1] else slot)
         widths = width(call.num_bits, sample), width(call.output_num_bits, slot)
+        check_planes(call.input, widths[0])
         found.setdefault((*widths, *ranges), []).append(slot)
     everything = len(found) == 1 and used == call.samples
     return [

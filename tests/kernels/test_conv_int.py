@@ -632,6 +632,21 @@ def test_a_range_that_is_no_range_gives_nan(amax):
     assert not stream[0].isnan().any()
 
 
+@pytest.mark.parametrize("packed", [8, (8, 16)])
+def test_a_16_bit_width_with_one_byte_plane_is_no_silent_number(packed, backend):
+    conv, one = pack_conv(torch.randn(4, 4, 3, 3), num_bits=packed), torch.ones(())
+    codes = encode(torch.randn(2, 4, 5, 5), one)
+
+    def run():
+        return quant_conv2d(codes, conv, one, num_bits=torch.tensor([8, 16]), stream=torch.float32)
+
+    if backend == "triton":
+        assert run().stream.isnan().flatten(1).all(1).tolist() == [False, True]
+    for name in ("reference", "auto"):  # on a CPU oneDNN, where its sums are exact
+        with use_backend(name), pytest.raises(ValueError, match="16 bits need two byte planes"):
+            run()
+
+
 def test_ranges_per_sample_follow_their_samples():
     x, conv = torch.randn(3, 4, 3, 3), pack_conv(torch.randn(4, 4, 3, 3), padding=1)
     ranges, outputs = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([3.0, 2.0])
