@@ -107,8 +107,8 @@ def largest_code(num_bits: int) -> Tensor:
 
 def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:
     """Returns the float32 step of one of the ranges [1] or [N]: 0 of a negative one, NaN of inf."""
-    amax = amax[index if len(amax) > 1 else 0].clamp_min(0)
-    return (amax + 0 * amax) / largest_code(num_bits).to(amax.device)
+    amax = amax[index if len(amax) > 1 else 0]
+    return (amax + 0 * amax).clamp_min(0) / largest_code(num_bits).to(amax.device)
 
 
 def is_mild(amax: Tensor, num_bits: int, *constants: Tensor) -> bool:

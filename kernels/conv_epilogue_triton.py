@@ -12,8 +12,23 @@ from .backend import tl, triton
 
 
 @triton.jit
+def not_negative(value):
+    """Returns 0 for what is negative; keeps a NaN."""
+    return tl.where(value < 0, 0.0, value)
+
+
+@triton.jit
+def as_range(amax):
+    """Returns ranges as they are meant: NaN for an infinity, 0 for a negative one."""
+    return not_negative(tl.where(tl.abs(amax) == float("inf"), float("nan"), amax))
+
+
+@triton.jit
 def step_of(amax_ptr, bits):
-    """Returns (step, largest code) of a range and a width, NaN where one of them is none."""
+    """Returns (step, largest code) of a range and a width, NaN where one of them is none.
+
+    A negative range has a negative step, with which `codes_of` gives zeros.
+    """
     known = (bits >= 2) & (bits <= 16)
     bits = tl.where(known, bits, 2)
     largest = tl.where(bits == 16, 32639, (1 << (bits - 1)) - 1).to(tl.float32)

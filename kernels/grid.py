@@ -51,7 +51,7 @@ def amax_of(input: Tensor, per_sample: bool) -> Tensor:
 def step_size(
     input: Tensor, num_bits: int | Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor | int, Tensor]:
-    """Returns (step, qmax, amax) that broadcast to `input`; an infinite range becomes NaN.
+    """Returns (step, qmax, amax) that broadcast to `input`; a range of inf is NaN, below 0 is 0.
 
     Args:
         input: [N, ...].
@@ -67,7 +67,7 @@ def step_size(
         amax = amax.reshape(column if input.dim() else [])
     amax = amax.detach().to(dtype)
     # an infinity becomes NaN
-    amax = amax + 0 * amax
+    amax = (amax + 0 * amax).clamp_min(0)
     # on a GPU a number's reciprocal would be multiplied by
     divisor = largest if isinstance(largest, Tensor) else torch.full_like(amax, largest)
     return amax / divisor, largest, amax

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .conv_call import pixel_pitch
-from .conv_epilogue_triton import pair_at, step_of, times_step
+from .conv_epilogue_triton import not_negative, pair_at, step_of, times_step
 
 # elements per program; other sizes were not tried on a GPU
 BLOCK = 4096
@@ -51,6 +51,7 @@ def head_kernel(
     x = tl.load(in_ptr + offs, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0)
     if scale_ptr is not None:
         step, _ = step_of(amax_ptr + slot * amax_stride, bits)
+        step = not_negative(step)
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     label = tl.zeros([BLOCK_M], tl.int32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .conv_epilogue_triton import codes_of, step_of
+from .conv_epilogue_triton import as_range, codes_of, step_of
 
 # elements per program, a multiple of the mask's 8; others were not tried on a GPU
 BLOCK = 1024
@@ -54,8 +54,7 @@ def input_encode_kernel(
         value = tl.where(x == x, codes.to(tl.float32) * step, x)
         tl.store(value_ptr + first + offs, value.to(value_ptr.dtype.element_ty), mask=mask)
     if packed_ptr is not None:
-        amax = tl.load(amax_ptr + row * amax_stride)
-        amax = tl.where(amax == float("inf"), float("nan"), amax)
+        amax = as_range(tl.load(amax_ptr + row * amax_stride))
         inside = tl.reshape((tl.abs(x) <= amax).to(tl.int32), [BLOCK // 8, 8])
         packed = tl.sum(inside << tl.arange(0, 8)[None, :], 1)
         offs = (tl.program_id(0) % blocks).to(INDEX) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)

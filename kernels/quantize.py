@@ -201,9 +201,9 @@ def fake_quantize(input: Tensor, num_bits: int | Tensor, amax: Tensor | None = N
             whole tensor (int width) or of each sample (tensor). It gets no gradient.
 
     Returns:
-        A tensor of the input's shape and dtype, channels last where the input is. A range of 0
-        gives zeros; NaN gives NaN, and so does a width outside of 2..16 in a tensor; an Inf makes
-        its range NaN.
+        A tensor of the input's shape and dtype, channels last where the input is. A range of 0,
+        or a negative one, gives zeros; NaN gives NaN, and so does a width outside of 2..16 in a
+        tensor; an Inf makes its range NaN.
 
     Raises:
         ValueError: If an int width is out of range, `num_bits` is not of shape [N], `amax` does

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
+from .conv_epilogue_triton import as_range
 from .layout import memory_format, wide_dtype
 
 # elements per program, a multiple of the mask's 8; others were not tried on a GPU
@@ -45,7 +46,6 @@ def _quantize(x, bits_ptr, width, amax, row, COMPUTE: tl.constexpr):
     bits = tl.where(known, bits, 2).to(tl.int32)
     largest = tl.where(bits == 16, 32639, (1 << (bits - 1)) - 1).to(COMPUTE)
     largest = tl.where(known, largest, float("nan"))
-    amax = tl.where(amax == float("inf"), float("nan"), amax)
     step = _divide(amax, largest)
 
     quotient = _divide(x, tl.where(step == 0, float("inf"), step))
@@ -67,9 +67,10 @@ def _block(blocks, length, INDEX: tl.constexpr, BLOCK: tl.constexpr):
 def _range(amax_ptr, row, length, stride, offs, mask, EACH: tl.constexpr, COMPUTE: tl.constexpr):
     """Loads the range of the row, or of each element."""
     if EACH:
-        return tl.load(amax_ptr + row * length + offs, mask=mask, other=1.0).to(COMPUTE)
+        amax = tl.load(amax_ptr + row * length + offs, mask=mask, other=1.0)
     else:
-        return tl.load(amax_ptr + row * stride).to(COMPUTE)
+        amax = tl.load(amax_ptr + row * stride)
+    return as_range(amax.to(COMPUTE))
 
 
 # what is not listed here decides how wide loads and stores may be

@@ -623,13 +623,21 @@ def test_what_is_not_finite_stays_in_its_pixel_and_has_code_0(out_bits):
     assert codes[0, 1, 2, 0] == 0
 
 
-@pytest.mark.parametrize("amax", [math.nan, math.inf])
+@pytest.mark.parametrize("amax", [math.nan, math.inf, -math.inf])
 def test_a_range_that_is_no_range_gives_nan(amax):
     x, conv = torch.randn(2, 4, 3, 3), pack_conv(torch.randn(4, 4, 1, 1))
     ranges = torch.tensor([1.0, amax])
     stream = quant_conv2d(encode(x, torch.ones(())), conv, ranges, stream=torch.float32).stream
     assert stream.isnan().flatten(1).all(1).tolist() == [False, True]
     assert not stream[0].isnan().any()
+
+
+def test_a_negative_range_is_zero():
+    conv = pack_conv(torch.randn(4, 4, 3, 3), bias := torch.randn(4))
+    one = torch.ones(())
+    codes = encode(torch.randn(1, 4, 3, 3), one)
+    result = quant_conv2d(codes, conv, -one, stream=torch.float32, output_amax=-one)
+    assert torch.equal(result.stream.flatten(), bias) and not result.codes.any()
 
 
 @pytest.mark.parametrize("packed", [8, (8, 16)])

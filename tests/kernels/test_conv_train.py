@@ -217,6 +217,17 @@ def test_special_values():
     assert out[0].isfinite().all()
 
 
+@pytest.mark.parametrize("amax", [-1.0, math.inf])
+def test_nothing_is_inside_of_a_range_that_is_none(amax):
+    x, weight = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(3, 4, 3, 3)
+    out = fake_quant_conv2d(
+        x, weight, num_bits=8, input_num_bits=8, input_amax=torch.tensor(amax)
+    )
+    out.sum().backward()
+    assert out.isnan().all() if amax > 0 else not out.any()
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_bits", [8, torch.tensor(WIDTHS)], ids=["int", "per-sample"])
 def test_half_precision_convolves_the_rounded_values(dtype, num_bits, tolerances):

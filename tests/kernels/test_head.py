@@ -101,6 +101,13 @@ def test_a_margin_stays_unwritten_but_at_the_border(offset):
     assert np.array_equal(labels.numpy(), expected)
 
 
+def test_a_negative_range_leaves_the_bias():
+    x, weights, _ = problem()
+    nowhere = torch.zeros(2, 2, dtype=torch.int32)
+    labels = label_head(x, weights["weight"], amax=-ONE, offset=nowhere, size=(5, 6))
+    assert (labels == int(weights["weight"].bias[0].argmax())).all()
+
+
 def test_it_is_the_unfused_path():
     x, weights, _ = problem(classes=6)
     stream = quant_conv2d(x, weights["weight"], weights["amax"], stream=torch.float32).stream

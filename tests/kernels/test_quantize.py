@@ -106,6 +106,22 @@ def test_a_range_of_zero_gives_zeros(dtype):
     assert not fake_quantize(x, 8, torch.zeros((), dtype=dtype)).any()
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1), (3, 4)], ids=str)
+def test_a_negative_range_gives_zeros(shape):
+    x = torch.randn(3, 4, requires_grad=True)
+    out = fake_quantize(x, 8, torch.full(shape, -2.0))
+    out.sum().backward()
+    assert not out.any() and not x.grad.any()
+
+
+@pytest.mark.parametrize("num_bits", [8, torch.tensor([8.0, 8.0], requires_grad=True)])
+def test_nothing_is_inside_of_an_infinite_range(num_bits):
+    x = torch.tensor([[1.0, math.inf], [0.5, math.nan]], requires_grad=True)
+    out = fake_quantize(x, num_bits, torch.tensor(math.inf))
+    out.sum().backward()
+    assert out.isnan().all() and not x.grad.any()
+
+
 def test_a_step_that_rounds_to_zero_gives_zeros():
     tiny = torch.tensor([1e-45, -1e-45, 0.0])  # the smallest float32; a 127th of it is no number
     assert tiny[0] > 0 and not fake_quantize(tiny, 8).any()
