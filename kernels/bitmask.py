@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .layout import memory_format
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def pack_bits(inside: Tensor, rows: int) -> Tensor:
     """Packs 0 or 1 in the order of memory, eight to a byte, the first in the lowest bit.
@@ -45,3 +47,18 @@ def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
         return inside.reshape(like.shape)
     n, c, h, w = like.shape
     return inside.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def where_inside(inside: Tensor, values: Tensor) -> Tensor:
+    """Returns the values where `inside` (uint8) is 1 and 0, whatever is there, where it is 0.
+
+    Args:
+        inside: 0 or 1, uint8.
+        values: Floating point, of its shape.
+
+    Returns:
+        A tensor in the dtype of the values and the layout of `inside`.
+    """
+    # all bits or none: a product would keep a NaN, and torch.where takes up to three times as long
+    integers = _INTEGERS[values.element_size()]
+    return inside.to(integers).neg_().bitwise_and_(values.view(integers)).view(values.dtype)

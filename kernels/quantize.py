@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton_runs
-from .bitmask import pack_bits, unpack_bits
+from .bitmask import pack_bits, unpack_bits, where_inside
 from .grid import amax_of, inside, quantize_codes, step_size
 from .layout import memory_format, wide_dtype
 
@@ -86,8 +86,7 @@ def _masked_gradient(grad: Tensor, packed: Tensor, channels_last: bool) -> Tenso
         from .quantize_triton import masked_gradient
 
         return masked_gradient(grad, packed)
-    # 0 or 1 in the gradient's own dtype: a product with booleans takes twenty times as long
-    return unpack_bits(packed, grad).to(grad.dtype).mul_(grad)
+    return where_inside(unpack_bits(packed, grad), grad)
 
 
 @_masked_gradient.register_fake
@@ -115,7 +114,7 @@ def _width_gradient(
     error *= grad.to(step.dtype)
     axes = tuple(range(1, input.dim()))
     by_width = LN2 * (error.sum(axes) if axes else error)
-    return inside(wide, amax).to(grad.dtype).mul_(grad), by_width
+    return where_inside(inside(wide, amax), grad), by_width
 
 
 @_width_gradient.register_fake

@@ -235,6 +235,17 @@ def test_the_gradient_passes_up_to_the_range_inclusive():
     assert x.grad.tolist() == [3.0, 4.0, 5.0, 0.0, 7.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("learnt", [False, True])
+def test_no_gradient_passes_outside_whatever_it_is(learnt, dtype, bad):
+    x = torch.tensor([[0.5, 2.0, -1.0], [-3.0, 0.0, 1.5]], dtype=dtype, requires_grad=True)
+    widths = torch.tensor([8.0, 8.0], requires_grad=learnt)
+    grad = torch.tensor([[1.0, bad, -2.0], [bad, 3.0, -bad]], dtype=dtype)
+    fake_quantize(x, widths, torch.tensor(1.0)).backward(grad)
+    assert x.grad.tolist() == [[1.0, 0.0, -2.0], [0.0, 3.0, 0.0]]
+
+
 @pytest.mark.parametrize("num_bits", [8, torch.tensor([4, 8, 16])], ids=["int", "per-sample"])
 def test_without_a_range_every_gradient_passes(num_bits):
     x = torch.randn(3, 37, requires_grad=True)
