@@ -24,6 +24,10 @@ RANGE_MOMENTUM = 0.05
 class QuantizedInput(nn.Module):
     """Mixin: one running input range and the switch between float and quantised arithmetic.
 
+    A `state_dict` alone loses the range: without one each sample's own maximum serves in `eval()`,
+    too. `save_model` keeps it; else save `input_amax` of all `quantized_layers(model)` beside the
+    weights and copy it back (docs/kernels.md).
+
     Args:
         *args, **kwargs: Of the PyTorch layer that it is mixed into.
         num_bits, input_num_bits, per_channel: Which see.

@@ -1,6 +1,8 @@
 """Quantised layers against plain PyTorch run on values rounded by hand."""
 
 import math
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +234,20 @@ def test_a_layer_whose_range_is_not_learnt_is_one_graph(name, training):
         exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
         torch.testing.assert_close(compiled(x), layer(x), **exact)
         torch.testing.assert_close(exported(more), layer(more), **exact)
+
+
+def test_ranges_are_saved_beside_the_weights_as_documented(tmp_path):
+    text = (Path(__file__).parents[1] / "docs/kernels.md").read_text()
+    start, end = text.index("    ranges = {"), text.index("After `to_empty`")
+    save, load = textwrap.dedent(text[start:end]).split("\n\n", 1)
+    model = nn.Sequential(QuantLinear(3, 2), QuantLinear(2, 1))
+    model(torch.randn(4, 3))
+    names = {"torch": torch, "quantized_layers": quantized_layers, "path": tmp_path / "model.pt"}
+    exec(save, {**names, "model": model})
+    other = nn.Sequential(QuantLinear(3, 2), QuantLinear(2, 1))
+    exec(load, {**names, "model": other})
+    x = torch.randn(5, 3)
+    assert torch.equal(other.eval()(x), model.eval()(x)) and other[0].input_amax > 0
 
 
 def test_set_quantization_reaches_every_layer():
