@@ -41,8 +41,8 @@ class ConvCall:
             a skip connection takes; or None.
         skip_num_bits: Their width, at most 8.
         mild: Whether the caller knows that all constants are finite and steps 0 or in
-            `MILD_STEPS`, see `is_mild`, no residual is NaN, and a ReLU follows `affine`: a kernel
-            then asks after neither NaN nor extreme steps.
+            `MILD_STEPS`, see `is_mild`, no range is negative, no residual is NaN, and a ReLU
+            follows `affine`: a kernel then asks after neither NaN nor extreme or negative steps.
     """
 
     input: Tensor

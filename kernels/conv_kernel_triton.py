@@ -310,7 +310,8 @@ def conv_kernel(
     out_bits = out_bits if out_bits_ptr is None else tl.load(out_bits_ptr + slot)
     variant = _variant(bits, variant, WIDTHS)
     step, _ = step_of(amax_ptr + sample * amax_stride, bits)
-    step = not_negative(step)
+    if not MILD:
+        step = not_negative(step)
     if bits_ptr is not None and not WIDE:
         # such codes have a second byte, which is not here
         step = tl.where(bits > 8, float("nan"), step)
