@@ -265,14 +265,17 @@ def bench_volume(
     peers, not_run = torch_peers(model, fitting.to(predictor.device))
     alike, wrong = same_answers(peers)
     not_run |= wrong
-    runs: dict[str, Run] = {
-        **{name: run for name, run in peers.items() if name not in wrong},
+    ours: dict[str, Run] = {
         "engine": lambda: predictor.engine.segment(fitting),
         "predict": lambda: predictor.predict(volume),
     }
     if predictor.device.type == "cuda":
-        runs["the model's own layers"] = lambda: reference.engine.segment(fitting)
-    times = time_interleaved(runs, rounds, tell=tell)
+        ours["the model's own layers"] = lambda: reference.engine.segment(fitting)
+    # the peers have run once, for their answers
+    for run in ours.values():
+        run()
+    runs = {name: run for name, run in peers.items() if name not in wrong} | ours
+    times = time_interleaved(runs, rounds, warm_up=False, tell=tell)
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
     return {
         "machine": machine(), "device": str(predictor.device),
