@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accuracy import training_seconds
+from tables import ablation
 from torch import Tensor
 
 from meddanet.arguments import parse_command, train_config
@@ -262,34 +263,6 @@ def case_slices(case: CachedCase, canvas: tuple[int, int]) -> tuple[Tensor, Tens
     return channels_last(torch.from_numpy(padded)), labels
 
 
-def render(results: dict[str, Any]) -> str:
-    """Returns the table in Markdown: means over all cases of all folds."""
-    cases = [
-        fold for rows in results.values() for row in rows.values() for fold in row.values()
-        if "dice" in fold
-    ]
-    regions = list(next(iter(cases[0]["dice"].values()))) if cases else []
-    header = ["configuration", "row", "cases", *(f"Dice {region}" for region in regions),
-              "M per slice, b/32", "M true MACs", "routes"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name, rows in results.items():
-        for row, folds in rows.items():
-            if any("dice" not in fold for fold in folds.values()):
-                continue
-            scores = [case for fold in folds.values() for case in fold["dice"].values()]
-            means = [f"{np.mean([s[region] for s in scores]):.4f}" for region in regions]
-            cost = [
-                f"{np.mean([fold['slice_mega'][kind] for fold in folds.values()]):.2f}"
-                for kind in ("scaled_paper", "mac")
-            ]
-            names = next(iter(folds.values()))["routes"]
-            routes = [sum(fold["routes"][route] for fold in folds.values()) for route in names]
-            taken = " / ".join(map("{} {}".format, routes, names))
-            cells = [name, row, str(len(scores)), *means, *cost, taken]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Runs the list, prints the table and stores it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -309,11 +282,11 @@ def main() -> None:
 
     def keep(results: dict[str, Any]) -> None:
         if options.table:
-            options.table.write_text(render(results) + "\n")
+            options.table.write_text(ablation(results) + "\n")
         if options.json:
             content = {"machine": machine(), "results": results}
             options.json.write_text(json.dumps(content, indent=1) + "\n")
-        print(render(results), flush=True)
+        print(ablation(results), flush=True)
 
     failed = run_configs(options, keep)
     if failed:

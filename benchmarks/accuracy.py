@@ -1,7 +1,6 @@
 """Dice, HD95 and multiply-adds on cases not trained on, like Med-DANet V2, Table 3a.
 
     python benchmarks/accuracy.py DATA RUN [RUN ...] [--out benchmarks/results/NAME.json]
-    python benchmarks/accuracy.py --show benchmarks/results/NAME.json
 
 Each RUN is the output folder of `meddanet train`, usually one per fold: `model.safetensors`,
 `split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`. What is in the file of
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from decisions import decision_report
+from tables import accuracy, accuracy_cases
 from torch import Tensor, nn
 
 from meddanet.build import build_segmenter
@@ -182,41 +182,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def show(result: dict) -> None:
-    """Prints the cross-validated table as Markdown, then Dice case by case."""
-    cases = result["cases"]
-    rows = ["static", "whole", "S", "Q", "S+Q", "8", "16", "random"]
-    rows = [row for row in rows if all(row in case["rows"] for case in cases.values())]
-    print("| row | WT | TC | ET | HD95 WT | TC | ET | true MACs, G | papers' count, G | b/32, G |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        scored = [case["rows"][row] for case in cases.values()]
-        dice = [np.mean([s["dice"][r] for s in scored]) for r in REGIONS]
-        hd95 = [np.mean([s["hd95_mm"][r] for s in scored]) for r in REGIONS]
-        giga = [np.mean([s[c] for s in scored]) / 1e9 for c in (*CONVENTIONS, "scaled_paper")]
-        cells = [*(f"{x:.3f}" for x in dice), *(f"{x:.1f}" for x in (*hd95, *giga))]
-        print(f"| {row} | {' | '.join(cells)} |")
-    print("\nPer held-out case: Dice WT / TC / ET, true MACs in G, slices per route, skip first")
-    print("\n| case | static | whole | S+Q | MACs | slices |\n|---|---|---|---|---|---|")
-    for name, case in sorted(cases.items()):
-        shown = [row for row in ("static", "whole", "S+Q") if row in rows]
-        cells = [" / ".join(f"{x:.2f}" for x in case["rows"][r]["dice"].values()) for r in shown]
-        routes = " / ".join(map(str, case["decisions"]["routes"].values()))
-        cells += [f"{case['rows']['S+Q']['mac'] / 1e9:.1f}", routes]
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def main() -> None:
-    """Evaluates the runs and stores the result, or shows a stored one."""
+    """Evaluates the runs, stores the result and prints its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("runs", type=Path, nargs="*")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path)
     args = parser.parse_args()
-    if args.show:
-        show(json.loads(args.show.read_text()))
-        return
     before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     result: dict = {
         "machine": machine(),
@@ -231,7 +203,7 @@ def main() -> None:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
+    print(accuracy(result["cases"]), accuracy_cases(result["cases"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def _overflows(routes: dict[str, int]) -> bool:
 # launches for all slices -----------------------------------------------------------------------
 
 
+@cache
 def _network(name: str, plan: Plan) -> Work:
     network = deepcopy(getattr(plan._planned.model, name))
     return half_precision(name, network, (HELD, *plan._view.shape[1:]))

@@ -296,13 +296,18 @@ def ablations(results: Results) -> str:
     """Every list of configurations that was trained."""
     parts = []
     for name, content in results.ablations().items():
-        parts.append(f"`{name}.json`\n\n{_ablation(content['results'])}")
+        parts.append(f"`{name}.json`\n\n{ablation(content['results'])}")
     return "\n\n".join(parts) or "None has been committed yet."
 
 
-def _ablation(found: Content) -> str:
-    rows = []
-    for configuration, kinds in found.items():
+def ablation(results: Content) -> str:
+    """One list of configurations: means over all cases of all folds.
+
+    Args:
+        results: Configuration -> row -> fold -> scores, as `ablations.py` stores them.
+    """
+    rows, regions = [], list[str]()
+    for configuration, kinds in results.items():
         for row, folds in kinds.items():
             scores = [
                 case for fold in folds.values() for case in fold.get("dice", {}).values()

@@ -1,8 +1,10 @@
 """The command that runs a list of configurations, on a task of seconds."""
 
+from __future__ import annotations
+
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from meddanet.build import build_segmenter
 from meddanet.cost import count_macs
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.weights import load_model
+
+ablations = pytest.importorskip("ablations")
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -35,16 +39,28 @@ def test_every_configuration_is_one(file):
                                                             "backbone-unet-16")
 
 
+@pytest.fixture
+def run(decathlon, tmp_path, monkeypatch) -> Callable[..., None]:
+    """The command, on the task, into tmp_path / "out"."""
+
+    def call(*arguments: str | Path) -> None:
+        command = ["ablations.py", decathlon, tmp_path / "out", *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        ablations.main()
+
+    return call
+
+
 def _numbers(phase):
     """YAML 1.1 takes 1e-3 for a text."""
     return {k: float(v) if k == "learning_rate" else v for k, v in phase.items()}
 
 
-def test_a_list_of_runs_makes_a_table(decathlon, tmp_path):
+def test_a_list_of_runs_makes_a_table(run, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("""
 window: null
-segmenter: unet-12
+segmenter: unet-4
 validate_every: 0
 device: cpu
 threads: 1
@@ -55,13 +71,10 @@ baseline: {objective: static, steps: 1, batch: 2}
 """)
     for size in (16, 24):
         (tmp_path / f"policy-{size}.yaml").write_text(f"crop_sizes: [{size}]")
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
-        str(tmp_path / "out"), str(tmp_path / "policy-16.yaml"), str(tmp_path / "policy-24.yaml"),
-        "--base", str(base), "--json", str(tmp_path / "r.json"), "--table", str(tmp_path / "t.md"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(
+        tmp_path / "policy-16.yaml", tmp_path / "policy-24.yaml", "--base", base,
+        "--json", tmp_path / "r.json", "--table", tmp_path / "t.md",
+    )
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     rows = results["policy-16"]
     assert list(rows) == ["static", "S", "Q", "S+Q", "training CPU seconds"]
@@ -69,7 +82,7 @@ baseline: {objective: static, steps: 1, batch: 2}
     (held_out,) = rows["static"]["0"]["dice"]
     assert held_out == "disc_000"
     assert set(rows["S"]["0"]["dice"][held_out]) == {"class 1", "class 2"}
-    static = count_macs(build_segmenter("unet-12", 1, 3), (1, 1, 32, 32)) / 1e6
+    static = count_macs(build_segmenter("unet-4", 1, 3), (1, 1, 32, 32)) / 1e6
     assert rows["static"]["0"]["slice_mega"]["mac"] == pytest.approx(static, abs=1e-3)
     assert rows["Q"]["0"]["routes"] == {"skip": 0, "crop-16": 0, "whole": 5}
     assert sum(rows["S+Q"]["0"]["routes"].values()) == 5
@@ -81,10 +94,10 @@ baseline: {objective: static, steps: 1, batch: 2}
     assert len(table) == 2 + 8 and table[2].startswith("| policy-16 | static | 1 |")
 
 
-def test_runs_start_from_another_configuration(decathlon, tmp_path):
+def test_runs_start_from_another_configuration(run, tmp_path):
     """The second list starts from the first one's weights; nothing but its selectors is trained."""
     base = {
-        "window": None, "segmenter": "unet-12", "crop_sizes": [16], "validate_every": 0,
+        "window": None, "segmenter": "unet-4", "crop_sizes": [16], "validate_every": 0,
         "device": "cpu", "threads": 1, "baseline": None,
     }
     parts = {"first": ["segmenter"], "second": ["bit_selectors"]}
@@ -93,12 +106,7 @@ def test_runs_start_from_another_configuration(decathlon, tmp_path):
         content = {**base, "phases": [phase]}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
         start = [] if name == "first" else ["--start", "first"]
-        command = [
-            sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
-            str(tmp_path / "out"), str(tmp_path / f"{name}.yaml"), *start,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run(tmp_path / f"{name}.yaml", *start)
     first, second = (
         load_model(tmp_path / "out" / name / "fold0" / "model.safetensors").segmenter.state_dict()
         for name in parts
@@ -106,27 +114,24 @@ def test_runs_start_from_another_configuration(decathlon, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first if "weight" in name)
 
 
-def test_what_fails_leaves_the_others_their_rows(decathlon, tmp_path):
-    content = {"window": None, "segmenter": "unet-12", "crop_sizes": [16], "validate_every": 0,
+def test_what_fails_leaves_the_others_their_rows(run, tmp_path, capsys):
+    content = {"window": None, "segmenter": "unet-4", "crop_sizes": [16], "validate_every": 0,
                "device": "cpu", "threads": 1, "baseline": None,
                "phases": [{"objective": "segmenter", "steps": 1, "batch": 2}]}
     for name, changed in (("good", {}), ("bad", {"crop_sizes": [20]}), ("better", {})):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**content, **changed}))
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
-        str(tmp_path / "out"), *(str(tmp_path / f"{name}.yaml") for name in ("good", "bad")),
-        str(tmp_path / "better.yaml"), "--json", str(tmp_path / "r.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1 runs failed: bad, fold 0: crop_sizes must ascend and be multiples" in done.stderr
+    files = [tmp_path / f"{name}.yaml" for name in ("good", "bad", "better")]
+    with pytest.raises(SystemExit) as stopped:
+        run(*files, "--json", tmp_path / "r.json")
+    told = "1 runs failed: bad, fold 0: crop_sizes must ascend and be multiples"
+    assert str(stopped.value).startswith(told)
     assert list(json.loads((tmp_path / "r.json").read_text())["results"]) == ["good", "better"]
-    command[-1] = str(tmp_path / "nowhere" / "r.json")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "nowhere: is no folder" in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run(*files, "--json", tmp_path / "nowhere" / "r.json")
+    assert stopped.value.code == 2 and "nowhere: is no folder" in capsys.readouterr().err
 
 
-def test_a_run_of_v1_scores_its_members_and_its_decisions(decathlon, tmp_path):
+def test_a_run_of_v1_scores_its_members_and_its_decisions(run, tmp_path):
     config = tmp_path / "v1.yaml"
     config.write_text("""
 window: null
@@ -139,12 +144,7 @@ phases:
 - {objective: decision, steps: 2, batch: 2, windows: false}
 baseline: null
 """)
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / "ablations.py"), str(decathlon),
-        str(tmp_path / "out"), str(config), "--json", str(tmp_path / "r.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(config, "--json", tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["results"]["v1"]
     assert set(rows.pop("training CPU seconds")["0"]) == {"0-bank", "1-decision"}
     assert list(rows) == ["M1", "M2", "decided", "skips", "oracle"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import compile_parts, train
 from meddanet.weights import load_model
 
-KILLED_IN_ITS_FIFTH_CHECKPOINT = """
+KILLED_IN_ITS_FOURTH_CHECKPOINT = """
 import os, signal, sys, json
 from meddanet.recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
@@ -38,7 +39,7 @@ def fsync(descriptor):
     global written
     size = os.fstat(descriptor).st_size
     written += size > 100_000  # checkpoints, not tables
-    if written == 5:
+    if written == 4:
         os.ftruncate(descriptor, size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     sync(descriptor)
@@ -54,14 +55,14 @@ train(TrainConfig(**values))
 
 @pytest.fixture
 def config(decathlon, tmp_path) -> TrainConfig:
-    """Three steps that learn ranges, three with the Gumbel choice, a checkpoint after each."""
+    """Two steps that learn ranges, two with the Gumbel choice, a checkpoint after each."""
     return TrainConfig(
         str(decathlon), str(tmp_path / "run"), cache=str(tmp_path / "cache"), window=None,
         segmenter="unet-12", crop_sizes=(16,), baseline=None, threads=1, device="cpu",
         checkpoint_steps=1, validate_every=0,
         phases=[
-            PhaseConfig("quantised", 3, batch=2, autocast="bfloat16"),
-            PhaseConfig("joint", 3, batch=2, arithmetic="learning"),
+            PhaseConfig("quantised", 2, batch=2, autocast="bfloat16"),
+            PhaseConfig("joint", 2, batch=2, arithmetic="learning"),
         ],
     )
 
@@ -76,54 +77,63 @@ def result(folder) -> dict[str, torch.Tensor]:
     return {**content["model"], **ranges, **optimizer}
 
 
+def log_of(folder) -> list[dict]:
+    """What a run noted of its phases, but the time they took."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").open()]
+    return [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in rows]
+
+
 def assert_same_bits(one, other):
     assert one.keys() == other.keys() and len(one) > 100
     for name in one:
         assert torch.equal(one[name], other[name]), name
 
 
-def test_a_run_killed_in_the_middle_of_a_write_goes_on_bit_for_bit(config, tmp_path):
-    straight = replace(config, out=str(tmp_path / "straight"))
-    train(straight)
-    arguments = json.dumps(asdict(config))
+def kill_in_a_write(config):
+    """Trains in a process that dies with half of its last checkpoint written."""
     child = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_ITS_FIFTH_CHECKPOINT, arguments],
+        [sys.executable, "-c", KILLED_IN_ITS_FOURTH_CHECKPOINT, json.dumps(asdict(config))],
         capture_output=True, text=True,
     )
     assert child.returncode == -9, child.stderr
-    run = tmp_path / "run"
+    run = Path(config.out)
     assert len(list(run.glob(".*.partial"))) == 1
-    # the fourth is there, whole: one step of the second phase
+    # the third is there, whole: one step of the second phase
     assert torch.load(run / "1-joint.pt", weights_only=True)["progress"]["step"] == 1
-    train(config)
-    assert_same_bits(result(run), result(tmp_path / "straight"))
-    assert not list(run.glob(".*"))
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()]
-            for folder in (run, tmp_path / "straight")]
-    for rows in logs:
-        for row in rows:
-            del row["cpu_seconds"]
-    assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
-def test_interrupted_between_any_two_steps(config, tmp_path, monkeypatch):
-    straight = replace(config, out=str(tmp_path / "straight"))
-    train(straight)
+def interrupt_between_steps(config, monkeypatch):
+    """Trains up to the second step of the first phase."""
     make_step, made = phase_module._make_step, []
 
     def interrupted(*args):
         made.append(1)
-        if len(made) in (2, 5):
+        if len(made) == 2:
             raise KeyboardInterrupt
         return make_step(*args)
 
-    monkeypatch.setattr(phase_module, "_make_step", interrupted)
-    for _ in range(2):
+    with monkeypatch.context() as patch:
+        patch.setattr(phase_module, "_make_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    train(config)
-    assert len(made) == 6 + 2
-    assert_same_bits(result(tmp_path / "run"), result(tmp_path / "straight"))
+    state = torch.load(Path(config.out) / "0-quantised.pt", weights_only=True)
+    assert state["progress"]["step"] == 1
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    straight, killed, interrupted = (
+        replace(config, out=str(tmp_path / name)) for name in ("straight", "killed", "interrupted")
+    )
+    train(straight)
+    kill_in_a_write(killed)
+    interrupt_between_steps(interrupted, monkeypatch)
+    expected, log = result(tmp_path / "straight"), log_of(tmp_path / "straight")
+    assert len(log) == 2
+    for stopped in (killed, interrupted):
+        train(stopped)
+        out = Path(stopped.out)
+        assert_same_bits(result(out), expected)
+        assert log_of(out) == log and not list(out.glob(".*"))
 
 
 def test_a_finished_phase_goes_on_when_it_is_given_more_steps(config, tmp_path):
@@ -215,10 +225,9 @@ def test_a_run_starts_from_weights(config, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = train(second)
-    before, after = load_model(first), load_model(path)
+    before, after = (load_model(weights).state_dict() for weights in (first, path))
     differ = {
-        name.split(".")[0] for name, value in after.state_dict().items()
-        if not torch.equal(value, before.state_dict()[name])
+        name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])
     }
     assert differ == {"policy", "position"}
     first.unlink()

@@ -66,7 +66,7 @@ def cases(tmp_path):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return build_med_danet_v2("unet-12", in_channels=2, num_classes=2, crop_sizes=(24,))
+    return build_med_danet_v2("unet-4", in_channels=2, num_classes=2, crop_sizes=(24,))
 
 
 def test_lesion_box_route_and_offset_by_hand():
@@ -390,9 +390,9 @@ def test_a_phase_that_another_continues_keeps_its_rate():
 def test_the_whole_recipe_on_a_phantom(tmp_path):
     """Two steps a phase; the baseline continues the static ones; a second call repeats nothing."""
     for seed in (1, 2):
-        write_phantom(tmp_path / "data", seed=seed, name=f"case_{seed}")
+        write_phantom(tmp_path / "data", seed=seed, name=f"case_{seed}", shape=(136, 144, 24))
     config = TrainConfig(
-        str(tmp_path / "data"), str(tmp_path / "run"), folds=2, phantoms=0, segmenter="unet-12"
+        str(tmp_path / "data"), str(tmp_path / "run"), folds=2, phantoms=0, segmenter="unet-4"
     )
     for phase in [*config.phases, config.baseline]:
         phase.steps, phase.batch = 2, 1

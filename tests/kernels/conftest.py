@@ -199,6 +199,41 @@ def in_a_third_of_the_time() -> None:
         return scope
 
     interpreter._patch_lang = patch_lang
+    make_types_once()
+
+
+def make_types_once() -> None:
+    """Lets the interpreter, which makes a type and a shape for every value, make each kind once."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    np_dtype, block_type, tensor = (
+        interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__
+    )
+    dtypes, types, shapes = {}, {}, {}
+
+    def get_np_dtype(kind):
+        name = kind.scalar.name
+        if name not in dtypes:
+            dtypes[name] = np_dtype(kind)
+        return dtypes[name]
+
+    def init_block_type(self, element_ty, shape):
+        key = element_ty.name, *map(int, shape)
+        if key not in types:
+            block_type(self, element_ty, shape)
+            types[key] = vars(self)
+        vars(self).update(types[key])
+
+    def init_tensor(self, handle, kind):
+        key = kind.shape if kind.is_block() else ()
+        if key not in shapes:
+            tensor(self, handle, kind)
+            shapes[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[key], handle=handle, type=kind, dtype=kind.scalar)
+
+    interpreter._get_np_dtype = get_np_dtype
+    core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
 
 
 @pytest.fixture(autouse=True, scope="session")

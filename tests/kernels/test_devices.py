@@ -357,13 +357,18 @@ def test_shuffle_stage(device, halved, units, branch, dtype, tolerances):
     )  # fmt: skip
 
 
+def many(device: torch.device, there: int, here: int) -> int:
+    """As many as a GPU is to have, or few: an interpreted program takes a tenth of a second."""
+    return there if device.type == "cuda" else here
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [(120, 120), (13, 18)], ids=str)
 def test_shuffle_stem(device, size, dtype, tolerances):
     """Programs whose rows and columns reach beyond the output."""
     weight, bias = (torch.randn(12, 4, 3, 3) / 6).to(dtype), torch.randn(12).to(dtype)
     stem, exact_stem = pack_stem(weight, bias), pack_stem(weight.double(), bias.double())
-    x = torch.randn(5, 4, *size).to(dtype).contiguous(memory_format=LAST)
+    x = torch.randn(many(device, 5, 2), 4, *size).to(dtype).contiguous(memory_format=LAST)
     actual, again = (shuffle_stem(x.to(device), stem.to(device)) for _ in range(2))
     assert torch.equal(actual, again)
     tolerances.reduction(
@@ -384,7 +389,7 @@ def test_pooled_head(device, size, dtype, tolerances):
     """A block of pixels and several, the last one not full."""
     last, classifier = head_layers(96, 250, dtype), (torch.randn(3, 250) / 8).to(dtype)
     head = pack_pooled_head(last, classifier).to(device)
-    x = torch.randn(40, 96, *size).to(dtype).contiguous(memory_format=LAST)
+    x = torch.randn(many(device, 40, 8), 96, *size).to(dtype).contiguous(memory_format=LAST)
 
     def layers(x, last, classifier, wide):
         return F.conv2d(x, *last).relu().mean((2, 3)).to(wide) @ classifier.to(wide).T
@@ -423,8 +428,7 @@ def test_what_is_not_seen_is_left_out(device):
     """Of a chunk of 240 x 240 slices, most of them blank, the others are as ever."""
     network = build_decision_network("shufflenetv2-m", 4, 4).eval()
     small = frozen(network.requires_grad_(False), torch.float16, device)
-    # interpreted, a slice takes a second
-    samples, side = (160, 120) if torch.device(device).type == "cuda" else (10, 70)
+    samples, side = many(device, 160, 6), many(device, 120, 40)
     view = torch.randn(samples, 4, side, side, device=device).half()
     view = view.contiguous(memory_format=LAST)
     seen = (torch.rand(samples, device=device) < 0.2).int()
@@ -446,7 +450,7 @@ def test_frozen_decision_networks(device, name, dtype, tolerances):
     """A network with its stem, stages and head as operations, against itself in float64."""
     build, parts = NETWORKS[name]
     network = build().double()
-    x = torch.randn(5, 4, 64, 72, dtype=torch.float64).to(dtype)
+    x = torch.randn(many(device, 5, 3), 4, 64, 72, dtype=torch.float64).to(dtype)
     for norm in network.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
