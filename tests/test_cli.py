@@ -53,20 +53,26 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def count_once() -> Iterator[None]:
-    """Counts the tiny model once instead of once per command."""
-    tables = {}
+def prepare_once() -> Iterator[None]:
+    """Counts and compiles a model once, instead of once per command."""
 
-    @functools.wraps(predictor.cost_tables)
-    def counted(model, shape):
-        key = (str(model.config), shape)
-        if key not in tables:
-            tables[key] = original(model, shape)
-        return tables[key]
+    def once(prepare: Callable) -> Callable:
+        made = {}
 
-    original, predictor.cost_tables = predictor.cost_tables, counted
-    yield
-    predictor.cost_tables = original
+        @functools.wraps(prepare)
+        def prepared(model, *arguments):
+            weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+            key = str(model.config), hashlib.sha256(weights).digest(), *map(str, arguments)
+            if key not in made:
+                made[key] = prepare(model, *arguments)
+            return made[key]
+
+        return prepared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cost_tables", "compile_engine"):
+            patch.setattr(predictor, name, once(getattr(predictor, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,7 @@ def test_a_folder_of_cases(cohort, tmp_path, segment):
 @pytest.mark.parametrize("installed", [True, False])
 def test_what_runs_is_told_once(cohort, weights, tmp_path, capsys, monkeypatch, installed):
     """On stderr; with the reason where the fastest executor is not there."""
+    monkeypatch.setattr(predictor, "compile_engine", engine.compile_engine)
     if not installed:
         monkeypatch.setitem(sys.modules, "openvino", None)
     elif not find_spec("openvino"):
@@ -238,9 +245,9 @@ def test_the_report_tells_which_images_it_is_of(cohort, tmp_path, segment):
 @pytest.mark.parametrize(("before", "now", "difference"), [
     ([], ["--labels", "msd"], "of labels in brats2021, not in msd"),
     (["--labels", "brats2023"], [], "of labels in brats2023, not in brats2021"),
-    ([], ["--window", "24"], "of whole slices, not of windows of 24"),
-    (["--window", "16"], ["--window", "24"], "of windows of 16, not of windows of 24"),
-    (["--window", "24"], [], "of windows of 24, not of whole slices"),
+    ([], ["--window", "40"], "of whole slices, not of windows of 40"),
+    (["--window", "32"], ["--window", "40"], "of windows of 32, not of windows of 40"),
+    (["--window", "40"], [], "of windows of 40, not of whole slices"),
     ([], ["--labels", "brats2021"], None),
     (["--labels", "brats2021"], [], None),
     (["--window", "24"], ["--window", "24"], None),
