@@ -5,13 +5,10 @@ Nothing here imports torch, which takes a second: a command reads its first case
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +17,7 @@ from .data.conventions import Survey, cases_among, stem, survey
 from .data.results import check_kept, digest, result_paths
 from .data.sources import unnamed_channels
 from .data.storage import read_errors, write_errors
-
-# above it arrays are of whole volumes, below it maps of slices, which come and go all the time
-_OWN_MAPPING = 16 << 20
+from .heap import return_freed_volumes
 
 
 def gather_cases(inputs: Sequence[str]) -> tuple[list[Case], list[ValueError]]:
@@ -203,7 +198,7 @@ class ReadAhead:
         modalities: tuple[str, ...] | None = None,
         overwrite: bool = False,
     ) -> None:
-        _return_freed_volumes()
+        return_freed_volumes()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="meddanet-read")
         self._waiting = iter(cases)
         self.out, self._options = out, (modalities, overwrite)
@@ -230,15 +225,3 @@ class ReadAhead:
             self._ahead = self._read_next()
             yield current
             del current
-
-
-def _return_freed_volumes() -> None:
-    """Has glibc hand memory of volumes back as soon as they are freed.
-
-    Its bound for that rises with what is freed, to 32 MiB, and the arenas of the reading threads
-    then keep a few hundred MB more than is in use.
-    """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-3, _OWN_MAPPING)  # M_MMAP_THRESHOLD of malloc.h

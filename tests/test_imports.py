@@ -13,7 +13,7 @@ FLOORS = (
     {
         "kernels", "data", "cases", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
         "recipe", "bounds", "activation", "frame", "machine", "version", "finished", "weight_files",
-        "doubts",
+        "doubts", "heap",
     },
     {"layers", "losses", "choice"},
     {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},

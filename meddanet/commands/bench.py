@@ -13,6 +13,7 @@ from ..data import load_volume
 from ..data.phantom import write_phantom
 from ..data.sources import as_case, unnamed_channels
 from ..data.storage import write_json
+from ..heap import keep_freed_memory
 from ..messages import say
 from ..weights import load_model
 from .options import channel_names, check_targets
@@ -26,6 +27,8 @@ def run(options: Namespace) -> int:
         raise ValueError("the case is empty; name a folder or a file, or leave it out")
     case = as_case(options.case) if options.case else None
     check_targets(options, case.paths if case else [])
+    # maps that PyTorch asks the system for anew would slow its networks, not the engine
+    keep_freed_memory()
     model = load_model(options.weights)
     with tempfile.TemporaryDirectory() as folder:
         case = case or as_case(write_phantom(Path(folder), seed=0))

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from ..arguments import train_config
 from ..distributed import launched_number
+from ..heap import keep_freed_memory
 from ..messages import say
 from ..training import train
 
@@ -17,6 +18,7 @@ def run(options: Namespace) -> int:
     if options.resume and not (Path(options.out) / "config.json").is_file():
         raise ValueError(f"{options.out}: holds no run to resume; start one without --resume")
     first = launched_number("RANK", "0") == 0
+    keep_freed_memory()
     path = train(train_config(options))
     if first:
         say(str(path))
