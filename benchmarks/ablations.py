@@ -22,7 +22,8 @@ Rows of Med-DANet (V1):
     oracle   the route that Eq. 4 chooses, knowing the labels
 
 Where slices are decided on, "confusion" counts them: rows the route that the labels call for (of V1
-Eq. 4's), columns the one taken.
+Eq. 4's), columns the one taken, and "activation" is the share of each route by height in the
+volume, a row for each tenth that holds a slice (Med-DANet, Figs. 5-6).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from accuracy import training_seconds
 from tables import ablation
 from torch import Tensor
 
+from meddanet.activation import activation_ratio
 from meddanet.arguments import parse_command, train_config
 from meddanet.build import build_segmenter
 from meddanet.checkpoint import checkpoint_files, load_checkpoint
@@ -245,8 +247,10 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
     if wanted:
         pair = (torch.cat(wanted), torch.cat(routes))
         confusion.index_put_(pair, torch.ones_like(pair[0]), accumulate=True)
+    shares = activation_ratio([route.numpy() for route in routes], true.routes).by_position
     return {
         "confusion": confusion.tolist(),
+        "activation": [row.round(3).tolist() for row in shares if np.isfinite(row).all()],
         "dice": dice,
         "slice_mega": {
             "scaled_paper": round(torch.cat(costs).double().mean().item() / 1e6, 3),

@@ -162,25 +162,25 @@ def accuracy_against_cost(results: Results) -> Figure:
 
 def hippocampus(results: Results) -> Figure | None:
     """Dice of V1 and its members on hippocampus against cost, in both ways of counting."""
-    content = results.read("v1_hippocampus")
-    means = content["test"][str(content["chosen_alpha"])]["mean"]
+    (rows,) = results.read("ablation_hippocampus_v1_long")["results"].values()
     marks = {
         "M1": ("M1 on every slice", GREY, "s"), "M2": ("M2 on every slice", BLUE, "o"),
-        "Med-DANet": ("Med-DANet", RED, "*"), "oracle": ("oracle: labels known", GREEN, "^"),
+        "decided": ("Med-DANet", RED, "*"), "oracle": ("oracle: labels known", GREEN, "^"),
     }  # fmt: skip
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
-    for axis, kind, xlabel in zip(
-        axes, ("mac", "paper"), ("true multiply-adds of a case, G", "as the papers count, G"),
-        strict=True,
-    ):  # fmt: skip
+    counts = {"mac": "true multiply-adds of a slice, M", "scaled_paper": "as the papers count, M"}
+    for axis, (kind, xlabel) in zip(axes, counts.items(), strict=True):
         for name, (label, colour, marker) in marks.items():
-            axis.plot(means[name]["macs"][kind] / 1e9, means[name]["mean"], marker, color=colour,
+            (fold,) = rows[name].values()
+            dice = np.mean([list(case.values()) for case in fold["dice"].values()])
+            axis.plot(fold["slice_mega"][kind], dice, marker, color=colour,
                       markersize=12 if marker == "*" else 8, linestyle="none", label=label)
-        axis.set(xlabel=xlabel, xlim=(0, 3), ylim=(0.745, 0.83))
+        axis.set(xlabel=xlabel, xlim=(0, None))
     axes[0].set_ylabel("mean Dice, both structures")
     axes[0].legend(loc="lower right")
-    count = len(content["split"]["tested_on"])
-    figure.suptitle(f"Med-DANet (V1) on hippocampus, {count} unseen cases", fontsize=10)
+    figure.suptitle(
+        f"Med-DANet (V1) on hippocampus, {len(fold['dice'])} unseen cases", fontsize=10
+    )
     return figure
 
 

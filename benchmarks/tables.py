@@ -218,24 +218,6 @@ def confusion(cases: Cases) -> str:
     return markdown(["labels call for, policy takes", *names], rows)
 
 
-def hippocampus_v1(results: Results) -> str:
-    """Med-DANet (V1) and its members on the tested hippocampus cases."""
-    content = results.read("v1_hippocampus")
-    means = content["test"][str(content["chosen_alpha"])]["mean"]
-    names = {"M1": "M1 on every slice", "M2": "M2 on every slice", "Med-DANet": "**Med-DANet**",
-             "skip or M2": "its skips, M2 elsewhere",
-             "oracle": "oracle: Eq. 4 with the labels known"}
-    rows = [
-        (names.get(name, name), *(f"{row[r]:.4f}" for r in ("anterior", "posterior", "mean")),
-         *(f"{row['macs'][kind] / 1e9:.3f}" for kind in ("mac", "paper")))
-        for name, row in means.items()
-    ]  # fmt: skip
-    return markdown(
-        ["", "Dice anterior", "Dice posterior", "mean", "true G MACs", "as the papers count, G"],
-        rows,
-    )
-
-
 # machines -------------------------------------------------------------------------------------
 
 
@@ -340,7 +322,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
     "folds-confusion": lambda results: confusion(results.folds),
-    "hippocampus-v1": hippocampus_v1, "scaling": scaling, "memory": memory, "context": context,
+    "hippocampus-v1": lambda results: ablation(
+        results.read("ablation_hippocampus_v1_long")["results"]
+    ),
+    "scaling": scaling, "memory": memory, "context": context,
     "training-step": training_step,
     "prediction": prediction, "simulation": simulation, "simulation-check": simulation_check,
     "ablations": ablations, "gpu-network": gpu_network,
