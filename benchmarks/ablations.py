@@ -22,8 +22,8 @@ Rows of Med-DANet (V1):
     oracle   the route that Eq. 4 chooses, knowing the labels
 
 Where slices are decided on, "confusion" counts them: rows the route that the labels call for (of V1
-Eq. 4's), columns the one taken, and "activation" is the share of each route by height in the
-volume, a row for each tenth that holds a slice (Med-DANet, Figs. 5-6).
+Eq. 4's), columns the one taken, and "activation" is the share of each route by tenths of a
+volume's height (Med-DANet, Figs. 5-6), null where no volume has a slice.
 """
 
 from __future__ import annotations
@@ -248,9 +248,10 @@ def score(run: tuple[Any, Run], data: Dataset, config: TrainConfig) -> dict[str,
         pair = (torch.cat(wanted), torch.cat(routes))
         confusion.index_put_(pair, torch.ones_like(pair[0]), accumulate=True)
     shares = activation_ratio([route.numpy() for route in routes], true.routes).by_position
+    activation = [row.round(3).tolist() if np.isfinite(row).all() else None for row in shares]
     return {
         "confusion": confusion.tolist(),
-        "activation": [row.round(3).tolist() for row in shares if np.isfinite(row).all()],
+        **({"activation": activation} if sum(map(bool, counts)) > 1 else {}),
         "dice": dice,
         "slice_mega": {
             "scaled_paper": round(torch.cat(costs).double().mean().item() / 1e6, 3),

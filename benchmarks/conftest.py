@@ -50,7 +50,7 @@ def measure(benchmark, results) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def freed_memory() -> None:
-    """Keeps it for all contestants alike: eager PyTorch is a third slower without, or more."""
+    """Keeps it for all contestants alike: PyTorch may be slower without, by up to twice."""
     keep_freed_memory()
 
 

@@ -160,13 +160,14 @@ def accuracy_against_cost(results: Results) -> Figure:
     return figure
 
 
-def hippocampus(results: Results) -> Figure | None:
+def hippocampus(results: Results) -> Figure:
     """Dice of V1 and its members on hippocampus against cost, in both ways of counting."""
     (rows,) = results.read("ablation_hippocampus_v1_long")["results"].values()
     marks = {
         "M1": ("M1 on every slice", GREY, "s"), "M2": ("M2 on every slice", BLUE, "o"),
         "decided": ("Med-DANet", RED, "*"), "oracle": ("oracle: labels known", GREEN, "^"),
     }  # fmt: skip
+    cases = len(next(iter(rows["M2"].values()))["dice"])
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
     counts = {"mac": "true multiply-adds of a slice, M", "scaled_paper": "as the papers count, M"}
     for axis, (kind, xlabel) in zip(axes, counts.items(), strict=True):
@@ -178,9 +179,7 @@ def hippocampus(results: Results) -> Figure | None:
         axis.set(xlabel=xlabel, xlim=(0, None))
     axes[0].set_ylabel("mean Dice, both structures")
     axes[0].legend(loc="lower right")
-    figure.suptitle(
-        f"Med-DANet (V1) on hippocampus, {len(fold['dice'])} unseen cases", fontsize=10
-    )
+    figure.suptitle(f"Med-DANet (V1) on hippocampus, {cases} unseen cases", fontsize=10)
     return figure
 
 

@@ -291,11 +291,9 @@ def ablation(results: Content) -> str:
     rows, regions = [], list[str]()
     for configuration, kinds in results.items():
         for row, folds in kinds.items():
-            scores = [
-                case for fold in folds.values() for case in fold.get("dice", {}).values()
-            ]
-            if not scores:
+            if not folds or any("dice" not in fold for fold in folds.values()):
                 continue
+            scores = [case for fold in folds.values() for case in fold["dice"].values()]
             dice = [f"{mean(s[region] for s in scores):.4f}" for region in scores[0]]
             cost = [
                 f"{mean(fold['slice_mega'][kind] for fold in folds.values()):.2f}"

@@ -25,6 +25,7 @@ from meddanet.bench import ratios, slice_by_slice, static_network, time_interlea
 from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_cases
 from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
+from meddanet.heap import keep_freed_memory
 from meddanet.layers import set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -84,15 +85,13 @@ def check_agreement(agreement: dict[str, float]) -> None:
         assert value > least, f"{name}: Dice {value}, expected more than {least}"
 
 
-def leave_out(runs: dict[str, Callable], agreement: dict[str, float]) -> dict[str, str]:
-    """Takes peers out whose labels are others than the network's; returns why, by name.
-
-    ONNX Runtime's sums of bytes saturate on CPUs without VNNI, for one.
-    """
-    wrong = [name for name, value in agreement.items() if value <= least_agreement(name)]
-    for name in wrong:
-        del runs[name]
-    return {name: f"its labels are others, Dice {agreement[name]} with eager" for name in wrong}
+def leave_out_saturated(runs: dict[str, Callable], agreement: dict[str, float]) -> dict[str, str]:
+    """Takes ONNX Runtime's int8 out where its sums of bytes saturate: on CPUs without VNNI."""
+    value = agreement.get(name := "ONNX Runtime int8", 1.0)
+    if value > least_agreement(name):
+        return {}
+    del runs[name], agreement[name]
+    return {name: f"its labels are others, Dice {value} with eager"}
 
 
 def quality(case: Case, predictor: VolumePredictor) -> dict[str, float]:
@@ -130,7 +129,8 @@ def test_network(benchmark, held_out, index, tmp_path):
         name: label_dice(answer, answers["eager slice by slice"])
         for name, answer in answers.items()
     }
-    not_run |= leave_out(runs, agreement)
+    not_run |= leave_out_saturated(runs, agreement)
+    check_agreement(agreement)
     found = quality(case, predictor)
     check_agreement({"engine": found["engine with the model's own layers"]})
     runs["engine"] = lambda: predictor.engine.segment(fitting)
@@ -185,10 +185,12 @@ def test_end_to_end(benchmark, held_out, tmp_path):
             for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
                 assert isinstance(outcome, dict), outcome
 
+    def script(network: Callable, out: Path) -> None:
+        keep_freed_memory()  # a folder run has set other bounds
+        runtimes.by_nibabel(case, network, out)
+
     contestants: dict[str, Callable[[Path], None]] = {
-        "nibabel + eager slice by slice": lambda out: runtimes.by_nibabel(
-            case, lambda slices: slice_by_slice(plain, slices), out
-        ),
+        "nibabel + eager slice by slice": partial(script, partial(slice_by_slice, plain)),
         "meddanet, one case": lambda out: folder_run(copies[:1], out),
         f"meddanet, {COPIES} cases": lambda out: folder_run(copies, out),
     }
@@ -196,9 +198,7 @@ def test_end_to_end(benchmark, held_out, tmp_path):
         # made for the shape; what it segments is what the script has read
         shape = to_slices(load_volume(case)).shape
         static = runtimes.openvino_static(load_model(), np.empty(shape, np.float32), 8)
-        contestants["nibabel + OpenVINO int8"] = lambda out: runtimes.by_nibabel(
-            case, lambda slices: static(slices.numpy()), out
-        )
+        contestants["nibabel + OpenVINO int8"] = partial(script, lambda x: static(x.numpy()))
     except runtimes.Unavailable as reason:
         print(f"OpenVINO int8: not run, {reason}")
     folders = {name: tmp_path / name for name in contestants}

@@ -121,6 +121,7 @@ def interrupt_between_steps(config, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    """And makes no step twice."""
     straight, killed, interrupted = (
         replace(config, out=str(tmp_path / name)) for name in ("straight", "killed", "interrupted")
     )
@@ -129,8 +130,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
     interrupt_between_steps(interrupted, monkeypatch)
     expected, log = result(tmp_path / "straight"), log_of(tmp_path / "straight")
     assert len(log) == 2
-    for stopped in (killed, interrupted):
+    make_step, made = phase_module._make_step, []
+    monkeypatch.setattr(
+        phase_module, "_make_step", lambda *args: (made.append(1), make_step(*args))[1]
+    )
+    for stopped, left in ((killed, 1), (interrupted, 3)):
+        made.clear()
         train(stopped)
+        assert len(made) == left
         out = Path(stopped.out)
         assert_same_bits(result(out), expected)
         assert log_of(out) == log and not list(out.glob(".*"))

@@ -219,10 +219,10 @@ def make_types_once() -> None:
         return dtypes[name]
 
     def init_block_type(self, element_ty, shape):
-        key = element_ty.name, *map(int, shape)
+        key = element_ty.name, getattr(element_ty, "address_space", 0), *map(int, shape)
         if key not in types:
             block_type(self, element_ty, shape)
-            types[key] = vars(self)
+            types[key] = dict(vars(self))
         vars(self).update(types[key])
 
     def init_tensor(self, handle, kind):
