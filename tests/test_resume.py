@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,42 +103,38 @@ def kill_in_a_write(config):
     assert torch.load(run / "1-joint.pt", weights_only=True)["progress"]["step"] == 1
 
 
-def interrupt_between_steps(config, monkeypatch):
-    """Trains up to the second step of the first phase."""
-    make_step, made = phase_module._make_step, []
+@pytest.fixture
+def steps(monkeypatch) -> SimpleNamespace:
+    """Counts the steps "made"; those whose numbers are in "broken" are interrupted."""
+    make_step, counted = phase_module._make_step, SimpleNamespace(made=0, broken=())
 
-    def interrupted(*args):
-        made.append(1)
-        if len(made) == 2:
+    def step(*args):
+        counted.made += 1
+        if counted.made in counted.broken:
             raise KeyboardInterrupt
         return make_step(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(phase_module, "_make_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    state = torch.load(Path(config.out) / "0-quantised.pt", weights_only=True)
-    assert state["progress"]["step"] == 1
+    monkeypatch.setattr(phase_module, "_make_step", step)
+    return counted
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
-    """And makes no step twice."""
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, steps):
+    """In the middle of a write, and between any two steps; and makes no step twice."""
     straight, killed, interrupted = (
         replace(config, out=str(tmp_path / name)) for name in ("straight", "killed", "interrupted")
     )
     train(straight)
     kill_in_a_write(killed)
-    interrupt_between_steps(interrupted, monkeypatch)
+    steps.made, steps.broken = 0, (2, 5)
+    for _ in steps.broken:
+        with pytest.raises(KeyboardInterrupt):
+            train(interrupted)
     expected, log = result(tmp_path / "straight"), log_of(tmp_path / "straight")
     assert len(log) == 2
-    make_step, made = phase_module._make_step, []
-    monkeypatch.setattr(
-        phase_module, "_make_step", lambda *args: (made.append(1), make_step(*args))[1]
-    )
-    for stopped, left in ((killed, 1), (interrupted, 3)):
-        made.clear()
+    for stopped in (killed, interrupted):
+        steps.made, steps.broken = 0, ()
         train(stopped)
-        assert len(made) == left
+        assert steps.made == 1
         out = Path(stopped.out)
         assert_same_bits(result(out), expected)
         assert log_of(out) == log and not list(out.glob(".*"))
@@ -318,17 +315,9 @@ def test_a_baseline_is_not_left_behind(config):
         train(config)
 
 
-def test_what_has_had_no_effect_yet_may_change(config, tmp_path, monkeypatch):
+def test_what_has_had_no_effect_yet_may_change(config, tmp_path, steps):
     config.phases = [PhaseConfig("static", 3, batch=2), PhaseConfig("decisions", 1, batch=2)]
-    make_step, made = phase_module._make_step, []
-
-    def interrupted(*args):
-        made.append(1)
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return make_step(*args)
-
-    monkeypatch.setattr(phase_module, "_make_step", interrupted)
+    steps.broken = (2,)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     static, decisions = config.phases
