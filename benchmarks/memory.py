@@ -5,7 +5,8 @@
 CASES is a folder of cases; they are taken in turn under new names until `--count` are done, in
 one process and with the shipped weights, as `meddanet segment CASES -o OUT` does. Labels go to a
 temporary folder. "peak_mb" is the largest resident set between the end of one case and the end of
-the next (Linux: VmHWM, reset after every case), "resident_mb" what is resident then.
+the next (Linux: VmHWM, reset after every case), "resident_mb" what is resident then, "whole" how
+many of the case's slices ran uncropped: the first one brings maps of its size.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def measure(cases: list[Case], predictor: VolumePredictor) -> Iterator[dict[str,
             for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
                 if isinstance(outcome, Exception):
                     raise outcome
-                yield read_memory()
+                yield {**read_memory(), "whole": outcome["decisions"]["whole"]}
                 reset_peak()
 
 
