@@ -35,7 +35,7 @@ test-triton:
 	@test -n '$(TRITON)' || { echo 'name one: make test-triton TRITON=3.6.0' >&2; exit 1; }
 	$(MAKE) VENV=$(OTHER) $(OTHER)/.installed-test
 	$(OTHER)/bin/pip install --no-deps triton==$(TRITON) 'numpy<2.4'
-	$(OTHER)/bin/pytest -n auto tests/kernels tests/test_kernel_list.py
+	$(OTHER)/bin/pytest -n auto tests/kernels tests/test_backend.py tests/test_kernel_list.py
 	TRITON_INTERPRET=1 $(OTHER)/bin/pytest -n auto tests/kernels
 
 lint: $(VENV)/.installed-lint
