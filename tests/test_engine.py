@@ -784,8 +784,8 @@ calls = []
 def hook(name, _):
     if name.startswith(("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.exec", "pty.")):
         calls.append(name)
+import torch  # a CUDA build asks ldconfig for its libraries
 sys.addaudithook(hook)
-import torch
 from meddanet.engine import compile_engine
 from meddanet.weights import load_model
 engine = compile_engine(load_model(), "cpu", "openvino")

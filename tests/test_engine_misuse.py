@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from importlib.util import find_spec
 
@@ -83,6 +85,30 @@ def test_a_forked_process_is_told(model):
     with os.fdopen(reading) as told:
         assert told.read().endswith("make one in each process, or start processes by spawn")
     os.waitpid(child, 0)
+
+
+@needs_openvino
+def test_a_forked_process_can_drop_an_engine():
+    """OpenVINO's destructors wait for threads that a forked process has not: for ever."""
+    program = """
+import gc, os, sys, torch
+from meddanet import compile_engine, load_model
+engine = compile_engine(load_model(), "cpu", "openvino")
+engine.segment(torch.randn(2, 4, 128, 128))
+graphs = len(engine._networks._graphs)
+for leave in (os._exit, sys.exit):
+    if os.fork() == 0:
+        assert len(engine._networks._graphs) == graphs > 0
+        del engine
+        gc.collect()
+        leave(0)
+    print(os.wait()[1])
+del engine
+gc.collect()
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "0\n0\n", run.stdout + run.stderr
 
 
 def test_threads_that_cannot_be_started(monkeypatch):

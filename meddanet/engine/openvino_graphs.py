@@ -5,6 +5,8 @@ Each graph takes one slice and runs on one thread; as many streams as threads ru
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
@@ -25,6 +27,7 @@ with unreported():
     import openvino as ov
     from openvino import opset13 as ops
 
+Requests = OrderedDict[Any, tuple[ov.CompiledModel, ov.InferRequest, list[np.ndarray]]]
 Part = tuple[Any, ...]  # name, and where there are several: index, bit width
 Key = tuple[Part, tuple[tuple[int, ...], ...]]  # a part and the shapes of its inputs
 
@@ -49,7 +52,9 @@ class Graphs(ABC):
         # a graph lives as long as a thread has a request of it, or until one asks for it
         self._graphs: WeakValueDictionary[Key, ov.CompiledModel] = WeakValueDictionary()
         self._expected: OrderedDict[Key, ov.CompiledModel] = OrderedDict()
-        self._local = threading.local()
+        # by thread; not local to them, since a fork destroys what dead threads had
+        self._requests: dict[int, Requests] = {}
+        _ALL.add(self)
 
     @abstractmethod
     def _outputs(self, part: Part, inputs: list[Node]) -> list[Node]:
@@ -64,7 +69,7 @@ class Graphs(ABC):
     def _run(self, part: Part, *inputs: Array) -> list[Array]:
         inputs = tuple(x if x.ndim == 4 else x[None] for x in inputs)
         key = (part, *(x.shape for x in inputs))
-        requests = self._local.__dict__.setdefault("requests", OrderedDict())
+        requests = self._requests.setdefault(threading.get_ident(), OrderedDict())
         if key not in requests:
             graph = self.compiled(*key)
             request = graph.create_infer_request()
@@ -118,6 +123,23 @@ class Graphs(ABC):
         """Builds a part's graph for inputs of these shapes."""
         inputs = [ops.parameter(list(shape), np.float32) for shape in shapes]
         return ov.Model(self._outputs(part, inputs), inputs, "-".join(map(str, part)))
+
+
+# of every engine there is
+_ALL: WeakSet[Graphs] = WeakSet()
+
+
+def _keep_in_child() -> None:
+    """Has a forked process keep what it will never run, as its destructors wait for lost threads.
+
+    Without it the child hangs for ever where it deletes an engine, or Python an unreachable one.
+    """
+    for graphs in _ALL:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graphs))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_in_child)
 
 
 def exact_sums(core: ov.Core) -> Exact:
