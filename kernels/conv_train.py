@@ -151,7 +151,8 @@ def fake_quant_conv2d(
         amax = weight_amax(weight, per_channel) if per_channel else None
         weight = fake_quantize(weight, num_bits, amax)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    dtype, device = input.dtype, input.device.type
+    # autocast knows no "meta"
+    dtype, device = input.dtype, "cpu" if input.is_meta else input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     input, pads = _padded(input, weight, padding, as_pair(dilation))

@@ -6,6 +6,7 @@ state_dicts load with strict=True both ways, because the running input range is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class QuantizedInput(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        for name, width in (("num_bits", num_bits), ("input_num_bits", input_num_bits)):
+            check_num_bits(name, width, batch=0)
         self.num_bits = num_bits
         self.input_num_bits = input_num_bits
         self.per_channel = per_channel
@@ -65,6 +68,20 @@ class QuantizedInput(nn.Module):
         # in half precision a running mean would stand still
         amax = torch.zeros((), dtype=wide_dtype(self.weight), device=self.weight.device)
         self.register_buffer("input_amax", amax, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves the layer as PyTorch does; a range stays in float32 where the weights go lower."""
+        known = self.input_amax
+        super()._apply(fn, recurse)
+        if (dtype := wide_dtype(self.input_amax)) != self.input_amax.dtype:
+            self.input_amax = known.to(self.input_amax.device, dtype)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Gives a layer that was made on "meta" a range where its weights have come to lie."""
+        super()._load_from_state_dict(*args)
+        if self.input_amax.is_meta and not self.weight.is_meta:
+            self.input_amax = torch.zeros_like(self.input_amax, device=self.weight.device)
 
     def reset_parameters(self) -> None:
         """Initialises the parameters as PyTorch does and forgets the range.
@@ -105,7 +122,7 @@ class QuantizedInput(nn.Module):
             own = amax_of(input, per_sample=True).to(self.input_amax.dtype)
             own = own.reshape(-1, *[1] * (input.dim() - 1))
             return torch.where(unset, own, self.input_amax)
-        return None if bool(unset) else self.input_amax
+        return None if unset.is_meta or bool(unset) else self.input_amax
 
     def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
         """Fake-quantises `input` [N, ...] by the layer's range and width."""
@@ -188,7 +205,9 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
             return amax[0]
         return amax.repeat_interleave(by_group.shape[1], 1).flatten(0, 1)
 
-    def output_padding_for(self, input: Tensor, output_size: list[int] | None) -> list[int]:
+    def output_padding_for(
+        self, input: Tensor, output_size: Sequence[int] | None
+    ) -> list[int]:
         """Returns the padding by which [N, Cin, H, W] becomes as large as asked, or the layer's."""
         sizes = self.stride, self.padding, self.kernel_size
         stride, padding, kernel_size = map(list, sizes)
@@ -201,13 +220,18 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
     def forward(  # type: ignore[override]  # widths come first
         self,
         input: Tensor,
-        num_bits: int | Tensor | None = None,
+        num_bits: int | Tensor | list[int] | tuple[int, ...] | None = None,
         input_num_bits: int | Tensor | None = None,
-        output_size: list[int] | None = None,
+        output_size: Sequence[int] | None = None,
     ) -> Tensor:
-        """Convolves as `QuantConv2d` does; output_size: as PyTorch's, (height, width)."""
+        """Convolves as `QuantConv2d` does; output_size: as PyTorch's, (height, width).
+
+        Where PyTorch has it, second, a list or tuple is an output_size, too: widths are none.
+        """
+        if isinstance(num_bits, list | tuple):
+            num_bits, output_size = None, num_bits
         if not self.quantize:
-            return super().forward(input, output_size)
+            return super().forward(input, None if output_size is None else list(output_size))
         if input.dim() == 3:
             return self.forward(input[None], num_bits, input_num_bits, output_size)[0]
         output_padding = self.output_padding_for(input, output_size)

@@ -100,6 +100,9 @@ def test_a_transposed_convolution_takes_the_size_it_should_have():
     for size in (None, [9, 11], [10, 12], [9, 12]):
         ours, parents = (layer(x, output_size=size) for layer in layers)
         assert ours.shape == parents.shape
+        if size:  # where PyTorch has it, in a list or a shape
+            assert torch.equal(layers[0](x, size), ours)
+            assert torch.equal(layers[0](x, parents.shape[2:]), ours)
     with pytest.raises(ValueError, match="requested an output size"):
         layers[0](x, output_size=[11, 11])
     assert layers[0](x[0], output_size=[2, 10, 12]).shape == (2, 10, 12)
@@ -133,8 +136,8 @@ def test_widths_per_sample_are_as_each_sample_alone():
 @pytest.mark.parametrize(
     ("num_bits", "message"),
     [
-        # what `nn.ConvTranspose2d` takes in this place
-        ([10, 8], r"num_bits must be an int from 2 to 16 or a tensor \[N\], got \[10, 8\]"),
+        ("8", r"num_bits must be an int from 2 to 16 or a tensor \[N\], got '8'"),
+        (8.0, r"num_bits must be an int from 2 to 16 or a tensor \[N\], got 8.0"),
         (torch.tensor([8, 16]), r"one width per sample, shape \[3\], got shape \[2\]"),
     ],
 )
@@ -142,6 +145,15 @@ def test_what_is_no_width_is_refused(name, num_bits, message):
     layer, _, args, kwargs, shape = CASES[name]
     with pytest.raises(ValueError, match=message):
         layer(*args, **kwargs)(torch.randn(shape), num_bits)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("option", ["num_bits", "input_num_bits"])
+def test_a_layer_of_no_width_is_not_made(name, option):
+    layer, _, args, kwargs, _ = CASES[name]
+    for width in (1, 17, "8", True):
+        with pytest.raises(ValueError, match=f"^{option} must be an int from 2 to 16"):
+            layer(*args, **kwargs, **{option: width})
 
 
 def test_the_range_is_learnt_in_training_and_fixed_afterwards():
@@ -195,6 +207,33 @@ def test_the_range_lies_where_the_weight_does(name, dtype, wide):
     layer = quantised(*args, **kwargs, device="meta", dtype=dtype)
     assert layer.weight.device == layer.input_amax.device == torch.device("meta")
     assert (layer.weight.dtype, layer.input_amax.dtype) == (dtype, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_a_range_is_learnt_in_float32_whatever_the_layer_is_cast_to(name, dtype):
+    """In bfloat16 a running mean of steps of a twentieth stands still on its way."""
+    quantised, _, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs)
+    layer(torch.full(shape, 4.0))
+    layer.to(dtype)
+    assert (layer.weight.dtype, layer.input_amax.dtype) == (dtype, torch.float32)
+    for _ in range(200):
+        layer(torch.full(shape, 4.5, dtype=dtype))
+    assert 4.499 < layer.input_amax.item() <= 4.5
+    assert layer.double().input_amax.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_made_on_meta_takes_weights_and_runs(name):
+    quantised, _, args, kwargs, shape = CASES[name]
+    layer = quantised(*args, **kwargs, device="meta")
+    for training in (True, False):
+        assert layer.train(training)(torch.ones(shape, device="meta")).is_meta
+    other = quantised(*args, **kwargs).eval()
+    layer.load_state_dict(other.state_dict(), assign=True)
+    x = torch.randn(shape)
+    assert torch.equal(layer(x), other(x)) and layer.input_amax == 0
 
 
 def test_a_float64_layer_learns_a_float64_range():
