@@ -32,7 +32,7 @@ def count_macs(
         convention: "mac" for true multiply-adds, "paper" as both papers counted.
 
     Raises:
-        ValueError: If the convention is unknown.
+        ValueError: If the convention is unknown or the shape does not fit.
     """
     if hasattr(model, "routes"):
         table = cost_table(model, input_shape, convention)
@@ -199,7 +199,8 @@ def cost_table(
     Args:
         model: A segmenter; a `MedDANet`, whose decision network then counts on every route; or a
             `MedDANetV2`, whose policy counts on every route and whose position network on every
-            crop.
+            crop. Of a segmenter of another make, which lists no stages in `encoder`, nothing counts
+            as following a chosen width.
         input_shape: (N, C, H, W) of slices or windows; the table is that of one of them.
         convention: "mac" or "paper".
 
@@ -213,21 +214,20 @@ def cost_table(
 def cost_tables(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, CostTable]:
     """Counts by both conventions at a time: convention -> table, as `cost_table` returns it."""
     shape = (1, *input_shape[1:])
-    segmenter: Any = getattr(model, "segmenter", model)
     stages: tuple[str, ...] = ()
     if hasattr(model, "bank"):
         counted = _bank_work(model, shape)
-    elif not hasattr(segmenter, "encoder"):
+    elif hasattr(model, "segmenter"):
+        stages = _stage_names(model.num_stages)
+        counted = _dynamic_work(model, shape)
+    elif depth := _depth(model):
+        stages = _stage_names(depth)
+        run = {"whole": lambda m, x: m(x)}
+        counted = count_work(model, run, shape, _segmenter_parts(model))
+    else:
         raise ValueError(
             f"{type(model).__name__} has no encoder stages to list; count_macs counts any module"
         )
-    else:
-        stages = tuple(f"enc{i + 1}" for i in range(len(segmenter.encoder)))
-        if segmenter is not model:
-            counted = _dynamic_work(model, shape)
-        else:
-            run = {"whole": lambda m, x: m(x)}
-            counted = count_work(model, run, shape, _segmenter_parts(model))
     size = shape[2], shape[3]
     return {c: _table(c, size, stages, work) for c, work in counted.items()}
 
@@ -254,11 +254,22 @@ def _table(
     )
 
 
+def _depth(segmenter: Any) -> int:
+    """Returns how many encoder stages a segmenter has; 0 where it does not list them."""
+    encoder = getattr(segmenter, "encoder", None)
+    return len(encoder) if isinstance(encoder, nn.ModuleList) else 0
+
+
+def _stage_names(count: Any) -> tuple[str, ...]:
+    return tuple(f"enc{number}" for number in range(1, count + 1))
+
+
 def _segmenter_parts(segmenter: Any, prefix: str = "") -> dict[str, str]:
     """Maps the submodules of a segmenter to the parts of the table."""
-    parts = {f"{prefix}encoder.{i}": f"enc{i + 1}" for i in range(len(segmenter.encoder))}
+    stages = _stage_names(_depth(segmenter))
+    parts = {f"{prefix}encoder.{i}": name for i, name in enumerate(stages)}
     for name, _ in segmenter.named_children():
-        if name not in ("encoder", "dropout"):
+        if name != "dropout" and not (stages and name == "encoder"):
             parts[f"{prefix}{name}"] = name
     return parts
 
@@ -268,7 +279,7 @@ def _bank_work(model: Any, shape: tuple[int, ...]) -> Counted:
     parts = {"decision": "decision"}
     runs: dict[str, Callable[[Any, Tensor], object]] = {"skip": lambda m, x: m.decide(x)}
     for number, (route, member) in enumerate(zip(model.routes[1:], model.bank, strict=True)):
-        if hasattr(member, "encoder"):
+        if _depth(member):
             parts.update(_segmenter_parts(member, f"bank.{number}."))
         else:
             parts[f"bank.{number}"] = route

@@ -12,6 +12,7 @@ element. Activations, pooling, additions and biases are 0 in both.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        output = _product(name, args) if name in _PRODUCTS else func(*args, **(kwargs or {}))
+        product = name in _FACTORS or name == "convolution"
+        output = _product(name, args) if product else func(*args, **(kwargs or {}))
         for convention, parts in self.work.items():
             if macs := _macs(convention, name, args, output):
                 work = parts[self.part]
@@ -88,25 +90,32 @@ def _macs(convention: str, name: str, args: tuple, output: Any) -> int:
         input, weight, transposed = args[0], args[1], args[6]
         counted = input if transposed and convention == "mac" else output
         return counted.numel() * weight[0].numel()
-    if name in ("mm", "bmm"):
-        return args[0].numel() * args[1].shape[-1]
-    if name in ("addmm", "baddbmm"):
-        return args[1].numel() * args[2].shape[-1]
+    if name in _FACTORS:
+        left, right = args[_FACTORS[name]]
+        return left.numel() * math.prod(right.shape[1:][-1:])
     if convention == "paper" and any(norm in name for norm in NORMS):
         return 5 * args[0].numel()
     return 0
 
 
-_PRODUCTS = ("convolution", "mm", "bmm", "addmm", "baddbmm")
+# where the two factors of a product stand among its arguments
+_FACTORS = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot"), slice(0, 2)),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), slice(1, 3)),
+}
 
 
 def _product(name: str, args: tuple) -> Tensor:
-    """Returns zeros in place of what a product of matrices, or a convolution, gives."""
+    """Returns zeros in place of what a product, or a convolution, gives."""
     if name != "convolution":
-        left, right = args[-2:] if name in ("mm", "bmm") else args[1:3]
-        return left.new_zeros(*left.shape[:-1], right.shape[-1])
+        left, right = args[_FACTORS[name]]
+        rows, columns = right.shape[-2:-1] or right.shape, right.shape[1:][-1:]
+        _check_fit("a matrix of {} rows", rows[0], left.shape[-1])
+        return left.new_zeros((*left.shape[:-1], *columns))
     input, weight, _, strides, paddings, dilations, transposed, output_paddings, groups = args
     taps, sides = weight.shape[2:], input.shape[2:]
+    takes = len(weight) if transposed else weight.shape[1] * groups
+    _check_fit("a convolution of {} channels", takes, input.shape[1])
     along = zip(sides, taps, strides, paddings, dilations, output_paddings, strict=True)
     if transposed:
         channels = weight.shape[1] * groups
@@ -115,6 +124,12 @@ def _product(name: str, args: tuple) -> Tensor:
         channels = weight.shape[0]
         sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in along]
     return input.new_zeros(len(input), channels, *sides)
+
+
+def _check_fit(what: str, takes: int, given: int) -> None:
+    # PyTorch, which computes nothing here, would refuse it
+    if takes != given:
+        raise ValueError(f"input_shape does not fit: {what.format(takes)} is given {given}")
 
 
 @contextmanager
@@ -148,11 +163,14 @@ def count_work(
         runs: Name -> function, called with the copy and its input.
         input_shape: Shape of the input.
         parts: Submodule's name -> part; work outside all of them is the part "rest".
+
+    Raises:
+        ValueError: If the input does not fit a convolution or a product of matrices.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     on_meta = recurrent or any(weight.is_meta for weight in model.parameters())
     place = "meta" if on_meta else "cpu"
-    copy = deepcopy(model).to(place).eval()
+    copy = deepcopy(model).to(place).float().eval()
     counter = _Counter()
 
     def label(module: nn.Module, attribute: str, inside: object, outside: object) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class MedDANet(RoutedSegmenter):
     """A bank of segmenters of different cost, of which each slice gets one, or none.
 
     Args:
-        bank: n modules, cheapest first; each maps [N, in_channels, H, W] to logits
+        bank: n modules, cheapest first, in any sequence; each maps [N, in_channels, H, W] to logits
             [N, num_classes, H, W].
         decision: Maps [N, in_channels, H, W] to route logits [N, 1 + n].
         in_channels: Channels of the image.
@@ -46,18 +47,18 @@ class MedDANet(RoutedSegmenter):
     def __init__(
         self,
         *,
-        bank: nn.ModuleList,
+        bank: Iterable[nn.Module],
         decision: nn.Module,
         in_channels: int,
         num_classes: int,
         stride: int = 8,
     ) -> None:
         super().__init__()
-        if not len(bank):
+        self.bank = nn.ModuleList(bank)
+        if not len(self.bank):
             raise ValueError("the bank is empty; expected at least one segmenter")
-        self.bank = bank
         self.decision = decision
-        self.routes = ("skip", *(f"M{number}" for number in range(1, len(bank) + 1)))
+        self.routes = ("skip", *(f"M{number}" for number in range(1, len(self.bank) + 1)))
         self.in_channels, self.num_classes = in_channels, num_classes
         self.stride = self.smallest_side = stride
 

@@ -8,6 +8,7 @@ the same parts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,8 @@ class MedDANetV2(RoutedSegmenter):
             other than eager need the parts of `UNet`, too.
         policy: Maps [N, C, H, W] to route logits [N, 2 + len(crop_sizes)].
         position: Maps [N, C, H, W] to [N, 2] logits of the crop's place.
-        bit_selectors: One `BitSelector` per encoder stage.
+        bit_selectors: One `BitSelector` per encoder stage, of which `features` asks
+            `choose_bits(stage, feature)`; none where nothing is chosen.
         crop_last_stages: One last stage per crop size.
         crop_sizes: Sides P of the crops in pixels, multiples of the segmenter's stride.
         decision_scale: Policy and position network see the slice averaged over squares of this
@@ -61,8 +63,8 @@ class MedDANetV2(RoutedSegmenter):
         segmenter: Any,
         policy: nn.Module,
         position: nn.Module,
-        bit_selectors: nn.ModuleList,
-        crop_last_stages: nn.ModuleList,
+        bit_selectors: Iterable[nn.Module],
+        crop_last_stages: Iterable[nn.Module],
         crop_sizes: tuple[int, ...],
         decision_scale: int = 1,
     ) -> None:
@@ -70,8 +72,8 @@ class MedDANetV2(RoutedSegmenter):
         self.segmenter = segmenter
         self.policy = policy
         self.position = position
-        self.bit_selectors = bit_selectors
-        self.crop_last_stages = crop_last_stages
+        self.bit_selectors = nn.ModuleList(bit_selectors)
+        self.crop_last_stages = nn.ModuleList(crop_last_stages)
         self.crop_sizes = crop_sizes
         self.decision_scale = decision_scale
         self.routes = ("skip", *(f"crop-{size}" for size in crop_sizes), "whole")
@@ -79,7 +81,7 @@ class MedDANetV2(RoutedSegmenter):
         self.stride = segmenter.stride
         self.smallest_crop = min(crop_sizes, default=0)
         self.smallest_side = max(crop_sizes, default=self.stride)
-        self.num_stages = len(bit_selectors)
+        self.num_stages = len(self.bit_selectors)
 
     # parts ---------------------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ class MedDANetV2(RoutedSegmenter):
         Returns:
             Features [N, b, H, W] and float widths [N, S].
         """
-        gradients = image_gradients(input)
+        gradients = image_gradients(input) if self.num_stages else None
         chosen: list[Tensor] = []
 
         def choose_bits(stage: int, feature: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class MedDANetV2(RoutedSegmenter):
             return chosen[-1]
 
         features = self.segmenter.features(input, choose_bits)
-        return features, torch.stack(chosen, 1)
+        return features, torch.stack(chosen, 1) if chosen else input.new_zeros(len(input), 0)
 
     def crop_branch(self, slices: Tensor, offset: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Segments one crop per slice and pastes its features back before the last stage.

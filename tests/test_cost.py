@@ -68,6 +68,38 @@ def test_what_the_papers_count_by_hand(model, shape, paper):
     assert count_macs(model, shape, "mac") == true
 
 
+class Product(nn.Module):
+    """A product with a vector, of which PyTorch's counter knows nothing."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.function(input)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "macs"),
+    [
+        pytest.param(lambda x: x @ torch.ones(16), (1, 4, 16, 16), 4 * 16 * 16, id="matmul"),
+        pytest.param(lambda x: torch.mv(x, torch.ones(16)), (4, 16), 4 * 16, id="mv"),
+        pytest.param(lambda x: torch.ones(4) @ x, (4, 16), 4 * 16, id="from the left"),
+        pytest.param(lambda x: x @ torch.ones(16), (16,), 16, id="dot"),
+        pytest.param(lambda x: torch.addmv(torch.ones(4), x, x[0]), (4, 16), 4 * 16, id="addmv"),
+    ],
+)
+def test_products_with_a_vector_by_hand(function, shape, macs):
+    assert count_macs(Product(function), shape) == count_macs(Product(function), shape, "paper")
+    assert count_macs(Product(function), shape) == macs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_any_dtype_counts(dtype):
+    model, shape = build_segmenter("unet-2"), (1, 4, 16, 16)
+    assert count_macs(deepcopy(model).to(dtype), shape) == count_macs(model, shape)
+
+
 @pytest.mark.parametrize("convention", ["mac", "paper"])
 @pytest.mark.parametrize(
     "model", [nn.ReLU(), nn.Softmax(1), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.GELU()]
@@ -240,6 +272,10 @@ def test_the_text_holds_the_numbers():
         (lambda: cost_table(nn.Conv2d(4, 4, 1), (1, 4, 8, 8)), "Conv2d has no encoder stages"),
         (lambda: cost_table(build_med_danet_v2(), (1, 4, 64, 64)), "crop of 96 does not fit"),
         (lambda: count_macs(build_segmenter("unet-12"), (1, 4, 60, 64)), "pad to 64x64"),
+        (lambda: count_macs(nn.Conv2d(4, 8, 3), (1, 3, 9, 9)), "of 4 channels is given 3"),
+        (lambda: count_macs(nn.ConvTranspose2d(4, 8, 3), (1, 3, 9, 9)), "of 4 channels is given 3"),
+        (lambda: count_macs(nn.Conv2d(4, 8, 3, groups=2), (1, 2, 9, 9)), "4 channels is given 2"),
+        (lambda: count_macs(nn.Linear(5, 7), (2, 4)), "a matrix of 5 rows is given 4"),
     ],
 )
 def test_bad_requests_are_named(call, message):

@@ -1,14 +1,18 @@
 """The dynamic model; each test named d1..d13 holds a defect of the official code at bay."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from meddanet.build import build_med_danet_v2
+from meddanet.cost import cost_table
+from meddanet.data import Volume, from_slices, to_slices
 from meddanet.layers import set_quantization
 from meddanet.losses import segmentation_loss
 from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.predictor import VolumePredictor
 
 
 class FixedLogits(nn.Module):
@@ -29,6 +33,54 @@ def model() -> MedDANetV2:
     set_quantization(model, quantize=False, update_range=False)
     model.policy = FixedLogits(torch.eye(4) * 9)
     return model.eval()
+
+
+class AlwaysWhole(nn.Module):
+    """A policy that lets no slice go."""
+
+    def forward(self, slices):
+        return torch.eye(3)[[2] * len(slices)]
+
+
+class Own(nn.Module):
+    """A segmenter of another make, with an `encoder` of its own kind."""
+
+    in_channels, num_classes, stride = 2, 3, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 6, 3, padding=1)
+        self.encoder = nn.Conv2d(6, 6, 1)
+        self.last_stage = nn.Conv2d(6, 3, 1)
+
+    def features(self, input, choose_bits=None):
+        return self.encoder(self.body(input))
+
+    def forward(self, input):
+        return self.last_stage(self.features(input))
+
+
+def test_a_segmenter_of_another_make_without_widths():
+    """It segments whole volumes, and its cost is told by its own parts."""
+    torch.manual_seed(0)
+    model = MedDANetV2(
+        segmenter=Own(), policy=AlwaysWhole(), position=nn.AdaptiveAvgPool2d(1),
+        bit_selectors=[], crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
+    )  # fmt: skip
+    data = np.random.default_rng(0).uniform(1, 9, (2, 24, 32, 5)).astype(np.float32)
+    volume = Volume(data, np.diag([-1.0, -1.0, 1.0, 1.0]), None, ("a", "b"))
+    predictor = VolumePredictor(model, "cpu")
+    prediction = predictor.predict(volume)
+    own = model.segmenter(predictor.fitted(torch.from_numpy(to_slices(volume)))).argmax(1)
+    assert np.array_equal(prediction.labels, from_slices(own.numpy().astype(np.uint8), volume))
+    assert prediction.num_bits.shape == (5, 0) and prediction.label_convention == "values"
+    pixels = 24 * 32
+    assert prediction.cost["mac"] == 5 * pixels * (2 * 6 * 9 + 6 * 6 + 6 * 3)
+    assert prediction.cost["scaled_paper"] == prediction.cost["paper"] == prediction.cost["mac"]
+    table = cost_table(model, (1, 2, 24, 32))
+    assert {part: macs / pixels for part, macs in table.parts["whole"].items()} == {
+        "body": 108, "encoder": 36, "last_stage": 18
+    }
 
 
 def slices_for(decisions: list[int], side: tuple[int, int] = (40, 48)) -> torch.Tensor:
