@@ -21,7 +21,7 @@ from .data import (
     from_slices,
     to_slices,
 )
-from .data.labels import result_convention
+from .data.labels import label_facts, result_convention
 from .data.on_device import to_slices_on
 from .devices import resolve_device
 from .doubts import doubts_about, doubts_about_frame
@@ -32,6 +32,7 @@ from .routing import (
     RoutedSegmenter,
     Segmentation,
     channels_last,
+    check_routed,
     to_memory_format,
     window_corners,
 )
@@ -90,8 +91,9 @@ class VolumePredictor:
         executor: What runs the networks, as in `compile_engine`; windows are always run eagerly.
 
     Raises:
-        ValueError: If the device is not there, the window does not fit the model, the convention is
-            unknown or the executor cannot run the model.
+        ValueError: If the model routes no slices, the device is not there, the window does not fit
+            the model, the convention is unknown or has too few labels for the model's classes, or
+            the executor cannot run the model.
     """
 
     def __init__(
@@ -104,6 +106,9 @@ class VolumePredictor:
     ) -> None:
         if labels is not None and labels not in LABELS:
             raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
+        check_routed(model)
+        if window is not None and not isinstance(window, int):
+            raise ValueError(f"window is {window!r}, expected None or a whole number of pixels")
         if window is not None and (window % model.stride or window < model.smallest_side):
             raise ValueError(
                 f"window is {window}, expected a multiple of {model.stride} that is at least "
@@ -129,9 +134,13 @@ class VolumePredictor:
         # windows go over whatever there is
         self.canvas = tuple(facts["canvas"]) if "canvas" in facts and not window else None
         self.centre = facts.get("centre")
-        self.trained_labels = facts.get("label_convention", "brats2021")
-        # JSON has no whole numbers as keys
-        self.label_values = {int(k): v for k, v in facts.get("label_values", {}).items()}
+        told = facts.get("label_convention"), facts.get("label_values")
+        # what nobody has told hangs on the volume's modalities
+        self.label_facts = (
+            label_facts(*told, self.modalities, model.num_classes) if any(told) else None
+        )
+        if labels is not None:
+            label_facts(labels, None, self.modalities, model.num_classes)
 
     def predict(self, volume: Volume) -> Prediction:
         """Segments one volume.
@@ -185,10 +194,13 @@ class VolumePredictor:
 
     def _label_values(self, volume: Volume) -> tuple[str, Mapping[int, int]]:
         """Returns the convention of the result and its class -> value."""
-        if self.label_values:
-            return self.trained_labels, self.label_values
+        facts = self.label_facts or label_facts(
+            self.labels, None, volume.modalities, self.model.num_classes
+        )
+        if "label_values" in facts:
+            return facts["label_convention"], facts["label_values"]
         convention = result_convention(
-            self.labels, volume.convention, volume.modalities, self.trained_labels
+            self.labels, volume.convention, volume.modalities, facts["label_convention"]
         )
         return convention, LABELS[convention]
 

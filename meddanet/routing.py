@@ -163,6 +163,15 @@ class RoutedSegmenter(nn.Module, ABC):
         return decisions, offsets, num_bits, groups()
 
 
+def check_routed(model: object) -> None:
+    """Raises ValueError, with the cure, unless a model is a `RoutedSegmenter`."""
+    if not isinstance(model, RoutedSegmenter):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which routes no slices; expected a MedDANet, "
+            "whose bank takes any segmenter, or a MedDANetV2"
+        )
+
+
 def window_corners(height: int, width: int, window: int) -> tuple[tuple[int, int], ...]:
     """Returns (y, x), in pixels, of every window of a slice, row by row; see `window_origins`."""
     rows, columns = (window_origins(side, window) for side in (height, width))

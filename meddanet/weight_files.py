@@ -54,5 +54,10 @@ def weight_errors(path: Path) -> Iterator[None]:
     """Turns what is wrong within a weights file into a ValueError that names it."""
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path}: is not a meddanet weights file ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: is not a meddanet weights file (another program's facts are in it); expected "
+            "one written by save_model"
+        ) from error

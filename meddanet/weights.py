@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .build import build_med_danet, build_med_danet_v2
+from .data.conventions import MODALITIES, canonical_modality
+from .data.labels import label_facts
 from .data.storage import write_bytes
 from .layers import quantized_layers
 from .routing import RoutedSegmenter, to_memory_format
@@ -29,42 +31,69 @@ def save_model(
     model: RoutedSegmenter,
     path: str | Path,
     *,
-    modalities: tuple[str, ...] = ("flair", "t1ce", "t1", "t2"),
-    label_convention: str = "brats2021",
-    **notes: object,
+    modalities: Sequence[str] | None = None,
+    label_convention: str | None = None,
+    **notes: Any,
 ) -> None:
     """Writes weights, input ranges and what is needed to use them; complete or not at all.
+
+    What the file says from which a model was loaded is kept, but for what is given here.
 
     Args:
         model: Built by `build_med_danet` or `build_med_danet_v2`.
         path: Ends in .safetensors.
-        modalities: Order of the input channels.
-        label_convention: What the classes mean.
-        **notes: Anything else worth knowing, such as the training split; stored as JSON.
+        modalities: Order of the input channels; by default flair, t1ce, t1, t2.
+        label_convention: What the classes mean, a key of `LABELS`; by default brats2021 for four
+            classes of a brain's modalities. Any others are written as they are, class k as k, where
+            `label_values` says nothing else.
+        **notes: Anything else worth knowing, such as the training split; stored as JSON. These are
+            used: `label_values` (class -> value in label files), `window_hu` (Hounsfield values
+            that become 0 and 1), `spacing_mm` (of the training data, three numbers), `canvas` and
+            `centre` (size in pixels of the training slices, and of the body's place in them).
 
     Raises:
-        ValueError: If the name's ending or the number of modalities does not fit.
+        ValueError: If the name's ending, the number of modalities or what the labels are does not
+            fit, a note has no JSON, or neither builder has made the model.
         VolumeError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ENDING:
         raise ValueError(f"{path}: expected a name that ends in {ENDING}")
-    if len(modalities) != model.in_channels:
+    if type(model).__name__ not in _BUILDERS or not hasattr(model, "config"):
         raise ValueError(
-            f"modalities are {', '.join(modalities)}, expected {model.in_channels} of them"
+            f"save_model keeps what build_med_danet or build_med_danet_v2 has made; of this "
+            f"{type(model).__name__} keep the state_dict and the ranges (docs/kernels.md)"
         )
+    known = getattr(model, "metadata", {})
     facts = {
-        "model": type(model).__name__,
-        "architecture": model.config,
-        "modalities": list(modalities),
-        "label_convention": label_convention,
         "normalisation": "z-score in the joint brain mask",
         "spacing_mm": [1.0, 1.0, 1.0],
-        "meddanet": __version__,
+        **known,
         **notes,
+        "model": type(model).__name__,
+        "architecture": model.config,
+        "modalities": _names(modalities or known.get("modalities", MODALITIES), model.in_channels),
+        "meddanet": __version__,
     }
+    told = label_convention, notes.get("label_values")
+    if told == (None, None):
+        told = known.get("label_convention"), known.get("label_values")
+    facts = {k: v for k, v in facts.items() if k not in ("label_values", "label_convention")}
+    facts |= label_facts(*told, facts["modalities"], model.num_classes)
+    try:
+        texts = {key: json.dumps(value) for key, value in facts.items()}
+    except TypeError as error:
+        raise ValueError(f"notes: {error}; expected what JSON has") from error
     tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
-    write_bytes(path, save(tensors, {key: json.dumps(value) for key, value in facts.items()}))
+    write_bytes(path, save(tensors, texts))
+
+
+def _names(modalities: Sequence[str], count: int) -> list[str]:
+    """Returns the names of the input channels as `load_volume` has them."""
+    if isinstance(modalities, str) or len(modalities) != count:
+        given = modalities if isinstance(modalities, str) else ", ".join(modalities)
+        raise ValueError(f"modalities are {given}, expected {count} names, one a channel")
+    return list(map(canonical_modality, modalities))
 
 
 def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from meddanet.data import load_labels, load_volume
+from meddanet.data import Volume, VolumeError, load_labels, load_volume
 
 
 def test_a_missing_modality(scans, tmp_path: Path) -> None:
@@ -250,3 +250,25 @@ def test_absent_files_and_folders(scans, tmp_path: Path) -> None:
     message = scans.error(lambda: load_volume({"t1": path}))
     assert message == f"{path}: cannot be read (No such file or directory)"
     assert "Is a directory" in scans.error(lambda: load_labels(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "modalities", "affine", "message"),
+    [
+        ((4, 5, 6), ("t1",), np.eye(4), r"shape \(4, 5, 6\), expected \(1, H, W, D\) .* t1$"),
+        ((2, 4, 5, 6), ("t1",), np.eye(4), r"shape \(2, 4, 5, 6\), expected \(1, H, W, D\)"),
+        ((1, 4, 5, 6), ("t1",), np.eye(3), r"the affine has shape \(3, 3\), expected \(4, 4\)"),
+        ((1, 4, 5, 6), ("t1",), None, r"the affine has shape \(\), expected \(4, 4\)"),
+    ],
+)
+def test_volumes_made_by_hand_that_do_not_fit(shape, modalities, affine, message) -> None:
+    with pytest.raises(VolumeError, match=message):
+        Volume(np.zeros(shape, np.float32), affine, None, modalities)
+
+
+def test_arguments_of_another_type(scans, tmp_path: Path) -> None:
+    paths = scans.write_case(tmp_path / "p1")
+    with pytest.raises(ValueError, match="modalities is 'flair', expected a sequence such as"):
+        load_volume(tmp_path / "p1", "flair")
+    with pytest.raises(ValueError, match="path is a list, expected a folder, a file, or named"):
+        load_volume(list(paths.values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meddanet.build import build_med_danet_v2
+from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cost import cost_table
 from meddanet.data import Volume, VolumeError, load_volume
 from meddanet.data.phantom import make_phantom
+from meddanet.engine import compile_engine
 from meddanet.layers import quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -27,7 +27,8 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def volume(data: np.ndarray, affine: np.ndarray = LPS, **changes) -> Volume:
-    return replace(Volume(data, affine, None, MRI, "brats2021", "case"), **changes)
+    usual = {"header": None, "modalities": MRI, "convention": "brats2021", "name": "case"}
+    return Volume(data, affine, **{**usual, **changes})
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -421,9 +422,36 @@ def test_the_engine_is_what_predicts(model, tolerances):
         ({"device": "cuda:77"}, "this machine has .* CUDA GPUs; use cpu"),
         ({"window": 20}, "window is 20, expected a multiple of 8 that is at least 16"),
         ({"window": 8}, "window is 8, expected a multiple of 8 that is at least 16"),
+        ({"window": "128"}, "window is '128', expected None or a whole number of pixels"),
         ({"labels": "brats1999"}, "'brats1999', expected one of brats2021, brats2023, msd"),
     ],
 )
 def test_arguments_that_cannot_be(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         VolumePredictor(model, **arguments)
+
+
+def test_a_module_that_routes_nothing_is_refused_at_once(model):
+    for make in (VolumePredictor, compile_engine):
+        with pytest.raises(ValueError, match="model is a UNet, which routes no slices; expected"):
+            make(model.segmenter)
+
+
+@pytest.mark.parametrize(("modalities", "num_classes"), [(("mri",) * 4, 4), (MRI, 6)])
+def test_classes_of_which_nobody_has_told_keep_their_numbers(modalities, num_classes):
+    """Class 3 is an enhancing tumour, 4 in BraTS 2021, in a brain tumour's model alone."""
+    untold = build_med_danet(("unet-2",), num_classes=num_classes)
+    answer(untold, lambda slices: torch.full((len(slices), 24, 32), 3))
+    scan = volume(noise(24, 32, 2), modalities=modalities, convention="files")
+    prediction = Predictor(untold, "cpu").predict(scan)
+    assert np.unique(prediction.labels) == [3] and prediction.label_convention == "values"
+    assert prediction.label_values == {k: k for k in range(1, num_classes)}
+
+
+def test_a_convention_with_too_few_labels_is_refused_before_the_work():
+    many = build_med_danet(("unet-2",), num_classes=6)
+    with pytest.raises(ValueError, match="brats2023 has three classes, the model 5; say by label_"):
+        VolumePredictor(many, "cpu", labels="brats2023")
+    many.metadata = {"modalities": list(MRI), "label_values": {"1": 1, "2": 2}}
+    with pytest.raises(ValueError, match="lack class 3, 4, 5"):
+        VolumePredictor(many, "cpu")

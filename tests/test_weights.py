@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.layers import quantized_layers
+from meddanet.med_danet import MedDANet
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.weight_files import PRETRAINED, pretrained_names
 from meddanet.weights import load_model, save_model, take_weights
@@ -102,6 +104,44 @@ def test_the_file_says_what_it_is(model, path):
     assert load_model(path).metadata == facts
 
 
+FACTS = {
+    "modalities": ["mri", "ct"], "label_convention": "values", "label_values": {"1": 7, "2": 9},
+    "window_hu": [-160, 240], "spacing_mm": [1.5, 1.5, 3.0], "canvas": [48, 64],
+    "centre": [20.5, 31.0], "trained_on": ["p1"],
+}  # fmt: skip
+
+
+def test_what_a_file_says_is_said_again_when_its_model_is_saved_anew(model, tmp_path):
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in "abc")
+    values = {int(k): v for k, v in FACTS["label_values"].items()}
+    given = {**FACTS, "modalities": ("MRI", "CT"), "label_values": values}
+    save_model(model, first, **{k: v for k, v in given.items() if k != "label_convention"})
+    assert FACTS.items() <= load_model(first).metadata.items()
+    save_model(load_model(first), second)
+    assert load_model(second).metadata == load_model(first).metadata
+    # what is given anew takes the place of both ways to say what labels are
+    save_model(load_model(first), third, label_convention="msd", canvas=[8, 8])
+    told = load_model(third).metadata
+    assert (told["label_convention"], told["canvas"]) == ("msd", [8, 8])
+    assert "label_values" not in told and told["window_hu"] == FACTS["window_hu"]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "modalities", "expected"),
+    [
+        (4, ("flair", "t1"), ("brats2021", None)),
+        (3, ("flair", "t1"), ("values", {"1": 1, "2": 2})),
+        (4, ("mri", "t1"), ("values", {"1": 1, "2": 2, "3": 3})),
+    ],
+)
+def test_classes_of_which_nobody_has_told(tmp_path, num_classes, modalities, expected):
+    """A brain tumour's by default, if they can be that; all others as they are."""
+    model = build_med_danet(("unet-2",), in_channels=2, num_classes=num_classes)
+    save_model(model, tmp_path / "a.safetensors", modalities=modalities)
+    facts = load_model(tmp_path / "a.safetensors").metadata
+    assert (facts["label_convention"], facts.get("label_values")) == expected
+
+
 def test_an_interrupted_save_leaves_the_old_file(model, path, monkeypatch):
     before = path.read_bytes()
 
@@ -117,8 +157,27 @@ def test_an_interrupted_save_leaves_the_old_file(model, path, monkeypatch):
 def test_what_cannot_be_saved(model, tmp_path):
     with pytest.raises(ValueError, match=r"expected a name that ends in \.safetensors"):
         save_model(model, tmp_path / "model.pt", modalities=("t1", "t2"))
-    with pytest.raises(ValueError, match="modalities are t1, expected 2 of them"):
-        save_model(model, tmp_path / "model.safetensors", modalities=("t1",))
+    file = tmp_path / "model.safetensors"
+    for options, message in (
+        ({"modalities": ("t1",)}, "modalities are t1, expected 2 names"),
+        ({"modalities": "t1"}, "modalities are t1, expected 2 names"),
+        ({"label_convention": "mine"}, "'mine', expected one of brats2021, brats2023, msd"),
+        ({"label_values": {1: 300, 2: 1}}, "expected class -> value from 1 to 255"),
+        ({"label_values": {1: True, 2: 1}}, "expected class -> value from 1 to 255"),
+        ({"label_values": [1, 2]}, "expected class -> value from 1 to 255"),
+        ({"label_values": {1: 7}}, r"label_values \{1: 7\} lack class 2"),
+        ({"note": np.float32(1)}, "notes: Object of type float32 is not JSON serializable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_model(model, file, **{"modalities": ("t1", "t2"), **options})
+    more = build_med_danet(("unet-2",), num_classes=5)
+    with pytest.raises(ValueError, match="msd has three classes, the model 4; say by label_values"):
+        save_model(more, file, label_convention="msd")
+    own = MedDANet(bank=more.bank, decision=more.decision, in_channels=4, num_classes=5)
+    for odd in (own, more.bank[0]):
+        with pytest.raises(ValueError, match=f"of this {type(odd).__name__} keep the state_dict"):
+            save_model(odd, file)
+    assert not file.exists()
     with pytest.raises(ValueError, match="cannot be written"):
         save_model(model, tmp_path / "no" / "model.safetensors", modalities=("t1", "t2"))
 

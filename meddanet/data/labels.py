@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,50 @@ def result_convention(
     """
     told = naming in LABELS and set(modalities) <= set(MODALITIES)
     return asked or (naming if told else trained)
+
+
+def label_facts(
+    convention: str | None,
+    values: Mapping[Any, int] | None,
+    modalities: Collection[str],
+    num_classes: int,
+) -> dict[str, Any]:
+    """Returns what a model's classes are, in full: "label_convention", and "label_values" if any.
+
+    Args:
+        convention: Key of `LABELS`, "values", or None where nobody has told.
+        values: Class -> value in label files, or None.
+        modalities: Of the model, or of the volume where it has none.
+        num_classes: Classes, background included.
+
+    Raises:
+        ValueError: If the convention is unknown, or a class has no value from 1 to 255.
+    """
+    classes = range(1, num_classes)
+    if values is None and convention is None:
+        brain = set(modalities) <= set(MODALITIES) and num_classes == 1 + len(LABELS["brats2021"])
+        convention, values = ("brats2021", None) if brain else ("values", {k: k for k in classes})
+    if values is None and convention in LABELS:
+        if not set(classes) <= set(LABELS[convention]):
+            raise ValueError(
+                f"label convention {convention} has three classes, the model {len(classes)}; say "
+                "by label_values of save_model which value each has"
+            )
+        return {"label_convention": convention}
+    if values is None:
+        _table(str(convention))
+    if not isinstance(values, Mapping) or not all(_is_byte(value) for value in values.values()):
+        raise ValueError(f"label_values are {values}, expected class -> value from 1 to 255")
+    # JSON has no whole numbers as keys
+    known = {int(k): int(value) for k, value in values.items()}
+    if missing := sorted(set(classes) - set(known)):
+        raise ValueError(f"label_values {known} lack class {', '.join(map(str, missing))}")
+    return {"label_convention": "values", "label_values": known}
+
+
+def _is_byte(value: object) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and 1 <= int(value) <= 255  # type: ignore[call-overload]  # it is whole
 
 
 def to_classes(labels: np.ndarray, convention: str) -> np.ndarray:

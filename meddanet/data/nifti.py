@@ -59,8 +59,11 @@ def load_volume(
     Raises:
         VolumeError: If a modality is missing or a file is not a valid image (one line: which file,
             what is wrong, what would be right).
+        ValueError: If `path` or `modalities` is of another type, or a name is there twice.
     """
     case = as_case(path)
+    if isinstance(modalities, str):
+        raise ValueError(f"modalities is {modalities!r}, expected a sequence such as (\"flair\",)")
     given = None if modalities is None else tuple(canonical_modality(name) for name in modalities)
     sources = channel_sources(case, given)
     wanted = given or usual_order(case.modalities)
@@ -128,7 +131,8 @@ def save_volume(
     The file appears under its name only when it is complete.
 
     Args:
-        labels: [H, W, D] whole numbers 0..255, in the voxel order of `like`.
+        labels: [H, W, D] whole numbers 0..255, in the voxel order of `like`; what numpy takes for
+            an array.
         path: Ends in .nii, or .nii.gz to be compressed.
         like: The volume the labels were computed from.
         write: What writes the bytes.
@@ -137,6 +141,7 @@ def save_volume(
         ValueError: If shape, values or the file's ending do not fit.
         VolumeError: If the file cannot be written.
     """
+    labels = np.asarray(labels)
     if labels.shape != like.data.shape[1:]:
         raise ValueError(f"labels have shape {labels.shape}, expected {like.data.shape[1:]}")
     with np.errstate(invalid="ignore"):

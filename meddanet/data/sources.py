@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,11 +22,17 @@ def as_case(path: str | Path | Mapping[str, str | Path] | Case) -> Case:
 
     Raises:
         VolumeError: If there is no case, or more than one.
+        ValueError: If it is none of these.
     """
     if isinstance(path, Case):
         return path
     if isinstance(path, Mapping):
         return case_from_files(path)
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"path is a {type(path).__name__}, expected a folder, a file, or named files such as "
+            '{"flair": "a.nii.gz"}'
+        )
     cases = find_cases(path)
     if len(cases) > 1:
         names = ", ".join(case.name for case in cases[:3])

@@ -37,6 +37,9 @@ class Volume:
         convention: Naming the files follow: "brats2021", "brats2023", "msd", "nnunet", "lits" or
             "files".
         name: Case name, which output files are named after.
+
+    Raises:
+        VolumeError: If the shapes of data and affine or the number of modalities do not fit.
     """
 
     data: np.ndarray
@@ -45,6 +48,17 @@ class Volume:
     modalities: tuple[str, ...]
     convention: str = "files"
     name: str = "volume"
+
+    def __post_init__(self) -> None:
+        if np.ndim(self.data) != 4 or len(self.data) != len(self.modalities):
+            raise VolumeError(
+                f"{self.name}: data have shape {np.shape(self.data)}, expected "
+                f"({len(self.modalities)}, H, W, D) for modalities {', '.join(self.modalities)}"
+            )
+        if np.shape(self.affine) != (4, 4):
+            raise VolumeError(
+                f"{self.name}: the affine has shape {np.shape(self.affine)}, expected (4, 4)"
+            )
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ from ..med_danet import MedDANet
 from ..med_danet_v2 import MedDANetV2
 from ..networks.transbts import TransBTS
 from ..networks.unet import UNet
-from ..routing import RoutedSegmenter, Segmentation, channels_last
+from ..routing import RoutedSegmenter, Segmentation, channels_last, check_routed
 from .bank import BankEngine
 from .routing import CropEngine
 from .slices import NOT_FINITE, SliceEngine
@@ -96,11 +96,13 @@ def compile_engine(
         `passed_over` say what "auto" chose, and why nothing before it.
 
     Raises:
-        ValueError: If the device is not there, or the executor unknown, not installed or not able
-            to run the model there, or a quantised layer has no input range.
+        ValueError: If the model is no `RoutedSegmenter`, the device not there, or the executor
+            unknown, not installed or not able to run the model there, or a quantised layer has no
+            input range.
     """
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
+    check_routed(model)
     place = resolve_device(device)
     misfit = _misfit(model, place.type != "cpu" or executor == "triton")
     if misfit and executor not in ("auto", "eager"):
