@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from meddanet.data import Volume, load_labels, load_volume, save_image, save_volume
 
@@ -174,6 +175,21 @@ def test_images_are_written_as_they_are(scans, tmp_path: Path, dtype: type | str
         np.testing.assert_allclose(result.get_qform(), scans.AFFINE, atol=1e-6)
         assert result.header.get_xyzt_units()[0] == "mm"
         assert result.get_data_dtype() == np.dtype(dtype).newbyteorder("<")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float16])
+def test_images_of_a_type_that_nifti_lacks(scans, tmp_path: Path, dtype: type) -> None:
+    with pytest.raises(ValueError, match=f"NIfTI has no type for {np.dtype(dtype)}; expected one"):
+        save_image(scans.image().astype(dtype), tmp_path / "scan.nii", scans.AFFINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_in_a_tensor_are_written_as_an_array_is(scans, tmp_path: Path) -> None:
+    volume = Volume(scans.image(shape=(1, *scans.SHAPE)), scans.AFFINE, None, ("t1",))
+    labels = labels_of(volume)
+    save_volume(labels, tmp_path / "array.nii", like=volume)
+    save_volume(torch.tensor(labels), tmp_path / "tensor.nii", like=volume)
+    assert (tmp_path / "array.nii").read_bytes() == (tmp_path / "tensor.nii").read_bytes()
 
 
 def test_a_volume_that_comes_from_no_file_can_be_the_model(scans, tmp_path: Path) -> None:

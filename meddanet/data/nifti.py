@@ -158,7 +158,7 @@ def save_image(data: np.ndarray, path: str | Path, affine: np.ndarray) -> None:
     """Writes an image [H, W, D] or [H, W, D, C] in its own dtype, in millimetres.
 
     Raises:
-        ValueError: If the file's ending does not fit.
+        ValueError: If the file's ending does not fit, or NIfTI has no such dtype.
         VolumeError: If the file cannot be written.
     """
     _save(data, Path(path), _new_header(affine))
@@ -286,7 +286,12 @@ def _save(data: np.ndarray, path: Path, header: Any, write: Writer = write_bytes
         raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
     header = header.as_byteswapped("<")
     header.set_data_shape(data.shape)
-    header.set_data_dtype(data.dtype)
+    try:
+        header.set_data_dtype(data.dtype)
+    except HeaderDataError as error:
+        raise ValueError(
+            f"{path}: NIfTI has no type for {data.dtype}; expected one such as uint8 or float32"
+        ) from error
     header.set_slope_inter(1, 0)
     header["magic"], header["vox_offset"] = header.single_magic, header.single_vox_offset
     voxels = data.astype(data.dtype.newbyteorder("<"), copy=False).ravel(order="F")
