@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Content = dict[str, Any]
@@ -93,6 +94,5 @@ def routes(decisions: Sequence[int]) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of at least one value."""
-    values = list(values)
-    return sum(values) / len(values)
+    """The mean of at least one value, rounded once: Pythons differ in how they add."""
+    return fmean(values)
