@@ -53,11 +53,13 @@ class use_backend:  # noqa: N801, reads as a function, like torch.no_grad
 
     def __init__(self, name: str) -> None:
         global _chosen
-        self._previous = _chosen
-        _chosen = _checked(name, "backend")
+        self._previous, self._name = _chosen, _checked(name, "backend")
+        _chosen = self._name
 
     def __enter__(self) -> None:
-        """Has nothing left to do: the constructor has chosen."""
+        """Chooses again what the constructor has chosen, for one that was kept."""
+        global _chosen
+        _chosen = self._name
 
     def __exit__(
         self,

@@ -23,7 +23,10 @@ def pack_bits(inside: Tensor, rows: int) -> Tensor:
     """
     if memory_format(inside) == torch.channels_last:
         inside = inside.permute(0, 2, 3, 1)
-    inside = inside.reshape(rows, inside.numel() // max(1, rows))
+    if not inside.numel():
+        # of any stride, which a wider view may refuse
+        return inside.new_empty(rows, 0)
+    inside = inside.reshape(rows, -1)
     eights = F.pad(inside, (0, -inside.shape[1] % 8)).view(torch.int64)
     # byte i of the eight moves to bit i of the highest byte
     return ((eights * 0x0102040810204080) >> 56).to(torch.uint8)

@@ -178,8 +178,8 @@ def pack_conv(
             folded into scale and bias; the codes stay what they are without it.
 
     Raises:
-        ValueError: If a width is out of range, weight is not 4-D, a value is not finite, or a
-            transposed convolution has groups or dilation.
+        ValueError: If a width is out of range, weight is not 4-D, bias, norm or groups do not fit
+            it, a value is not finite, or a transposed convolution has groups or dilation.
     """
     widths = (num_bits,) if isinstance(num_bits, int) else tuple(sorted(set(num_bits)))
     if not widths or not all(2 <= width <= 16 for width in widths):
@@ -188,6 +188,13 @@ def pack_conv(
         raise ValueError(f"weight must be 4-D and finite, got shape {list(weight.shape)}")
     if transposed and (groups != 1 or as_pair(dilation) != (1, 1)):
         raise ValueError("a transposed convolution is packed without groups and dilation")
+    outputs = weight.shape[1 if transposed else 0]
+    if groups < 1 or outputs % groups:
+        raise ValueError(f"groups must divide the {outputs} output channels, got {groups}")
+    for name, value in (("bias", (bias,)), ("norm", norm or ())):
+        if any(part is not None and part.shape != (outputs,) for part in value):
+            shapes = ", ".join(str(list(part.shape)) for part in value if part is not None)
+            raise ValueError(f"{name} must have shape [{outputs}], got {shapes}")
     codes, scale = pack_weight(weight, widths, per_channel, transposed)
     offset = torch.zeros_like(scale[0]) if bias is None else bias.detach().double()
     if norm is not None:

@@ -44,7 +44,7 @@ def groups(call: ConvCall) -> list[Group]:
     def width(num_bits: int | Tensor, index: int) -> int:
         return num_bits if isinstance(num_bits, int) else int(num_bits[index])
 
-    used = call.samples if call.count is None else min(int(call.count), call.samples)
+    used = call.samples if call.count is None else max(0, min(int(call.count), call.samples))
     samples = list(range(used)) if call.slots is None else call.slots[:used].tolist()
     shared = len(call.amax) == 1, call.output_amax is None or len(call.output_amax) == 1
     found: dict[tuple[int, int, int, int], list[int]] = {}

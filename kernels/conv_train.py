@@ -93,13 +93,22 @@ def _per_sample(input: Tensor, amax: Tensor | None) -> bool:
 
 
 def _padded(
-    input: Tensor, weight: Tensor, padding: int | tuple[int, int] | str, dilation: tuple[int, int]
+    input: Tensor,
+    weight: Tensor,
+    padding: int | tuple[int, int] | str,
+    stride: int | tuple[int, int],
+    dilation: tuple[int, int],
 ) -> tuple[Tensor, tuple[int, int]]:
     """Turns the paddings "same" and "valid" into numbers; an uneven one is put on the input."""
     if not isinstance(padding, str):
         return input, as_pair(padding)
     if padding == "valid":
         return input, (0, 0)
+    if padding != "same" or as_pair(stride) != (1, 1):
+        raise ValueError(
+            f"padding is {padding!r} with stride {stride}; expected numbers, 'valid', or 'same' "
+            "with stride 1"
+        )
     y, x = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
     if y % 2 == x % 2 == 0:
         return input, (y // 2, x // 2)
@@ -155,7 +164,7 @@ def fake_quant_conv2d(
     dtype, device = input.dtype, "cpu" if input.is_meta else input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    input, pads = _padded(input, weight, padding, as_pair(dilation))
+    input, pads = _padded(input, weight, padding, stride, as_pair(dilation))
     geometry = [*as_pair(stride), *pads, *as_pair(dilation), groups]
     amax = None
     if input_num_bits is None:

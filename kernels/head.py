@@ -20,7 +20,7 @@ from torch import Tensor
 from .backend import triton_runs
 from .conv_call import pixel_pitch, step_of
 from .conv_pack import PackedConv
-from .layout import as_pair
+from .layout import as_pair, in_its_own_dtype
 from .pairs import times_step
 from .slots import check_offset, integers
 
@@ -41,6 +41,7 @@ def _scores(
     return total.float() * factor[:, None, None] + bias[:, None, None]
 
 
+@in_its_own_dtype
 def _run_reference(
     labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
     amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
@@ -132,13 +133,16 @@ def _checked(
         rows, scale, bias = weight.codes[variant, 0], weight.scale[variant], weight.bias[0]
         amax = amax.detach().float().reshape(-1)
     else:
-        if not input.is_floating_point() or weight.shape[2:].numel() != 1:
+        square = weight.dim() > 1 and weight.shape[2:].numel() == 1
+        if not input.is_floating_point() or not square:
             raise ValueError(
                 f"weights [K, C] or [K, C, 1, 1] take a floating-point input, got {input.dtype} "
                 f"and weights {list(weight.shape)}; codes need weights from pack_conv"
             )
         rows, inputs, amax = weight.detach().flatten(1).float().contiguous(), weight.shape[1], None
         bias = rows.new_zeros(len(rows)) if bias is None else bias.detach().float()
+        if bias.shape != rows.shape[:1]:
+            raise ValueError(f"bias must be [{len(rows)}], got shape {list(bias.shape)}")
     if inputs != channels:
         raise ValueError(f"input has {channels} channels, weights take {inputs}")
     if margin < 0:

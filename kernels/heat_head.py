@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import dense_pixels
-from .layout import wide_dtype
+from .layout import in_its_own_dtype, wide_dtype
 from .pointwise import pointwise_matrix, pointwise_reference
 from .shuffle_pack import KERNEL_DTYPES, Layer, checked_input
 
@@ -85,6 +85,7 @@ def pack_heat_head(last: Layer, map_weight: Tensor, gain: Tensor, edge: float) -
     )
 
 
+@in_its_own_dtype
 def _run_reference(
     input: Tensor, weight: Tensor, bias: Tensor, map_weight: Tensor, gain: Tensor,
     plays: Sequence[float], edge: float,
@@ -133,7 +134,7 @@ def _checked(
 ) -> tuple:
     """Checks the arguments and returns those of the operator."""
     input = checked_input(input, "head", head.in_channels, head.weight, seen)
-    if len(plays) != 2 or not min(plays) > 0:
+    if len(plays) != 2 or not all(play > 0 for play in plays):
         raise ValueError(f"plays must be two shares above 0, got {list(plays)}")
     return input, *head[:4], list(plays), head.edge, seen
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,6 +15,22 @@ def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
     # as they are: int() would fix a size that tracing leaves open
     y, x = (value, value) if isinstance(value, int) else value
     return y, x
+
+
+Returned = TypeVar("Returned")
+
+
+def in_its_own_dtype(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Has a function whose first argument is a tensor compute in its dtypes, autocast or not."""
+
+    @wraps(function)
+    def run(input: Tensor, *others: object) -> Returned:
+        # autocast knows no "meta"
+        device = "cpu" if input.is_meta else input.device.type
+        with torch.autocast(device, enabled=False):
+            return function(input, *others)
+
+    return run
 
 
 def wide_dtype(input: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import dense_pixels
-from .layout import wide_dtype
+from .layout import in_its_own_dtype, wide_dtype
 from .pointwise import pointwise_matrix, pointwise_reference
 from .shuffle_pack import KERNEL_DTYPES, Layer, checked_input
 
@@ -85,6 +85,7 @@ def pack_pooled_head(
     return PackedPooledHead(matrix, bias, rows, classifier_bias, last[0].shape[1], outputs)
 
 
+@in_its_own_dtype
 def _run_reference(
     input: Tensor, weight: Tensor, bias: Tensor, classifier: Tensor,
     classifier_bias: Tensor | None, outputs: int,

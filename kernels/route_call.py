@@ -37,7 +37,7 @@ def new_routing(samples: int, routes: int, device: torch.device | str) -> Routin
 
     return Routing(
         torch.zeros(samples, dtype=torch.int64, device=device),
-        torch.zeros(samples, 2, device=device),
+        torch.zeros(samples, 2, dtype=torch.float32, device=device),
         integers(pitch)[:, :samples], integers(_ALIGNED)[:, :1],
         *(integers(pitch, 2)[:, :samples] for _ in range(3)),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_runs
-from .layout import as_pair
+from .layout import as_pair, in_its_own_dtype
 from .slots import check_offset, integers
 
 
@@ -31,6 +31,7 @@ def gradients_reference(image: Tensor) -> Tensor:
     return torch.stack([by_x.abs().mean((1, 2)), by_y.abs().mean((1, 2))], 1)
 
 
+@in_its_own_dtype
 def _run_reference(
     bits: Tensor, image: Tensor, feature: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
     size: tuple[int, int], offset: Tensor | None, slots: Tensor | None, count: Tensor | None,

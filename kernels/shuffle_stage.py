@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import dense_pixels
+from .layout import in_its_own_dtype
 from .shuffle_pack import KERNEL_DTYPES, PackedStage, checked_input
 
 # bytes of a row of weights: wider ones fit neither into registers nor into small shared memories
@@ -50,6 +51,7 @@ def _unit(
     return torch.cat([passed, mixed], 1)
 
 
+@in_its_own_dtype
 def _run_reference(
     input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor], mids: Sequence[int],
     channels: int,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backend import triton_runs
 from .conv_call import dense_pixels
+from .layout import in_its_own_dtype
 from .shuffle_pack import KERNEL_DTYPES, checked_input, padded, padded_matrix
 
 # rows and columns of the weight, and bytes of the pixels under a row of taps; larger ones fit
@@ -65,6 +66,7 @@ def pack_stem(weight: Tensor, bias: Tensor) -> PackedStem:
     return PackedStem(*padded_matrix(matrix, bias), channels, len(bias))
 
 
+@in_its_own_dtype
 def _run_reference(input: Tensor, weight: Tensor, bias: Tensor, channels: int) -> Tensor:
     cin = input.shape[1]
     taps = weight[: 9 * cin, :channels].reshape(3, 3, cin, channels).permute(3, 2, 0, 1)

@@ -38,7 +38,7 @@ class Segmentation(NamedTuple):
         return cls(
             torch.zeros(count, height, width, dtype=torch.uint8),
             torch.zeros(count, dtype=torch.long),
-            torch.zeros(count, 2),
+            torch.zeros(count, 2, dtype=torch.float32),
             torch.zeros(count, stages, dtype=torch.long),
         )
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 from importlib.util import find_spec
 
 import numpy as np
@@ -177,6 +178,39 @@ def test_other_dtypes(model, executor, dtype):
     engine = compile_engine(model, "cpu", executor)
     for found, expected in zip(engine.segment(slices), engine.segment(slices.float()), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+def test_a_dtype_as_default_changes_nothing(model, executor):
+    slices, engine = torch.randn(3, 2, 32, 48), compile_engine(model, "cpu", executor)
+    expected = engine.segment(slices)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = engine.segment(slices)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_runs_in_float32(model, executor, dtype):
+    rounded, slices = deepcopy(model).to(dtype), torch.randn(3, 2, 32, 48)
+    found = compile_engine(rounded, "cpu", executor).segment(slices)
+    expected = compile_engine(deepcopy(rounded).float(), "cpu", executor).segment(slices)
+    assert next(rounded.parameters()).dtype == dtype, "stays as it is"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+def test_slices_of_another_shape_or_beyond_float32(model, executor):
+    engine = compile_engine(model, "cpu", executor)
+    with pytest.raises(ValueError, match=r"input must be \[N, 2, H, W\], got shape \[2, 32, 48\]"):
+        engine.segment(torch.zeros(2, 32, 48))
+    with pytest.raises(ValueError, match="slices hold NaN or infinite values"):
+        engine.segment(torch.full((1, 2, 32, 48), 1e300, dtype=torch.float64))
 
 
 # last stages -----------------------------------------------------------------------------------

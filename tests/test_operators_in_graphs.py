@@ -13,9 +13,19 @@ from meddanet.kernels import (
     encode,
     fake_quant_conv2d,
     fake_quantize,
+    heat_head,
     label_head,
     pack_conv,
+    pack_heat_head,
+    pack_pooled_head,
+    pack_stage,
+    pack_stem,
+    pack_unit,
+    pooled_head,
     quant_conv2d,
+    select_bits,
+    shuffle_stage,
+    shuffle_stem,
 )
 
 
@@ -223,6 +233,49 @@ def test_autocast_leaves_crop_and_paste_alone(op):
     with torch.autocast("cpu", torch.bfloat16):
         out = op(source, offset, 5)
     assert torch.equal(out, op(source, offset, 5))
+
+
+def head_of(x):
+    return label_head(x, torch.linspace(-1, 1, 15).reshape(5, 3), offset=OFFSET, size=12)
+
+
+def bits_of(x):
+    weight, bias = torch.linspace(-1, 1, 3 * 9).reshape(3, 9), torch.zeros(3)
+    return select_bits(x, x, weight, bias, torch.tensor([4, 8, 16]))
+
+
+def stem_of(x):
+    return shuffle_stem(x, pack_stem(torch.randn(4, 3, 3, 3), torch.randn(4)))
+
+
+def pooled_of(x):
+    head = pack_pooled_head((torch.randn(6, 3, 1, 1), torch.randn(6)), torch.randn(2, 6))
+    return pooled_head(x, head)
+
+
+def heat_of(x):
+    layer, weight = (torch.randn(6, 3, 1, 1), torch.randn(6)), torch.randn(1, 6, 1, 1)
+    return heat_head(x, pack_heat_head(layer, weight, torch.ones(2), 0.01), [0.5, 1])
+
+
+def stage_of(x):
+    def point():
+        return torch.randn(3, 3, 1, 1), torch.randn(3)
+
+    def depth():
+        return torch.randn(3, 1, 3, 3), torch.randn(3)
+
+    return shuffle_stage(x, pack_stage([pack_unit(point(), depth(), point(), (depth(), point()))]))
+
+
+@pytest.mark.parametrize("op", [head_of, bits_of, stem_of, pooled_of, heat_of, stage_of])
+def test_autocast_leaves_what_sums_in_float32_alone(op):
+    x = torch.randn(2, 3, 7, 8)
+    torch.manual_seed(1)
+    expected = op(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(x), expected)
 
 
 def test_autocast_leaves_the_grid_alone():

@@ -60,9 +60,11 @@ class EagerEngine:
 
     def segment(self, slices: Tensor) -> Segmentation:
         """Segments slices [N, C, H, W] on any device; see `Engine.segment`."""
+        self._model.check(slices)
+        slices = slices.float()
         if not slices.isfinite().all():
             raise ValueError(NOT_FINITE)
-        chunks = (channels_last(chunk.to(self._device).float()) for chunk in slices.split(CHUNK))
+        chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
         parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
         return Segmentation.joined(parts)
 
@@ -73,7 +75,7 @@ def compile_engine(
     """Prepares a copy of a model for inference: later changes of its weights do not reach it.
 
     Args:
-        model: Trained; stays as it is, in its mode and on its device.
+        model: Trained; stays as it is, in its mode, dtype and on its device. Its copy is float32.
         device: "auto", "cpu", "cuda" or "cuda:N".
         executor: On a CPU "openvino" (graphs in int8 where the machine's sums are exact, else in
             float32; needs the extra `cpu`), "torch" (oneDNN int8, likewise, and float32), "eager"
@@ -109,7 +111,8 @@ def compile_engine(
         raise ValueError(f"executor {executor} {misfit}; use auto or eager")
     if place.type != "cpu" and executor in ("openvino", "torch"):
         raise ValueError(f"executor {executor} runs on the CPU only; use device cpu")
-    model = deepcopy(model).eval()
+    # slices are float32; weights of lower precision lose nothing
+    model = deepcopy(model).eval().float()
     if executor == "eager":
         return EagerEngine(model.to(place), place)
     if misfit:

@@ -796,6 +796,9 @@ def test_bad_arguments(change, message):
         ({"num_bits": (8, 17)}, "widths from 2 to 16"),
         ({"num_bits": ()}, "widths from 2 to 16"),
         ({"transposed": True, "groups": 2}, "packed without groups"),
+        ({"bias": torch.zeros(2)}, r"bias must have shape \[1\], got \[2\]"),
+        ({"norm": (torch.ones(1), torch.ones(2))}, r"norm must have shape \[1\], got \[1\], \[2\]"),
+        ({"groups": 2}, "groups must divide the 1 output channels, got 2"),
     ],
 )
 def test_weights_that_cannot_be_packed(arguments, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meddanet.kernels import fake_quant_conv2d, fake_quant_conv2d_reference
+from meddanet.kernels import fake_quant_conv2d, fake_quant_conv2d_reference, fake_quantize
 
 
 def on_grid(x, num_bits, amax):
@@ -199,6 +199,19 @@ def test_an_empty_batch(learnt):
     assert not weight.grad.any() and not bias.grad.any()
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 9, 7), (0, 4, 0, 7), (2, 4, 0, 7)])
+def test_nothing_within_a_given_range(shape):
+    """A backward pass keeps a bit per element: none here."""
+    x, amax = torch.zeros(shape, requires_grad=True), torch.tensor(1.0)
+    fake_quantize(x, 8, amax).sum().backward()
+    assert x.grad.shape == shape
+    if shape[2]:
+        weight = torch.ones(2, 4, 3, 3, requires_grad=True)
+        out = fake_quant_conv2d(x, weight, num_bits=8, input_num_bits=8, input_amax=amax)
+        out.sum().backward()
+        assert out.shape == (0, 2, 7, 5) and not weight.grad.any()
+
+
 def test_special_values():
     input, weight, _, arguments = tensors("3x3")
     assert not fake_quant_conv2d(input, weight * 0, **arguments, num_bits=8).any()
@@ -294,5 +307,8 @@ def test_wrong_arguments():
         fake_quant_conv2d(input, weight, groups=2, num_bits=8)
     with pytest.raises(ValueError, match=r"bias must be \[6\], got shape \[4\]"):
         fake_quant_conv2d(input, weight, torch.zeros(4), num_bits=8)
+    for wrong, stride in (("SAME", 1), ("same", 2)):
+        with pytest.raises(ValueError, match=f"padding is '{wrong}' with stride {stride}; exp"):
+            fake_quant_conv2d(input, weight, None, stride, wrong, num_bits=8, input_num_bits=8)
     with pytest.raises(ValueError, match="floating-point"):
         fake_quant_conv2d(input.int(), weight, num_bits=8, input_num_bits=8)

@@ -185,6 +185,8 @@ def test_any_region(codes, channels, classes, offset, region, seed):
         ({"offset": torch.zeros(2, 2, dtype=torch.int32)}, "offset must be"),
         ({"slots": torch.zeros(2, dtype=torch.int32)}, r"slots must be \[1\]"),
         ({"slices": 0}, "1 regions need as many slices"),
+        ({"bias": torch.zeros(1)}, r"bias must be \[3\], got shape \[1\]"),
+        ({"weight": torch.zeros(4)}, r"weights \[K, C\]"),
         ({"margin": -1}, "margin must be at least 0"),
     ],
 )

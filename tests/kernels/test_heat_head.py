@@ -231,6 +231,7 @@ def test_weights_that_do_not_fit(last, more, message):
         (torch.zeros(4, 9, 9), (1, 1), r"input must be \[N, 4, H, W\], got \[4, 9, 9\]"),
         (torch.zeros(1, 4, 9, 9).half(), (1, 1), "float16 on cpu, the head is packed in"),
         (torch.zeros(1, 4, 9, 9), (1, 0.0), r"plays must be two shares above 0, got \[1, 0.0\]"),
+        (torch.zeros(1, 4, 9, 9), (1, float("nan")), r"plays must be two shares above 0"),
         (torch.zeros(1, 4, 9, 9), (1,), r"plays must be two shares above 0, got \[1\]"),
     ],
 )
