@@ -106,7 +106,13 @@ def fill_cache(
             files = _fingerprint(case)
             row = table.get(name, {})
             # rows without values are from before single modalities were told from gliomas
-            if row.get("files") != files or not row.keys() >= _ROW or not is_cached(name, cache):
+            cached_from = row.get("files")
+            if cached_from not in (None, files) and is_cached(name, cache):
+                warnings.warn(
+                    f"{cache}: {name} has other files than when it was cached and is cached anew; "
+                    "runs that have begun on this cache go on with the new ones", stacklevel=2,
+                )
+            if cached_from != files or not row.keys() >= _ROW or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
         accept({name: table[name] for name in cases})
         content["accepted"] = True

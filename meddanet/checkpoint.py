@@ -121,7 +121,7 @@ def _content(path: Path) -> Iterator[dict[str, Any]]:
         raise
     # damaged bytes make readers raise nearly anything
     except Exception as error:
-        why = str(error).partition("\n")[0] or type(error).__name__
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"{path}: is no checkpoint of this run ({why}); delete it, and those of later phases, "
             "to repeat its phase, or name another out"
@@ -180,16 +180,27 @@ def keep_config(config: TrainConfig, split: dict[str, list[str]]) -> None:
     """
     out = Path(config.out)
     for path, content in ((out / "split.json", split), (out / "config.json", asdict(config))):
-        # as it will be read
-        content = json.loads(json.dumps(content))
-        if path.exists():
-            cure = "delete it and give the run's own settings again, or name another out"
-            saved = read_record(path, cure)
-            try:
-                _check_same(path, saved, content)
-            except (LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: is damaged ({error!r}); {cure}") from error
+        _check_record(path, content)
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_config(config: TrainConfig) -> None:
+    """Sees that `<out>/config.json`, if it is there, says the same; raises as `keep_config`.
+
+    It writes nothing: for before the data are read, which takes a cache into use.
+    """
+    _check_record(Path(config.out) / "config.json", asdict(config))
+
+
+def _check_record(path: Path, content: dict[str, Any]) -> None:
+    if path.exists():
+        cure = "delete it and give the run's own settings again, or name another out"
+        saved = read_record(path, cure)
+        try:
+            # as it will be read
+            _check_same(path, saved, json.loads(json.dumps(content)))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: is damaged ({error!r}); {cure}") from error
 
 
 def _with_later_fields(saved: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +226,9 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         free = root in _FREE and not (root == "baseline" and wanted["baseline"] and rest)
         if free or name.endswith(".steps") or now.get(name, _ABSENT) == value:
             continue
-        if root in ("phases", "baseline") and _may_change(path.parent, saved, name):
+        # its optimiser has the selectors in a group of their own, or not
+        regrouped = name.endswith(".selector_rate") and 1 in (value, now.get(name))
+        if root in ("phases", "baseline") and _may_change(path.parent, saved, name, regrouped):
             continue
         asked = "nothing" if name not in now else repr(now[name])
         raise ValueError(
@@ -224,8 +237,11 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         )
 
 
-def _may_change(out: Path, saved: dict[str, Any], name: str) -> bool:
-    """Tells whether a field of a phase, by its dotted name, has had no effect yet."""
+def _may_change(out: Path, saved: dict[str, Any], name: str, regrouped: bool) -> bool:
+    """Tells whether a field of a phase, by its dotted name, has had no effect yet.
+
+    `regrouped`: Whether its change leaves the optimiser other groups.
+    """
     root, *number, field = name.split(".")
     if not number and root == "phases":
         return False
@@ -237,7 +253,7 @@ def _may_change(out: Path, saved: dict[str, Any], name: str) -> bool:
         return False
     if not files[here].exists():
         return True
-    if field not in _PACE:
+    if field not in _PACE or regrouped:
         return False
     with _content(files[here]) as content:
         progress = Progress(**content["progress"])

@@ -146,6 +146,8 @@ def _check_map(label_map: dict[int, int]) -> None:
     """Raises ValueError unless a map's classes are 1..K."""
     if not all(0 <= number <= 255 for pair in label_map.items() for number in pair):
         raise ValueError(f"label_map is {label_map}, expected values and classes from 0 to 255")
+    if label_map.get(0):
+        raise ValueError(f"label_map is {label_map}, but value 0 is background; leave it out")
     classes = set(label_map.values()) - {0}
     if not classes or max(classes) > len(classes):
         raise ValueError(
@@ -203,7 +205,8 @@ def _label_facts(config: TrainConfig, gliomas: bool, num_classes: int) -> dict[s
     # of values that share a class, the first stands for it
     values = {k: k for k in range(1, num_classes)}
     for value, k in reversed((config.label_map or {}).items()):
-        values[k] = value
+        if k:  # what becomes background is no label
+            values[k] = value
     return {"label_convention": "values", "label_values": values}
 
 

@@ -98,7 +98,7 @@ def compare(
     )
     prediction = load_labels(pair.prediction, like=like)
     own, known = _report(pair.prediction), _report(pair.reference)
-    groups = _labels_told(pair, own, known) if groups is None else groups
+    groups = _labels_told(pair, reference, own, known) if groups is None else groups
     if groups is None:
         convention = known.get("label_convention") or labels or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
@@ -121,7 +121,9 @@ def compare(
     return scores
 
 
-def _labels_told(pair: Pair, own: dict[str, Any], known: dict[str, Any]) -> Groups | None:
+def _labels_told(
+    pair: Pair, reference: np.ndarray, own: dict[str, Any], known: dict[str, Any]
+) -> Groups | None:
     """Returns a region for each label where a report tells of others than a brain tumour's."""
     if own.get("label_convention") == "values":
         path, values = pair.prediction, own.get("label_values")
@@ -136,6 +138,12 @@ def _labels_told(pair: Pair, own: dict[str, Any], known: dict[str, Any]) -> Grou
         return None
     if not isinstance(values, dict):
         raise VolumeError(f"{path}: the report beside it names no label_values; see --groups")
+    if untold := _values(reference) - set(values.values()):
+        # as where training has merged labels into one
+        warnings.warn(
+            f"{pair.reference}: holds label values {listed(untold)}, of which the report of {path} "
+            "tells nothing: they count as background here; see --groups", stacklevel=2,
+        )
     return {name: (value,) for name, value in values.items()}
 
 

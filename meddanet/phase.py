@@ -195,6 +195,7 @@ def _resume(
             f"{checkpoint}: has {progress.step} steps done, more than the {phase.steps} asked for; "
             "expected at least as many, or another out"
         )
+    factors = [group.get("factor") for group in stateful["optimizer"].param_groups]
     try:
         for name, value in stateful.items():
             value.load_state_dict(states[name])
@@ -203,6 +204,10 @@ def _resume(
             f"{checkpoint}: is no checkpoint of this phase ({error}); delete it to repeat the "
             "phase, or name another out"
         ) from error
+    # the rates asked for, not those of then
+    for group, factor in zip(stateful["optimizer"].param_groups, factors, strict=True):
+        if factor is not None:
+            group["factor"] = factor
     if progress.steps != phase.steps:
         progress.ramp_start, progress.ramp_share = progress.step, progress.share
         progress.steps = int(phase.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from .batches import Batches
 from .build import build_med_danet, build_med_danet_v2, build_segmenter
 from .cases import output_folder
 from .checkpoint import (
+    check_config,
     check_out,
     checkpoint_files,
     hold_run,
@@ -110,6 +112,9 @@ class _Run:
         # once a checkpoint is there, all weights are in it
         starts = config.start is not None and not self.files[0].exists()
         check_run(config, starts)
+        with first_alone() as first:
+            if first:
+                check_config(config)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
         self.model = _build(config, len(self.data.modalities), self.data.num_classes)
@@ -179,6 +184,10 @@ class _Run:
         if theirs != self.data.modalities:
             here = ", ".join(self.data.modalities)
             notes.append(f"was trained on {', '.join(theirs)}; the channels here are {here}")
+        for name, label in (("label_values", "label values"), ("window_hu", "a window of")):
+            before, here = facts.get(name), json.loads(json.dumps(self.data.facts.get(name)))
+            if before != here and (name == "window_hu" or None not in (before, here)):
+                notes.append(f"was trained on {label} {before}; here it is {here}")
         known = set(self.data.split["held_out"]).intersection(facts.get("trained_on", ()))
         if known:
             notes.append(

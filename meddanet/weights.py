@@ -85,7 +85,20 @@ def save_model(
     except TypeError as error:
         raise ValueError(f"notes: {error}; expected what JSON has") from error
     tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
-    write_bytes(path, save(tensors, texts))
+    write_bytes(path, _in_order(save(tensors, texts)))
+
+
+def _in_order(file: bytes) -> bytes:
+    """Sorts the facts of a safetensors file, which come in another order each time.
+
+    So the same weights make the same file, by whose SHA-256 results are known.
+    """
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors lie on eights
+    return len(text).to_bytes(8, "little") + text + file[start:]
 
 
 def _names(modalities: Sequence[str], count: int) -> list[str]:

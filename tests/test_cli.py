@@ -336,6 +336,25 @@ def test_named_files_make_one_case(cohort, tmp_path, segment):
     assert code == 1 and "T2w is named twice" in messages[0]
 
 
+def test_the_only_channel_is_what_a_model_of_one_modality_takes(cohort, tmp_path, segment):
+    model = build_med_danet_v2("unet-2", in_channels=1, num_classes=3, crop_sizes=(16,))
+    weights = tmp_path / "own.safetensors"
+    save_model(model, weights, modalities=("MRI",), label_values={1: 7, 2: 9})
+    scan = shutil.copy(cohort / "case_0" / "case_0_t1.nii.gz", tmp_path / "scan.nii.gz")
+    given = [scan, "--weights", weights, "--executor", "eager", "-o"]
+    assert segment(*given, tmp_path / "a")[0] == 0
+    assert segment(*given, tmp_path / "a")[2][0].startswith("1 finished before")
+    assert segment(*given, tmp_path / "b", "--modalities", "mri")[0] == 0
+    found, named = (values(tmp_path / out / "scan.nii.gz") for out in "ab")
+    assert np.array_equal(found, named) and set(np.unique(found)) <= {0, 7, 9}
+    assert json.loads((tmp_path / "a" / "scan.json").read_text())["modalities"] == ["mri"]
+    # two channels are not one
+    both = np.stack([np.asarray(nib.load(scan).dataobj)] * 2, -1)
+    nib.save(nib.Nifti1Image(both, np.eye(4)), two := tmp_path / "two.nii.gz")
+    code, _, messages = segment(two, "--weights", weights, "-o", tmp_path / "c")
+    assert code == 1 and "number of channels is 2, expected 1" in messages[0]
+
+
 def test_channels_that_only_the_user_can_name(cohort, tmp_path, segment):
     parts = [nib.load(cohort / "case_0" / f"case_0_{kind}.nii.gz") for kind in MRI[::-1]]
     data = np.stack([np.asarray(part.dataobj) for part in parts], -1)

@@ -146,6 +146,14 @@ def test_the_classes_of_a_label_map_have_no_gap(decathlon, tmp_path, label_map, 
         prepare_dataset(config(decathlon, tmp_path / "run", label_map=label_map))
 
 
+def test_background_is_no_label(decathlon, tmp_path):
+    """Of a label map neither what becomes background nor what has been it."""
+    labels = prepare_dataset(config(decathlon, tmp_path / "a", label_map={0: 0, 1: 0, 2: 1}))
+    assert labels.facts["label_values"] == {1: 2} and labels.num_classes == 2
+    with pytest.raises(ValueError, match="but value 0 is background; leave it out"):
+        prepare_dataset(config(decathlon, tmp_path / "b", label_map={0: 1, 2: 2}))
+
+
 def test_a_stray_value_is_no_class(decathlon, tmp_path):
     write_labels(decathlon, 3, lambda labels: labels.__setitem__((0, 0, 0), 200))
     stray = r"hold 1, 2, 200 \(200 in disc_003\), expected 1, 2 .*'\{1: 1, 2: 2, 200: 3\}'"
@@ -294,7 +302,9 @@ def test_a_file_that_changed_is_cached_again(decathlon, tmp_path):
     path = decathlon / "labelsTr" / "disc_001.nii.gz"
     labels = nib.load(path)
     nib.save(nib.Nifti1Image(np.zeros(labels.shape, np.uint8), labels.affine), path)
-    case = next(c for c in prepare_dataset(settings).training if c.name == "disc_001")
+    with pytest.warns(UserWarning, match="disc_001 has other files than when it was cached and is"):
+        data = prepare_dataset(settings)
+    case = next(c for c in data.training if c.name == "disc_001")
     assert not case.labels.any() and not len(case.lesion)
 
 

@@ -262,6 +262,18 @@ def test_a_report_of_other_labels_makes_them_regions(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"label 1": 0, "label 5": 1}
 
 
+def test_labels_that_training_has_merged_are_told_of(tmp_path):
+    """Of a label map {1: 1, 2: 1} the report knows 1 alone, and the reference holds both."""
+    ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 1})
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2})
+    report = {"label_convention": "values", "label_values": {"label 1": 1}}
+    ours.with_name("a.json").write_text(json.dumps(report))
+    with pytest.warns(UserWarning, match=f"^{truth}: holds label values 2, .* background here;"):
+        compare(the_pair(ours, truth))
+    merged = compare(the_pair(ours, truth), groups={"label 1": (1, 2)})
+    assert merged["dice"] == {"label 1": 1}
+
+
 def test_a_report_beside_the_reference_tells_of_both(tmp_path):
     """As beside the predictions of another model that are taken for the reference."""
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 5})
@@ -274,7 +286,8 @@ def test_a_report_beside_the_reference_tells_of_both(tmp_path):
     # what the prediction's own report says goes first, unless it cannot be compared
     report = {"label_convention": "values", "label_values": {"five": 5}}
     ours.with_name("a.json").write_text(json.dumps(report))
-    assert compare(pair)["dice"] == {"five": 1}
+    with pytest.warns(UserWarning, match="holds label values 1, of which the report of"):
+        assert compare(pair)["dice"] == {"five": 1}
     ours.with_name("a.json").write_text(json.dumps({"label_convention": "msd"}))
     with pytest.raises(VolumeError, match=f"^{ours}: holds the labels of msd .*, {truth} others;"):
         compare(pair)

@@ -112,6 +112,16 @@ def test_runs_that_fill_one_cache_lose_no_case(decathlon, tmp_path):
     assert files == {f"{name}.{kind}.npy" for name in names for kind in kinds}
 
 
+def test_only_a_runs_own_leftovers_are_cleared(tmp_path):
+    ours = [".config.json.7.partial", ".disc_000.images.npy.12.partial", ".0-static.pt.7.partial"]
+    others = [".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.b.partial"]
+    for name in (*ours, *others):
+        (tmp_path / name).touch()
+    with hold(tmp_path / "run.lock"):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, "run.lock"}
+
+
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")

@@ -192,12 +192,50 @@ def test_another_configuration_is_refused_by_name(config):
     for field, value, named in (
         ("seed", 5, "config.json: seed is 0 in the run that is there, and 5 is asked for"),
         ("num_bits", (4, 8), r"num_bits is \[8, 16\]"),
-        ("fold", 1, r"split.json: trained_on is"),
+        ("fold", 1, "config.json: fold is 0 in the run that is there, and 1 is asked for"),
         ("phases", [PhaseConfig("static", 1, batch=4), config.phases[1]], "phases.0.batch is 2"),
         ("phases", config.phases[:1], "phases.1.objective is 'decisions' .* nothing is asked"),
     ):
         with pytest.raises(ValueError, match=named):
             train(replace(config, **{field: value}))
+
+
+def test_a_refused_configuration_leaves_the_cache_as_it_was(config, tmp_path):
+    """Else it would be bound to what the run has not."""
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    for name in ("cases.json", "disc_001.labels.npy"):
+        (tmp_path / "cache" / name).unlink()
+    with pytest.raises(ValueError, match="config.json: label_map.1 is nothing|label_map is None"):
+        train(replace(config, label_map={1: 1, 2: 1}))
+    assert not (tmp_path / "cache" / "cases.json").exists()
+    train(config)
+
+
+def test_another_split_is_refused(config, decathlon):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    train(config)
+    for kind in ("imagesTr", "labelsTr"):
+        (decathlon / kind / "disc_001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="split.json: trained_on is"):
+        train(config)
+
+
+def test_the_selectors_rate_acts_from_the_next_step_on(config, tmp_path, steps):
+    def goes_on_with(rate):
+        out = str(tmp_path / f"to-{rate}")
+        phase = PhaseConfig("joint", 4, batch=2, arithmetic="learning", selector_rate=10.0)
+        steps.made, steps.broken = 0, (3,)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, out=out, phases=[phase]))
+        return train(replace(config, out=out, phases=[replace(phase, selector_rate=rate)]))
+
+    same, faster = (load_model(goes_on_with(rate)).state_dict() for rate in (10.0, 1000.0))
+    name = "bit_selectors.0.linear.weight"
+    assert not torch.equal(same[name], faster[name])
+    # groups of another number are no pace
+    with pytest.raises(ValueError, match="selector_rate is 10.0 in the run .* and 1.0 is asked"):
+        goes_on_with(1.0)
 
 
 def test_a_run_from_before_a_field_keeps_what_it_had(config, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.layers import quantized_layers
@@ -102,6 +102,20 @@ def test_the_file_says_what_it_is(model, path):
     }
     assert facts["model"] == "MedDANetV2"
     assert load_model(path).metadata == facts
+
+
+def test_the_same_weights_are_the_same_file(model, path):
+    """Results tell weights by their SHA-256; safetensors writes facts in an order of chance."""
+    once = path.read_bytes()
+    for _ in range(5):
+        save_model(
+            model, path, trained_on=["p1", "p2"], label_convention="msd", modalities=("t1", "t2")
+        )
+        assert path.read_bytes() == once
+    header = 8 + int.from_bytes(once[:8], "little")
+    assert header % 8 == 0 and len(once) == header + sum(
+        tensor.nbytes for tensor in load_file(path).values()
+    )
 
 
 FACTS = {

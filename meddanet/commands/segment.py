@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..cases import ReadAhead, gather_cases, output_folder
 from ..data import Case, VolumeError
+from ..data.sources import named_by_model
 from ..finished import Request, is_finished, request
 from ..messages import complain, say
 from .options import channel_names
@@ -24,6 +25,8 @@ def run(options: Namespace) -> int:
         modalities=channel_names(options), preview=options.preview,
     )
     cases, errors = gather_cases(options.inputs)
+    if asked.modalities is None:
+        cases = [named_by_model(case, asked.facts.get("modalities", ())) for case in cases]
     pending, refused = (cases, []) if options.overwrite else _pending(cases, out, asked)
     errors += refused
     for error in errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -9,6 +10,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+# as `storage.Staged` names what a run writes into such folders: no other program's files
+_PARTIAL = re.compile(r"\..+\.(json|jsonl|npy|pt|safetensors)\.\d+\.partial")
 
 
 def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
@@ -38,5 +43,6 @@ def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
         stream.close()
         return nullcontext()
     for leftover in lock.parent.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+        if _PARTIAL.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
     return stream

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .conventions import (
@@ -101,6 +102,15 @@ def unnamed_channels(case: Case, given: tuple[str, ...] | None) -> tuple[str, ..
             f"{', '.join(names)}; leave that out, or correct the former"
         )
     return None
+
+
+def named_by_model(case: Case, modalities: Sequence[str]) -> Case:
+    """Returns a case of one file whose channel nothing names as a model's only modality.
+
+    Any other case, and what is for a model of several modalities, stays as it is.
+    """
+    untold = not case.modalities and isinstance(case.files, Path)
+    return replace(case, modalities=tuple(modalities)) if untold and len(modalities) == 1 else case
 
 
 def usual_order(names: tuple[str, ...]) -> tuple[str, ...]:
