@@ -341,17 +341,17 @@ def test_the_only_channel_is_what_a_model_of_one_modality_takes(cohort, tmp_path
     weights = tmp_path / "own.safetensors"
     save_model(model, weights, modalities=("MRI",), label_values={1: 7, 2: 9})
     scan = shutil.copy(cohort / "case_0" / "case_0_t1.nii.gz", tmp_path / "scan.nii.gz")
-    given = [scan, "--weights", weights, "--executor", "eager", "-o"]
-    assert segment(*given, tmp_path / "a")[0] == 0
-    assert segment(*given, tmp_path / "a")[2][0].startswith("1 finished before")
-    assert segment(*given, tmp_path / "b", "--modalities", "mri")[0] == 0
+    options = ["--weights", weights, "--executor", "eager", "-o"]
+    assert segment(scan, *options, tmp_path / "a")[0] == 0
+    assert segment(scan, *options, tmp_path / "a")[2][0].startswith("1 finished before")
+    assert segment(scan, *options, tmp_path / "b", "--modalities", "mri")[0] == 0
     found, named = (values(tmp_path / out / "scan.nii.gz") for out in "ab")
     assert np.array_equal(found, named) and set(np.unique(found)) <= {0, 7, 9}
     assert json.loads((tmp_path / "a" / "scan.json").read_text())["modalities"] == ["mri"]
     # two channels are not one
     both = np.stack([np.asarray(nib.load(scan).dataobj)] * 2, -1)
     nib.save(nib.Nifti1Image(both, np.eye(4)), two := tmp_path / "two.nii.gz")
-    code, _, messages = segment(two, "--weights", weights, "-o", tmp_path / "c")
+    code, _, messages = segment(two, *options, tmp_path / "c")
     assert code == 1 and "number of channels is 2, expected 1" in messages[0]
 
 
