@@ -282,7 +282,8 @@ class TrainConfig:
         out: Folder for checkpoints, the log, the configuration and the final weights.
         cache: Folder for the uncompressed slices; None = `<out>/cache`.
         modalities: What the channels are, in file order, where the naming does not tell.
-        label_map: Label file's values and the classes 1, 2, ... they become; others are background.
+        label_map: Label file's values and the classes 1, 2, ... they become; others are background,
+            as is what becomes 0.
             None = the convention of the naming where the four modalities of a glioma are there, of
             other cases the values themselves.
         window_hu: Hounsfield values that become 0 and 1 (CT, which is refused without where values
