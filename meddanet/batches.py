@@ -118,4 +118,4 @@ class Batches:
 
 
 def _number(seed: np.random.SeedSequence) -> int:
-    return int(seed.generate_state(1, np.uint64)[0] >> 1)
+    return int(seed.generate_state(1, np.uint64)[0]) >> 1

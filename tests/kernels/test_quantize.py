@@ -311,8 +311,8 @@ def test_properties_of_the_grid(values, num_bits):
     out = fake_quantize(x, num_bits)
     amax = x.abs().max().item()
     largest = QMAX.get(num_bits, 2 ** (num_bits - 1) - 1)
-    # half a step, and the float32 roundings of quotient and product
-    bound = amax / largest / 2 + 4 * torch.finfo(torch.float32).eps * amax + 1e-45
+    # half a step, the float32 roundings of quotient and product, and the least number there is
+    bound = amax / largest / 2 + 4 * torch.finfo(torch.float32).eps * amax + 2.0**-149
     assert (out - x).abs().max().item() <= bound
     assert torch.equal(fake_quantize(-x, num_bits), -out)
     assert out.unique().numel() <= 2 * largest + 1
