@@ -59,7 +59,8 @@ class use_backend:  # noqa: N801, reads as a function, like torch.no_grad
     def __enter__(self) -> None:
         """Chooses again what the constructor has chosen, for one that was kept."""
         global _chosen
-        _chosen = self._name
+        if _chosen != self._name:
+            self._previous, _chosen = _chosen, self._name
 
     def __exit__(
         self,

@@ -101,19 +101,22 @@ def fill_cache(
         ValueError: If the cache was made with other settings.
     """
     with _hold(cache), _table(cache, config) as content:
-        table = content["cases"]
+        table, changed = content["cases"], list[str]()
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
             row = table.get(name, {})
             # rows without values are from before single modalities were told from gliomas
             cached_from = row.get("files")
             if cached_from not in (None, files) and is_cached(name, cache):
-                warnings.warn(
-                    f"{cache}: {name} has other files than when it was cached and is cached anew; "
-                    "runs that have begun on this cache go on with the new ones", stacklevel=2,
-                )
+                changed.append(name)
             if cached_from != files or not row.keys() >= _ROW or not is_cached(name, cache):
                 table[name] = {**_cache_case(case, config, cache), "files": files}
+        if changed:
+            warnings.warn(
+                f"{cache}: {len(changed)} cases, such as {changed[0]}, had files of another size "
+                "or time of change when they were cached and are cached anew; runs that have "
+                "begun on this cache go on with the new ones", stacklevel=2,
+            )
         accept({name: table[name] for name in cases})
         content["accepted"] = True
 

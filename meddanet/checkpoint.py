@@ -226,8 +226,7 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         free = root in _FREE and not (root == "baseline" and wanted["baseline"] and rest)
         if free or name.endswith(".steps") or now.get(name, _ABSENT) == value:
             continue
-        # its optimiser has the selectors in a group of their own, or not
-        regrouped = name.endswith(".selector_rate") and 1 in (value, now.get(name))
+        regrouped = 1 in (value, now.get(name)) and _has_selectors(saved, name)
         if root in ("phases", "baseline") and _may_change(path.parent, saved, name, regrouped):
             continue
         asked = "nothing" if name not in now else repr(now[name])
@@ -235,6 +234,15 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
             f"{path}: {name} is {value!r} in the run that is there, and {asked} is asked for; "
             "expected the same, or another out"
         )
+
+
+def _has_selectors(saved: dict[str, Any], name: str) -> bool:
+    """Tells whether a rate by its dotted name is one of selectors, a group of the optimiser's."""
+    root, *number, field = name.split(".")
+    if field != "selector_rate" or root != "phases" or saved.get("bank"):
+        return False
+    parts = saved["phases"][int(number[0])]["parts"]
+    return not parts or "bit_selectors" in parts
 
 
 def _may_change(out: Path, saved: dict[str, Any], name: str, regrouped: bool) -> bool:

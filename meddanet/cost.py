@@ -257,7 +257,7 @@ def _table(
 def _depth(segmenter: Any) -> int:
     """Returns how many encoder stages a segmenter has; 0 where it does not list them."""
     encoder = getattr(segmenter, "encoder", None)
-    return len(encoder) if isinstance(encoder, nn.ModuleList) else 0
+    return len(encoder) if isinstance(encoder, nn.ModuleList | nn.Sequential) else 0
 
 
 def _stage_names(count: Any) -> tuple[str, ...]:
@@ -268,9 +268,13 @@ def _segmenter_parts(segmenter: Any, prefix: str = "") -> dict[str, str]:
     """Maps the submodules of a segmenter to the parts of the table."""
     stages = _stage_names(_depth(segmenter))
     parts = {f"{prefix}encoder.{i}": name for i, name in enumerate(stages)}
-    for name, _ in segmenter.named_children():
-        if name != "dropout" and not (stages and name == "encoder"):
-            parts[f"{prefix}{name}"] = name
+    for name, child in segmenter.named_children():
+        if name == "dropout" or (stages and name == "encoder"):
+            continue
+        # a list is never called, its members are
+        within = [f".{index}" for index, _ in child.named_children()]
+        listed = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        parts.update({f"{prefix}{name}{index}": name for index in (within if listed else [""])})
     return parts
 
 
@@ -307,16 +311,22 @@ def _dynamic_work(model: Any, shape: tuple[int, ...]) -> Counted:
         "whole": lambda m, x: m.whole_branch(x),
     }
     counted = count_work(model, runs, shape, parts)
-    return {convention: _with_decisions(work) for convention, work in counted.items()}
+    rest = "selectors" if model.num_stages else "rest"
+    return {convention: _with_decisions(work, rest) for convention, work in counted.items()}
 
 
-def _with_decisions(work: dict[str, dict[str, Work]]) -> dict[str, dict[str, Work]]:
-    """Returns route -> part -> work, skip first, each with the networks that decide on it."""
+def _with_decisions(
+    work: dict[str, dict[str, Work]], rest: str
+) -> dict[str, dict[str, Work]]:
+    """Returns route -> part -> work, skip first, each with the networks that decide on it.
+
+    What lies in no part, the gradients that selectors see among it, is named `rest`.
+    """
     policy, position = work.pop("policy"), work.pop("position")
     routes = {"skip": policy}
     for route, row in work.items():
         if "rest" in row:
-            row["selectors"] = row.pop("rest")
+            row[rest] = row.pop("rest")
         routes[route] = {**policy, **(position if route != "whole" else {}), **row}
     return routes
 

@@ -136,13 +136,13 @@ def _labels_told(
             )
     else:
         return None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(v, int) for v in values.values()):
         raise VolumeError(f"{path}: the report beside it names no label_values; see --groups")
     if untold := _values(reference) - set(values.values()):
         # as where training has merged labels into one
         warnings.warn(
-            f"{pair.reference}: holds label values {listed(untold)}, of which the report of {path} "
-            "tells nothing: they count as background here; see --groups", stacklevel=2,
+            f"label values {listed(untold)} of references are none that the reports know, and "
+            "count as background; see --groups", stacklevel=2,
         )
     return {name: (value,) for name, value in values.items()}
 

@@ -86,9 +86,9 @@ def _differences(case: Case, report: dict[str, Any], asked: Request) -> Iterator
         yield f"of weights {name}, not " + (
             "those that have this name now" if name == asked.weights else asked.weights
         )
-    convention, wanted = report.get("label_convention"), _convention(case, report, asked)
-    if convention not in (None, wanted):
-        yield f"of labels in {convention}, not in {wanted}"
+    convention, wanted = report.get("label_convention"), _conventions(case, report, asked)
+    if convention not in (None, *wanted):
+        yield f"of labels in {convention}, not in {wanted[0]}"
     # older ones tell of their windows, but not how large these were
     window = run.get("window", asked.window or True if report.get("windows") else None)
     if window != asked.window:
@@ -110,12 +110,14 @@ def _same_weights(run: Mapping[str, Any], asked: Request) -> bool:
     return Path(named).resolve() == Path(asked.weights).resolve()
 
 
-def _convention(case: Case, report: Mapping[str, Any], asked: Request) -> str:
+def _conventions(case: Case, report: Mapping[str, Any], asked: Request) -> tuple[str, ...]:
+    """Returns what a report may say of its labels' convention, first what it would say now."""
     trained = asked.facts.get("label_convention", "brats2021")
     if "label_values" in asked.facts:
-        return trained
+        # older reports repeat what the weights say beside the values
+        return "values", trained
     modalities = case.modalities or report.get("modalities", ())
-    return result_convention(asked.labels, case.convention, modalities, trained)
+    return (result_convention(asked.labels, case.convention, modalities, trained),)
 
 
 def _extent(window: int | None) -> str:

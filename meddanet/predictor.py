@@ -230,7 +230,8 @@ class VolumePredictor:
             return self.engine.segment(slices)
         parts = []
         for chunk in slices.split(CHUNK):
-            part = self.model.segment_windows(channels_last(chunk.to(self.device)), self.window)
+            chunk = chunk.to(self.device, next(self.model.parameters()).dtype)
+            part = self.model.segment_windows(channels_last(chunk), self.window)
             parts.append([tensor.cpu() for tensor in part])
         return Segmentation.joined(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def save_model(
         path: Ends in .safetensors.
         modalities: Order of the input channels; by default flair, t1ce, t1, t2.
         label_convention: What the classes mean, a key of `LABELS`; by default brats2021 for four
-            classes of a brain's modalities. Any others are written as they are, class k as k, where
-            `label_values` says nothing else.
+            classes of a brain's modalities. Any others, "values", are written as `label_values`
+            says, or class k as k.
         **notes: Anything else worth knowing, such as the training split; stored as JSON. These are
             used: `label_values` (class -> value in label files), `window_hu` (Hounsfield values
             that become 0 and 1), `spacing_mm` (of the training data, three numbers), `canvas` and
@@ -75,17 +75,31 @@ def save_model(
         "modalities": _names(modalities or known.get("modalities", MODALITIES), model.in_channels),
         "meddanet": __version__,
     }
-    told = label_convention, notes.get("label_values")
-    if told == (None, None):
-        told = known.get("label_convention"), known.get("label_values")
+    values = notes.get("label_values")
+    if values is None and label_convention in (None, "values"):
+        label_convention = label_convention or known.get("label_convention")
+        values = known.get("label_values")
+    elif values is not None:
+        _check_values(label_convention, values, model.num_classes)
     facts = {k: v for k, v in facts.items() if k not in ("label_values", "label_convention")}
-    facts |= label_facts(*told, facts["modalities"], model.num_classes)
+    facts |= label_facts(label_convention, values, facts["modalities"], model.num_classes)
     try:
         texts = {key: json.dumps(value) for key, value in facts.items()}
     except TypeError as error:
         raise ValueError(f"notes: {error}; expected what JSON has") from error
     tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
     write_bytes(path, _in_order(save(tensors, texts)))
+
+
+def _check_values(convention: str | None, values: Any, num_classes: int) -> None:
+    """Raises ValueError unless values, which are given, are for classes and stand alone."""
+    if convention not in (None, "values"):
+        raise ValueError(f"label_convention is {convention} beside label_values; give one of them")
+    odd = set(map(str, values)) - set(map(str, range(1, num_classes)))
+    if odd and isinstance(values, Mapping):
+        raise ValueError(
+            f"label_values are of {', '.join(sorted(odd))}, expected classes 1 to {num_classes - 1}"
+        )
 
 
 def _in_order(file: bytes) -> bytes:

@@ -30,10 +30,13 @@ from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
 from meddanet.commands import demo as demo_command
 from meddanet.commands import train as train_command
-from meddanet.data import LABELS
+from meddanet.data import LABELS, find_cases
 from meddanet.data.phantom import write_phantom
+from meddanet.data.sources import named_by_model
+from meddanet.finished import Request, is_finished
 from meddanet.layers import quantized_layers
 from meddanet.recipe import PhaseConfig, TrainConfig
+from meddanet.weight_files import read_facts
 from meddanet.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,6 +351,17 @@ def test_the_only_channel_is_what_a_model_of_one_modality_takes(cohort, tmp_path
     found, named = (values(tmp_path / out / "scan.nii.gz") for out in "ab")
     assert np.array_equal(found, named) and set(np.unique(found)) <= {0, 7, 9}
     assert json.loads((tmp_path / "a" / "scan.json").read_text())["modalities"] == ["mri"]
+    # weights of before said "brats2021" beside label values, and so did their reports
+    report = tmp_path / "a" / "scan.json"
+    told = json.loads(report.read_text())
+    assert told["label_convention"] == "values"
+    facts = {**read_facts(weights), "label_convention": "brats2021"}
+    asked = Request(str(weights), told["run"]["weights_sha256"], facts)
+    (case,) = find_cases(scan)
+    case = named_by_model(case, facts["modalities"])
+    for convention in ("values", "brats2021"):
+        report.write_text(json.dumps({**told, "label_convention": convention}))
+        assert is_finished(case, tmp_path / "a", asked)
     # two channels are not one
     both = np.stack([np.asarray(nib.load(scan).dataobj)] * 2, -1)
     nib.save(nib.Nifti1Image(both, np.eye(4)), two := tmp_path / "two.nii.gz")

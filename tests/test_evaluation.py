@@ -268,7 +268,7 @@ def test_labels_that_training_has_merged_are_told_of(tmp_path):
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2})
     report = {"label_convention": "values", "label_values": {"label 1": 1}}
     ours.with_name("a.json").write_text(json.dumps(report))
-    with pytest.warns(UserWarning, match=f"^{truth}: holds label values 2, .* background here;"):
+    with pytest.warns(UserWarning, match="^label values 2 of references are none .* background;"):
         compare(the_pair(ours, truth))
     merged = compare(the_pair(ours, truth), groups={"label 1": (1, 2)})
     assert merged["dice"] == {"label 1": 1}
@@ -286,12 +286,16 @@ def test_a_report_beside_the_reference_tells_of_both(tmp_path):
     # what the prediction's own report says goes first, unless it cannot be compared
     report = {"label_convention": "values", "label_values": {"five": 5}}
     ours.with_name("a.json").write_text(json.dumps(report))
-    with pytest.warns(UserWarning, match="holds label values 1, of which the report of"):
+    with pytest.warns(UserWarning, match="^label values 1 of references are none"):
         assert compare(pair)["dice"] == {"five": 1}
     ours.with_name("a.json").write_text(json.dumps({"label_convention": "msd"}))
     with pytest.raises(VolumeError, match=f"^{ours}: holds the labels of msd .*, {truth} others;"):
         compare(pair)
     ours.with_name("a.json").unlink()
+    for report in ({}, {"label_values": {"one": [1]}}):
+        told.write_text(json.dumps({"label_convention": "values", **report}))
+        with pytest.raises(VolumeError, match=f"^{truth}: .* names no label_values; see --groups"):
+            compare(pair)
     told.write_text(json.dumps({"label_convention": "values"}))
     with pytest.raises(VolumeError, match=f"^{truth}: the report beside it names no label_values"):
         compare(pair)

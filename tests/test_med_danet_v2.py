@@ -9,7 +9,7 @@ from torch import nn
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
 from meddanet.data import Volume, from_slices, to_slices
-from meddanet.layers import set_quantization
+from meddanet.layers import BitSelector, QuantConv2d, set_quantization
 from meddanet.losses import segmentation_loss
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
@@ -81,6 +81,43 @@ def test_a_segmenter_of_another_make_without_widths():
     assert {part: macs / pixels for part, macs in table.parts["whole"].items()} == {
         "body": 108, "encoder": 36, "last_stage": 18
     }
+
+
+class Listed(Own):
+    """One whose stages follow the chosen widths: in an `encoder` in sequence, or in a list."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        del self.encoder
+        self.name, stages = name, [QuantConv2d(6, 6, 1), QuantConv2d(6, 6, 1)]
+        kind = nn.Sequential(*stages) if name == "encoder" else nn.ModuleList(stages)
+        self.add_module(name, kind)
+
+    def features(self, input, choose_bits=None):
+        feature = self.body(input)
+        for index, stage in enumerate(getattr(self, self.name)):
+            width = None if choose_bits is None else choose_bits(index, feature)
+            feature = stage(feature, width, width)
+        return feature
+
+
+@pytest.mark.parametrize("name", ["encoder", "levels"])
+def test_stages_of_another_make_are_no_selectors(name):
+    model = MedDANetV2(
+        segmenter=Listed(name), policy=AlwaysWhole(), position=nn.AdaptiveAvgPool2d(1),
+        bit_selectors=[BitSelector(6, 2), BitSelector(6, 2)],
+        crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
+    )  # fmt: skip
+    table, pixels = cost_table(model, (1, 2, 16, 16)), 16 * 16
+    parts = {part: macs for part, macs in table.parts["whole"].items() if part != "selectors"}
+    listed = {"enc1": 36, "enc2": 36} if name == "encoder" else {name: 72}
+    assert parts == {
+        part: count * pixels for part, count in {"body": 108, **listed, "last_stage": 18}.items()
+    }
+    # two linear layers of 6 spreads and 4 gradients each, and the gradients' nine taps, four times
+    assert table.parts["whole"]["selectors"] == 2 * 2 * (6 + 4) + 4 * 9 * pixels
+    staged = sum(table.staged["whole"].values())
+    assert staged == (72 * pixels if name == "encoder" else 0)
 
 
 def slices_for(decisions: list[int], side: tuple[int, int] = (40, 48)) -> torch.Tensor:

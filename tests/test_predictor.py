@@ -448,6 +448,26 @@ def test_classes_of_which_nobody_has_told_keep_their_numbers(modalities, num_cla
     assert prediction.label_values == {k: k for k in range(1, num_classes)}
 
 
+def test_labels_of_files_that_once_named_background_too(model):
+    """As training wrote them for a label map with {0: 0}; and a convention that says nothing."""
+    model.metadata = {
+        **model.metadata, "label_values": {"0": 0, "1": 5, "2": 6, "3": 7, "9": 300},
+        "label_convention": "brats2021",
+    }
+    answer(model, lambda slices: torch.full((len(slices), 24, 32), 3))
+    prediction = Predictor(model, "cpu").predict(volume(noise(24, 32, 2)))
+    assert np.unique(prediction.labels) == [7] and prediction.label_convention == "values"
+    assert prediction.label_values == {1: 5, 2: 6, 3: 7}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_windows_of_a_model_of_another_dtype(built, dtype):
+    other = deepcopy(built).to(dtype)
+    scan = volume(noise(24, 32, 2))
+    prediction = VolumePredictor(other, "cpu", window=16).predict(scan)
+    assert prediction.labels.shape == (24, 32, 2) and len(prediction.windows) > 1
+
+
 def test_a_convention_with_too_few_labels_is_refused_before_the_work():
     many = build_med_danet(("unet-2",), num_classes=6)
     with pytest.raises(ValueError, match="brats2023 has three classes, the model 5; say by label_"):

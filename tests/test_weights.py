@@ -133,6 +133,8 @@ def test_what_a_file_says_is_said_again_when_its_model_is_saved_anew(model, tmp_
     assert FACTS.items() <= load_model(first).metadata.items()
     save_model(load_model(first), second)
     assert load_model(second).metadata == load_model(first).metadata
+    save_model(load_model(first), second, label_convention="values")
+    assert load_model(second).metadata == load_model(first).metadata
     # what is given anew takes the place of both ways to say what labels are
     save_model(load_model(first), third, label_convention="msd", canvas=[8, 8])
     told = load_model(third).metadata
@@ -180,6 +182,10 @@ def test_what_cannot_be_saved(model, tmp_path):
         ({"label_values": {1: True, 2: 1}}, "expected class -> value from 1 to 255"),
         ({"label_values": [1, 2]}, "expected class -> value from 1 to 255"),
         ({"label_values": {1: 7}}, r"label_values \{1: 7\} lack class 2"),
+        ({"label_values": {0: 3, 1: 1, 2: 2}}, "label_values are of 0, expected classes 1 to 2"),
+        ({"label_values": {1.7: 1, 1: 1, 2: 2}}, "label_values are of 1.7, expected classes"),
+        ({"label_values": {1: 1, 2: 2}, "label_convention": "msd"}, "give one of them"),
+        ({"label_values": {"one": 1, 1: 1, 2: 2}}, "are of one, expected classes 1 to 2"),
         ({"note": np.float32(1)}, "notes: Object of type float32 is not JSON serializable"),
     ):
         with pytest.raises(ValueError, match=message):

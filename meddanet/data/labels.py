@@ -67,13 +67,19 @@ def label_facts(
         return {"label_convention": convention}
     if values is None:
         _table(str(convention))
-    if not isinstance(values, Mapping) or not all(_is_byte(value) for value in values.values()):
-        raise ValueError(f"label_values are {values}, expected class -> value from 1 to 255")
-    # JSON has no whole numbers as keys
-    known = {int(k): int(value) for k, value in values.items()}
-    if missing := sorted(set(classes) - set(known)):
-        raise ValueError(f"label_values {known} lack class {', '.join(map(str, missing))}")
-    return {"label_convention": "values", "label_values": known}
+    expected = f"label_values are {values}, expected class -> value from 1 to 255"
+    if not isinstance(values, Mapping):
+        raise ValueError(expected)
+    # JSON has no whole numbers as keys; what is no class of the model's is left out
+    given = {str(k): value for k, value in values.items()}
+    if missing := [k for k in classes if str(k) not in given]:
+        raise ValueError(f"label_values {values} lack class {', '.join(map(str, missing))}")
+    known = {k: given[str(k)] for k in classes}
+    if not all(map(_is_byte, known.values())):
+        raise ValueError(expected)
+    return {
+        "label_convention": "values", "label_values": {k: int(v) for k, v in known.items()}
+    }
 
 
 def _is_byte(value: object) -> bool:
@@ -186,6 +192,7 @@ def _present(array: np.ndarray) -> set[int]:
 def _look_up(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     lookup = np.zeros(256, np.uint8)
     lookup[list(table)] = list(table.values())
+    lookup[0] = 0
     changed = [value for value in range(1, int(array.max(initial=0)) + 1) if lookup[value] != value]
     if len(changed) > _FEW:
         return lookup[array]
