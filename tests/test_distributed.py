@@ -49,9 +49,9 @@ from test_distributed import learning_run, exact_run
 from meddanet.distributed import process_group
 
 with process_group("cpu"):
-    inside = threads()
     exact_run(Path(sys.argv[1]), Path(sys.argv[2]))
     learning_run(Path(sys.argv[1]), Path(sys.argv[2]))
+    inside = threads()  # by now they have named themselves
 """
 
 # as on two machines of which each has its own disk
@@ -66,7 +66,6 @@ from meddanet.recipe import TrainConfig
 data, cache, out = map(Path, sys.argv[1:])
 messages = []
 with process_group("cpu"):
-    inside = threads()
     number = rank()
     own = out / f"disk-{{number}}"
     for task in (
@@ -77,6 +76,7 @@ with process_group("cpu"):
             task()
         except ValueError as error:
             messages.append(str(error))
+    inside = threads()
 (out / f"messages-{{number}}").write_text("\\n".join(messages))
 """
 
