@@ -238,10 +238,10 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
 
 def _has_selectors(saved: dict[str, Any], name: str) -> bool:
     """Tells whether a rate by its dotted name is one of selectors, a group of the optimiser's."""
-    root, *number, field = name.split(".")
-    if field != "selector_rate" or root != "phases" or saved.get("bank"):
+    root, *rest = name.split(".")
+    if root != "phases" or rest[1:] != ["selector_rate"] or saved.get("bank"):
         return False
-    parts = saved["phases"][int(number[0])]["parts"]
+    parts = saved["phases"][int(rest[0])]["parts"]
     return not parts or "bit_selectors" in parts
 
 
