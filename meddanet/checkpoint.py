@@ -241,7 +241,7 @@ def _has_selectors(saved: dict[str, Any], name: str) -> bool:
     root, *rest = name.split(".")
     if root != "phases" or rest[1:] != ["selector_rate"] or saved.get("bank"):
         return False
-    parts = saved["phases"][int(rest[0])]["parts"]
+    parts = saved["phases"][int(rest[0])].get("parts")
     return not parts or "bit_selectors" in parts
 
 
