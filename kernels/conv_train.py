@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .conv_train_op import fake_quant_conv2d_op
 from .grid import amax_of
-from .layout import as_pair
+from .layout import as_pair, autocast_device
 from .per_width import weight_amax
 from .quantize import check_num_bits, fake_quantize, fake_quantize_reference, split_width
 
@@ -160,8 +160,7 @@ def fake_quant_conv2d(
         amax = weight_amax(weight, per_channel) if per_channel else None
         weight = fake_quantize(weight, num_bits, amax)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # autocast knows no "meta"
-    dtype, device = input.dtype, "cpu" if input.is_meta else input.device.type
+    dtype, device = input.dtype, autocast_device(input)
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     input, pads = _padded(input, weight, padding, stride, as_pair(dilation))

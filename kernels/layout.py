@@ -17,6 +17,11 @@ def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return y, x
 
 
+def autocast_device(input: Tensor) -> str:
+    """Returns the kind of device whose autocast a tensor follows; it knows no "meta"."""
+    return "cpu" if input.is_meta else input.device.type
+
+
 Returned = TypeVar("Returned")
 
 
@@ -25,9 +30,7 @@ def in_its_own_dtype(function: Callable[..., Returned]) -> Callable[..., Returne
 
     @wraps(function)
     def run(input: Tensor, *others: object) -> Returned:
-        # autocast knows no "meta"
-        device = "cpu" if input.is_meta else input.device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(autocast_device(input), enabled=False):
             return function(input, *others)
 
     return run

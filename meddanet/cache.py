@@ -104,12 +104,11 @@ def fill_cache(
         table, changed = content["cases"], list[str]()
         for name, case in tqdm(cases.items(), desc="cache", disable=None):
             files = _fingerprint(case)
-            row = table.get(name, {})
-            # rows without values are from before single modalities were told from gliomas
-            cached_from = row.get("files")
-            if cached_from not in (None, files) and is_cached(name, cache):
+            row, there = table.get(name, {}), is_cached(name, cache)
+            if there and row.get("files", files) != files:
                 changed.append(name)
-            if cached_from != files or not row.keys() >= _ROW or not is_cached(name, cache):
+            # rows without values are from before single modalities were told from gliomas
+            if not there or row.get("files") != files or not row.keys() >= _ROW:
                 table[name] = {**_cache_case(case, config, cache), "files": files}
         if changed:
             warnings.warn(

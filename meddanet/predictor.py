@@ -104,9 +104,9 @@ class VolumePredictor:
         labels: str | None = None,
         executor: str = "auto",
     ) -> None:
-        if labels is not None and labels not in LABELS:
-            raise ValueError(f"label convention is {labels!r}, expected one of {', '.join(LABELS)}")
         check_routed(model)
+        if labels is not None:
+            label_facts(labels, None, (), model.num_classes)
         if window is not None and not isinstance(window, int):
             raise ValueError(f"window is {window!r}, expected None or a whole number of pixels")
         if window is not None and (window % model.stride or window < model.smallest_side):
@@ -139,8 +139,6 @@ class VolumePredictor:
         self.label_facts = (
             label_facts(*told, self.modalities, model.num_classes) if any(told) else None
         )
-        if labels is not None:
-            label_facts(labels, None, self.modalities, model.num_classes)
 
     def predict(self, volume: Volume) -> Prediction:
         """Segments one volume.

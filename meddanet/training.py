@@ -184,8 +184,9 @@ class _Run:
         if theirs != self.data.modalities:
             here = ", ".join(self.data.modalities)
             notes.append(f"was trained on {', '.join(theirs)}; the channels here are {here}")
+        own = json.loads(json.dumps(self.data.facts))  # as a file has them
         for name, label in (("label_values", "label values"), ("window_hu", "a window of")):
-            before, here = facts.get(name), json.loads(json.dumps(self.data.facts.get(name)))
+            before, here = facts.get(name), own.get(name)
             if before != here and (name == "window_hu" or None not in (before, here)):
                 notes.append(f"was trained on {label} {before}; here it is {here}")
         known = set(self.data.split["held_out"]).intersection(facts.get("trained_on", ()))

@@ -81,7 +81,7 @@ def save_model(
         values = known.get("label_values")
     elif values is not None:
         _check_values(label_convention, values, model.num_classes)
-    facts = {k: v for k, v in facts.items() if k not in ("label_values", "label_convention")}
+    facts.pop("label_values", None)
     facts |= label_facts(label_convention, values, facts["modalities"], model.num_classes)
     try:
         texts = {key: json.dumps(value) for key, value in facts.items()}

@@ -29,12 +29,12 @@ from meddanet.kernels import (
 )
 
 
-def leaf(*shape, dtype=torch.float32, layout=torch.contiguous_format):
-    return torch.randn(*shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+def leaf(*shape):
+    return torch.randn(*shape).requires_grad_()
 
 
-def image(layout=torch.contiguous_format, dtype=torch.float32):
-    return leaf(2, 3, 7, 8, layout=layout, dtype=dtype)
+def image(layout=torch.contiguous_format):
+    return torch.randn(2, 3, 7, 8).contiguous(memory_format=layout).requires_grad_()
 
 
 LAST = torch.channels_last

@@ -278,6 +278,18 @@ def test_a_run_starts_from_weights(config, tmp_path):
         train(replace(second, start=None))
 
 
+def test_a_run_that_starts_from_other_labels_says_so(config, tmp_path):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    first = train(config)
+    swapped = replace(
+        config, start=str(first), label_map={1: 2, 2: 1}, out=str(tmp_path / "second"),
+        cache=str(tmp_path / "other"),
+    )
+    told = r"on label values {'1': 1, '2': 2}; here it is {'1': 2, '2': 1}"
+    with pytest.warns(UserWarning, match=told):
+        train(swapped)
+
+
 def stages_of(path):
     """The weights of the whole slice's last stage, and of every crop's."""
     model = load_model(path)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import meddanet.kernels.flops  # noqa: F401, registers the formulas
 from meddanet.kernels import (
     encode,
     pack_conv,
