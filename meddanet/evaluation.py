@@ -86,9 +86,15 @@ def compare(
         "surface_dice", by region.
 
     Raises:
-        VolumeError: If the files do not lie on one grid, a convention cannot be told, or the
-            prediction's is a brain tumour's and the reference's is not.
+        VolumeError: If a side of the pair is there twice, the files do not lie on one grid, a
+            convention cannot be told, or the prediction's is a brain tumour's and the reference's
+            is not.
     """
+    if pair.doubled:
+        first, second = pair.doubled
+        raise VolumeError(
+            f"{second}: is of case {pair.name}, as {first.name} is; expected one file per case"
+        )
     reference = load_labels(pair.reference)
     # a volume only to have the prediction's grid compared with the reference's
     header = load_header(pair.reference)

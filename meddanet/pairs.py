@@ -12,16 +12,27 @@ from .data.conventions import is_label_name, is_nifti, labelled_case, listing, s
 
 @dataclass(frozen=True)
 class Pair:
-    """A label map and what it should have been; `case` is the reference's."""
+    """A label map and what it should have been.
+
+    Attributes:
+        name: Case name.
+        prediction: Its label file.
+        reference: The label file that it should agree with.
+        case: The reference's.
+        doubled: Two files that would be the same side of the pair, which cannot be scored then.
+    """
 
     name: str
     prediction: Path
     reference: Path
     case: Case
+    doubled: tuple[Path, ...] = ()
 
 
 def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
     """Finds the reference of every label map.
+
+    A pair of which a side is there twice is `compare`'s to refuse, so that it stops no other.
 
     Args:
         predictions: A label file or a folder of `<case>.nii.gz`, or named as labels (`a_seg`).
@@ -42,9 +53,9 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
             raise VolumeError(f"{references}: is one file; expected a folder, as {predictions} is")
         return [Pair(stem(predictions), predictions, references, _case_of(references))]
     single = predictions.is_file()
-    files = {labelled_case(predictions): predictions} if single else _label_files(predictions)
+    files = {labelled_case(predictions): [predictions]} if single else _label_files(predictions)
     known = _references(references)
-    pairs = [Pair(name, path, *known[name]) for name, path in files.items() if name in known]
+    pairs = [_pair(name, paths, *known[name]) for name, paths in files.items() if name in known]
     if not pairs:
         raise VolumeError(
             f"{predictions}: holds no <case>.nii.gz for any labelled case of {references}"
@@ -68,28 +79,29 @@ def unpaired(
     }
 
 
-def _label_files(folder: Path) -> dict[str, Path]:
-    """Returns the label files in a folder by case.
+def _pair(name: str, predictions: list[Path], references: list[Path], case: Case) -> Pair:
+    doubled = next((paths for paths in (predictions, references) if len(paths) > 1), [])
+    return Pair(name, predictions[0], references[0], case, tuple(doubled[:2]))
+
+
+def _label_files(folder: Path) -> dict[str, list[Path]]:
+    """Returns the label files in a folder by case, one of each unless a case is there twice.
 
     Raises:
-        VolumeError: If the folder cannot be listed, or a case has two.
+        VolumeError: If the folder cannot be listed.
     """
     with listing(folder):
         paths = sorted(path for path in folder.iterdir() if is_nifti(path))
     # beside files that are named as labels the others are their scans
     paths = [path for path in paths if is_label_name(path)] or paths
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for path in paths:
-        name = labelled_case(path)
-        if files.setdefault(name, path) != path:
-            raise VolumeError(
-                f"{path}: is of case {name}, as {files[name].name} is; expected one file per case"
-            )
+        files.setdefault(labelled_case(path), []).append(path)
     return files
 
 
-def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
-    """Returns label file and case by name: of the labelled cases, without any of loose files."""
+def _references(folder: Path) -> dict[str, tuple[list[Path], Case]]:
+    """Returns label files and case by name: of the labelled cases, without any of loose files."""
     cases: list[Case] = []
     try:
         cases = find_cases(folder)
@@ -97,9 +109,13 @@ def _references(folder: Path) -> dict[str, tuple[Path, Case]]:
         # cases may lie where nobody may look; that none was found leaves loose files
         if isinstance(error.__cause__, OSError):
             raise
-    known = {case.name: (case.label, case) for case in cases if case.label is not None}
+    known = {
+        case.name: (list(case.doubled) if case.label in case.doubled else [case.label], case)
+        for case in cases if case.label is not None
+    }
     return known or {
-        name: (path, Case(stem(path), path, "files")) for name, path in _label_files(folder).items()
+        name: (paths, Case(stem(paths[0]), paths[0], "files"))
+        for name, paths in _label_files(folder).items()
     }
 
 

@@ -839,6 +839,22 @@ def test_evaluate_references_without_prediction(tmp_path, capsys):
     assert "mean of 1 of 1 cases" in capsys.readouterr().out
 
 
+def test_evaluate_two_predictions_of_one_case(tmp_path, capsys):
+    """That case has failed, the others are scored."""
+    ours, truth = (label_files(tmp_path / side, {"a": [4], "b": [4]}) for side in "pr")
+    shutil.copy(ours / "a.nii.gz", ours / "a.NII.gz")
+    table = tmp_path / "table.json"
+    assert main(["evaluate", str(ours), str(truth), "--json", str(table)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"meddanet: error: {ours}/a.nii.gz: is of case a, as a.NII.gz is; expected one file per "
+        "case\n"
+    )
+    assert captured.out.splitlines()[-1].startswith("mean of 1 of 2 cases  Dice WT 1.0000")
+    content = json.loads(table.read_text())
+    assert content["failed"] == ["a"] and list(content["cases"]) == ["b"]
+
+
 def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
     folders = [str(label_files(tmp_path / side, {"a": [1, 2, 4], "b": [2]})) for side in "pr"]
     assert main(["evaluate", *folders, "--groups", "ET=3"]) == 1

@@ -417,12 +417,26 @@ def test_what_lies_beside_label_files_is_none(tmp_path):
     assert not any(unpaired(pairs, ours.parent, truth.parent).values())
 
 
-def test_two_label_maps_of_one_case(tmp_path):
-    for name in ("a.nii", "a.nii.gz"):
-        write(tmp_path / "out" / name, {(1, 1, 1): 1})
-    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1})
-    with pytest.raises(VolumeError, match=r"out/a.nii.gz: is of case a, as a.nii is; expected one"):
-        find_pairs(tmp_path / "out", truth.parent)
+@pytest.mark.parametrize("side", ["out", "r"])
+@pytest.mark.parametrize(("names", "scans"), [
+    (("a.nii", "a.nii.gz"), False), (("a-seg.nii", "a_seg.nii"), False),
+    (("a_seg.nii", "a_seg.nii.gz"), True),
+])  # fmt: skip
+def test_two_label_maps_of_one_case(tmp_path, side, names, scans):
+    """The case has no score, on whichever side they are, and the others have theirs."""
+    for folder in ("out", "r"):
+        for name in (names[1], names[1].replace("a", "b", 1)):
+            write(tmp_path / folder / name, {(1, 1, 1): 4})
+    write(tmp_path / side / names[0], {(1, 1, 1): 4})
+    if scans:
+        for case in "ab":
+            write_scan(tmp_path / side / f"{case}_flair.nii")
+    twice, once = find_pairs(tmp_path / "out", tmp_path / "r")
+    first, second = names
+    wanted = rf"/{side}/{second}: is of case a, as {first} is; expected one file per case$"
+    with pytest.raises(VolumeError, match=wanted):
+        compare(twice)
+    assert once.name == "b" and compare(once)["dice"]["WT"] == 1
 
 
 def test_a_real_pair_agrees_with_deepmind_and_is_quick(real_data):
