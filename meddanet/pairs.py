@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import is_label_name, is_nifti, labelled_case, listing, stem
+from .data.conventions import is_nifti, labelled_case, labels_among, listing, stem
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,8 @@ def _label_files(folder: Path) -> dict[str, list[Path]]:
     """
     with listing(folder):
         paths = sorted(path for path in folder.iterdir() if is_nifti(path))
-    # beside files that are named as labels the others are their scans
-    paths = [path for path in paths if is_label_name(path)] or paths
     files: dict[str, list[Path]] = {}
-    for path in paths:
+    for path in labels_among(paths):
         files.setdefault(labelled_case(path), []).append(path)
     return files
 

@@ -406,6 +406,23 @@ def test_scans_beside_loose_labels_are_no_references(tmp_path):
     assert unpaired(pairs, tmp_path / "out", tmp_path / "ct")["without_prediction"] == []
 
 
+def test_one_file_named_as_labels_hides_no_other(tmp_path):
+    """On either side; of the loose files only what is a scan by its name is left out."""
+    for side in ("out", "r"):
+        for name in ("a_seg", "b", "ab", "p_0012"):
+            write(tmp_path / side / f"{name}.nii.gz", {(1, 1, 1): 4})
+        for scan in ("a", "a_ct", "a-scan_2", "c_T1", "d_0000", "d_0001"):
+            write_scan(tmp_path / side / f"{scan}.nii.gz")
+    pairs = find_pairs(tmp_path / "out", tmp_path / "r")
+    assert sorted(pair.name for pair in pairs) == ["a", "ab", "b", "p_0012"]
+    assert not any(unpaired(pairs, tmp_path / "out", tmp_path / "r").values())
+    # where none is named as labels all are, whatever they are called
+    (tmp_path / "out" / "a_seg.nii.gz").unlink()
+    assert unpaired([], tmp_path / "out", tmp_path / "r")["without_reference"] == [
+        "a", "a-scan_2", "a_ct", "ab", "b", "c_T1", "d_0000", "d_0001", "p_0012",
+    ]
+
+
 def test_what_lies_beside_label_files_is_none(tmp_path):
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1})
     truth.with_name("a.nii.gz.md5").touch()

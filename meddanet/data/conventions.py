@@ -144,6 +144,26 @@ def labelled_case(path: Path) -> str:
     return parsed[1] if parsed is not None and parsed[2] == _LABEL else stem(path)
 
 
+def labels_among(paths: list[Path]) -> list[Path]:
+    """Returns which NIfTI files of one folder are label files: all, but for scans beside labels.
+
+    Beside files that are named as labels a scan is what names a modality, what is a channel of a
+    case that has a first one, and what begins with the name of a case that has labels.
+    """
+    labelled = {labelled_case(path) for path in paths if is_label_name(path)}
+    if not labelled:
+        return paths
+    stems = {stem(path) for path in paths}
+
+    def is_scan(path: Path) -> bool:
+        convention, name, _ = _parse(path) or ("", "", "")
+        named = convention in _BRATS or (convention == "nnunet" and f"{name}_0000" in stems)
+        begins = {stem(path)[: match.start()] for match in re.finditer(r"[_.-]|$", stem(path))}
+        return named or not begins.isdisjoint(labelled)
+
+    return [path for path in paths if is_label_name(path) or not is_scan(path)]
+
+
 def find_cases(path: str | Path) -> list[Case]:
     """Finds the cases in a case folder, a folder of cases (nested or flat) or one file.
 
