@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import is_nifti, labelled_case, labels_among, listing, stem
+from .data.conventions import (
+    Survey,
+    is_nifti,
+    labelled_case,
+    labels_among,
+    listing,
+    look_through,
+    stem,
+    with_unique_names,
+)
+
+# the label files of each case, one unless it is there twice
+Files = dict[str, list[Path]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,8 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
 
     Args:
         predictions: A label file or a folder of `<case>.nii.gz`, or named as labels (`a_seg`).
-        references: A label file, a folder of label files, or a folder of labelled cases.
+        references: A label file, a folder of label files, or a folder of labelled cases, whose
+            scans need not be there.
 
     Raises:
         VolumeError: If a path is empty or does not exist, or nothing belongs together.
@@ -54,7 +68,12 @@ def find_pairs(predictions: str | Path, references: str | Path) -> list[Pair]:
         return [Pair(stem(predictions), predictions, references, _case_of(references))]
     single = predictions.is_file()
     files = {labelled_case(predictions): [predictions]} if single else _label_files(predictions)
-    known = _references(references)
+    known = _references(references, files)
+    if not known:
+        raise VolumeError(
+            f"{references}: holds no labelled case and no label file; expected folders of cases "
+            "with a segmentation, or files <case>.nii.gz"
+        )
     pairs = [_pair(name, paths, *known[name]) for name, paths in files.items() if name in known]
     if not pairs:
         raise VolumeError(
@@ -73,9 +92,10 @@ def unpaired(
     if Path(predictions).is_file():
         return {"without_prediction": [], "without_reference": []}
     paired = {pair.name for pair in pairs}
+    files = _label_files(Path(predictions))
     return {
-        "without_prediction": sorted(_references(Path(references)).keys() - paired),
-        "without_reference": sorted(_label_files(Path(predictions)).keys() - paired),
+        "without_prediction": sorted(_references(Path(references), files).keys() - paired),
+        "without_reference": sorted(files.keys() - paired),
     }
 
 
@@ -84,37 +104,61 @@ def _pair(name: str, predictions: list[Path], references: list[Path], case: Case
     return Pair(name, predictions[0], references[0], case, tuple(doubled[:2]))
 
 
-def _label_files(folder: Path) -> dict[str, list[Path]]:
-    """Returns the label files in a folder by case, one of each unless a case is there twice.
+def _label_files(folder: Path) -> Files:
+    """Returns the label files in a folder by case.
 
     Raises:
         VolumeError: If the folder cannot be listed.
     """
     with listing(folder):
         paths = sorted(path for path in folder.iterdir() if is_nifti(path))
-    files: dict[str, list[Path]] = {}
+    files: Files = {}
     for path in labels_among(paths):
         files.setdefault(labelled_case(path), []).append(path)
     return files
 
 
-def _references(folder: Path) -> dict[str, tuple[list[Path], Case]]:
-    """Returns label files and case by name: of the labelled cases, without any of loose files."""
-    cases: list[Case] = []
-    try:
-        cases = find_cases(folder)
-    except VolumeError as error:
-        # cases may lie where nobody may look; that none was found leaves loose files
-        if isinstance(error.__cause__, OSError):
-            raise
-    known = {
+def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path], Case]]:
+    """Returns label files and case by name: of labelled cases, or without any of loose files.
+
+    Labels whose scans lie nowhere are of a case, too.
+    """
+    found = look_through(folder)
+    for fault in found.faulty.values():
+        if found.cases or found.lone_labels:
+            # of this line, so that it is said once however often references are looked for
+            warnings.warn(f"{fault}; its cases are left out", stacklevel=1)
+        elif isinstance(fault.__cause__, OSError):
+            # what is looked for may lie there; without channels there may still be loose files
+            raise fault
+    known = _by_name(found.cases)
+    if not known:
+        for name, paths in _label_files(folder).items():
+            known[name] = (paths, Case(stem(paths[0]), paths[0], "files"))
+    return {**_by_name(_without_scans(found, folder, predictions)), **known}
+
+
+def _by_name(cases: list[Case]) -> dict[str, tuple[list[Path], Case]]:
+    """Returns the label file of each case that has one, or both where it is there twice."""
+    return {
         case.name: (list(case.doubled) if case.label in case.doubled else [case.label], case)
         for case in cases if case.label is not None
     }
-    return known or {
-        name: (paths, Case(stem(paths[0]), paths[0], "files"))
-        for name, paths in _label_files(folder).items()
-    }
+
+
+def _without_scans(found: Survey, folder: Path, predictions: Files) -> list[Case]:
+    """Makes cases of labels alone, but of predictions that lie among the references."""
+    predicted = {path.resolve() for paths in predictions.values() for path in paths}
+    # of a case with images, labels that lie elsewhere may be anybody's
+    scanned = {case.name for case in found.cases}
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for path in found.lone_labels:
+        if labelled_case(path) not in scanned and path.resolve() not in predicted:
+            groups.setdefault((path.parent, labelled_case(path)), []).append(path)
+    return with_unique_names([
+        Case(name, paths[0], "files", (), paths[0], tuple(paths[:2]) if paths[1:] else ())
+        for (_, name), paths in groups.items()
+    ], folder)
 
 
 def _case_of(reference: Path) -> Case:

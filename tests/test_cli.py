@@ -839,6 +839,20 @@ def test_evaluate_references_without_prediction(tmp_path, capsys):
     assert "mean of 1 of 1 cases" in capsys.readouterr().out
 
 
+def test_evaluate_warns_once_of_a_folder_with_a_fault(tmp_path, capsys):
+    """And scores the others, though no case has scans."""
+    ours = label_files(tmp_path / "p", {"a": [4]})
+    truth = label_files(tmp_path / "r", {"a_seg": [4]})
+    (truth / "task" / "imagesTr").mkdir(parents=True)
+    shutil.copy(ours / "a.nii.gz", truth / "task" / "imagesTr" / "BRATS_1.nii.gz")
+    (truth / "task" / "dataset.json").write_text("{")
+    assert main(["evaluate", str(ours), str(truth)]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert "dataset.json: holds no channel order" in line and line.endswith("cases are left out")
+    assert captured.out.splitlines()[-1].startswith("mean of 1 of 1 cases  Dice WT 1.0000")
+
+
 def test_evaluate_two_predictions_of_one_case(tmp_path, capsys):
     """That case has failed, the others are scored."""
     ours, truth = (label_files(tmp_path / side, {"a": [4], "b": [4]}) for side in "pr")

@@ -123,6 +123,53 @@ def test_references_among_cases(tmp_path):
     assert [pair.name for pair in one] == ["p3"]
 
 
+@pytest.mark.parametrize("scanned", ["", "a"])
+def test_references_without_their_scans(tmp_path, scanned):
+    """One of the cases or all of them, in folders of their own or of an archive's layout."""
+    places = {"a": "a/a_seg", "b": "b/b_seg", "c": "graded/c/c-seg", "d": "d_seg"}
+    for place in places.values():
+        write(tmp_path / "r" / f"{place}.nii.gz", {(1, 1, 1): 4})
+    for name in scanned:
+        write_scan(tmp_path / "r" / name / f"{name}_flair.nii.gz")
+    for name in "abc":
+        write(tmp_path / "out" / f"{name}.nii.gz", {(1, 1, 1): 4})
+    pairs = find_pairs(tmp_path / "out", tmp_path / "r")
+    assert {pair.name: pair.reference for pair in pairs} == {
+        name: tmp_path / "r" / f"{places[name]}.nii.gz" for name in "abc"
+    }
+    assert all(compare(pair)["dice"]["ET"] == 1 for pair in pairs)
+    assert unpaired(pairs, tmp_path / "out", tmp_path / "r") == {
+        "without_prediction": ["d"], "without_reference": [],
+    }
+
+
+def test_references_without_scans_are_told_apart_as_cases_are(tmp_path):
+    for patient in ("anna", "bert"):
+        write(tmp_path / "r" / patient / "brain_seg.nii", {(1, 1, 1): 4})
+        write(tmp_path / "out" / f"{patient}_brain.nii", {(1, 1, 1): 4})
+    write(tmp_path / "r" / "bert" / "brain_seg.nii.gz", {(1, 1, 1): 4})
+    anna, bert = find_pairs(tmp_path / "out", tmp_path / "r")
+    assert anna.reference == tmp_path / "r" / "anna" / "brain_seg.nii" and not anna.doubled
+    assert [path.name for path in bert.doubled] == ["brain_seg.nii", "brain_seg.nii.gz"]
+
+
+def test_labels_that_may_be_predictions_are_no_references(tmp_path):
+    """No file is scored against itself, nor against what an earlier run left of a case."""
+    root = tmp_path / "r"
+    write_scan(root / "a" / "a_flair.nii.gz")
+    write(root / "a" / "a_seg.nii.gz", {(1, 1, 1): 4})
+    write_scan(root / "b" / "b_flair.nii.gz")
+    for folder in ("new", "old"):
+        for name in "ab":
+            write(root / folder / f"{name}_seg.nii.gz", {(1, 1, 1): 4})
+    write(root / "new" / "c_seg.nii.gz", {(1, 1, 1): 4})
+    (pair,) = pairs = find_pairs(root / "new", root)
+    assert pair.reference == root / "a" / "a_seg.nii.gz"
+    assert unpaired(pairs, root / "new", root) == {
+        "without_prediction": [], "without_reference": ["b", "c"],
+    }
+
+
 def test_references_in_a_decathlon_folder(tmp_path):
     data = np.random.default_rng(0).integers(0, 900, (8, 9, 6, 4)).astype(np.int16)
     task = tmp_path / "Task01"
@@ -164,8 +211,11 @@ def test_what_belongs_to_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(VolumeError, match="no such file or folder"):
         find_pairs(ours, tmp_path / "absent")
-    with pytest.raises(VolumeError, match="holds no <case>.nii.gz for any labelled case of"):
+    with pytest.raises(VolumeError, match="/empty: holds no labelled case and no label file; exp"):
         find_pairs(tmp_path / "out", tmp_path / "empty")
+    write(tmp_path / "r" / "b" / "b_seg.nii.gz", {})
+    with pytest.raises(VolumeError, match="/out: holds no <case>.nii.gz for any labelled case of"):
+        find_pairs(tmp_path / "out", tmp_path / "r")
     with pytest.raises(VolumeError, match="is one file; expected a folder"):
         find_pairs(tmp_path / "out", ours)
 
@@ -339,12 +389,13 @@ def test_lits_naming(tmp_path):
         write(loose / f"segmentation-{number}.nii", {(1, 1, 1): 1})
         write(out / f"volume-{number}.nii.gz", {(1, 1, 1): 1, (3, 3, 3): 2})
     write(lits / "segmentation-7.nii", {})  # its scan is not there
-    nothing = {"without_prediction": [], "without_reference": []}
-    for references in (lits, loose):
+    for references, missing in ((lits, ["volume-7"]), (loose, [])):
         pairs = find_pairs(out, references)
         assert [pair.name for pair in pairs] == ["volume-0", "volume-1"]
         assert pairs[1].reference == references / "segmentation-1.nii"
-        assert unpaired(pairs, out, references) == nothing
+        assert unpaired(pairs, out, references) == {
+            "without_prediction": missing, "without_reference": [],
+        }
     groups = {"liver": (1, 2), "tumour": (2,)}
     scores = [compare(find_pairs(out, folder)[0], groups=groups) for folder in (lits, loose)]
     assert [s["dice"] for s in scores] == [

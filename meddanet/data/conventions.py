@@ -76,12 +76,14 @@ class Survey:
         strays: NIfTI files that belong to no case, label files and results of meddanet aside.
         deep: Folders that are too deep to be looked into.
         faulty: Why folders cannot be listed, or the channels of their files not be told.
+        lone_labels: Files that are named as labels, of cases without images there.
     """
 
     cases: list[Case] = field(default_factory=list)
     strays: list[Path] = field(default_factory=list)
     deep: list[Path] = field(default_factory=list)
     faulty: dict[Path, VolumeError] = field(default_factory=dict)
+    lone_labels: list[Path] = field(default_factory=list)
 
     def unused(self, root: str | Path) -> dict[str, list[str]]:
         """Returns what was left out below a folder: why -> names; nothing that nothing is of."""
@@ -185,13 +187,19 @@ def survey(path: str | Path) -> Survey:
     path = Path(path)
     if path.is_file():
         return Survey(cases_among([path], path.parent) or [Case(stem(path), path, "files")])
-    if not path.is_dir():
-        raise VolumeError(f"{path}: no such file or folder")
-    found = Survey()
-    _walk(path, _MAX_DEPTH, found, set())
+    found = look_through(path)
     if not found.cases:
         raise next(iter(found.faulty.values()), None) or VolumeError(_nothing_found(path))
-    cases = sorted(_with_unique_names(found.cases, path), key=lambda case: case.name)
+    return found
+
+
+def look_through(folder: Path) -> Survey:
+    """Does what `survey` does of a folder, also where it holds no case."""
+    if not folder.is_dir():
+        raise VolumeError(f"{folder}: no such file or folder")
+    found = Survey()
+    _walk(folder, _MAX_DEPTH, found, set())
+    cases = sorted(with_unique_names(found.cases, folder), key=lambda case: case.name)
     return replace(found, cases=cases)
 
 
@@ -234,9 +242,11 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
         cases = cases_among(images, folder)
     except VolumeError as error:
         found.faulty[folder], images = error, []
-    used = {path for case in cases for path in (*case.paths, *case.doubled)}
+    used = {path for case in cases for path in (*case.paths, *case.doubled, case.label)}
+    others = [path for path in images if path not in used]
     found.cases.extend(cases)
-    found.strays.extend(path for path in images if path not in used and not _is_label(path))
+    found.strays.extend(path for path in others if not _is_label(path))
+    found.lone_labels.extend(path for path in others if is_label_name(path))
     for entry in below:
         if depth:
             _walk(entry, depth - 1, found, walked)
@@ -376,7 +386,7 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
+def with_unique_names(cases: list[Case], root: Path) -> list[Case]:
     """Puts as many folders before names that occur more than once as it takes to differ."""
     names = [case.name for case in cases]
     top = root.resolve().name
@@ -386,7 +396,7 @@ def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
             if counts[names[index]] > 1:
                 folders = (top, *case.folder.relative_to(root).parts)[-depth:]
                 names[index] = "_".join((*folders, case.name))
-    name, count = Counter(names).most_common(1)[0]
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
     if count > 1:
         same = [str(case.folder) for case, other in zip(cases, names, strict=True) if other == name]
         raise VolumeError(
