@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 import warnings
@@ -28,6 +27,7 @@ from .data import (
 )
 from .data.conventions import stem
 from .data.nifti import load_header
+from .data.results import read_report
 from .data.storage import write_bytes
 from .metrics import brats_regions, dice_score, surface_scores
 from .pairs import Pair
@@ -87,8 +87,8 @@ def compare(
 
     Raises:
         VolumeError: If a side of the pair is there twice, the files do not lie on one grid, a
-            convention cannot be told, or the prediction's is a brain tumour's and the reference's
-            is not.
+            convention cannot be told, a report tells one that does not exist, or the prediction's
+            is a brain tumour's and the reference's is not.
     """
     if pair.doubled:
         first, second = pair.doubled
@@ -103,8 +103,9 @@ def compare(
         pair.reference.name,
     )
     prediction = load_labels(pair.prediction, like=like)
-    own, known = _report(pair.prediction), _report(pair.reference)
-    groups = _labels_told(pair, reference, own, known) if groups is None else groups
+    if groups is None:
+        own, known = _report(pair.prediction), _report(pair.reference)
+        groups = _labels_told(pair, reference, own, known)
     if groups is None:
         convention = known.get("label_convention") or labels or _detected(pair, reference)
         reference = _classes(reference, convention, pair.reference)
@@ -142,7 +143,8 @@ def _labels_told(
             )
     else:
         return None
-    if not isinstance(values, dict) or not all(isinstance(v, int) for v in values.values()):
+    told = isinstance(values, dict) and all(isinstance(v, int) for v in values.values())
+    if not told or not values:
         raise VolumeError(f"{path}: the report beside it names no label_values; see --groups")
     if untold := _values(reference) - set(values.values()):
         # as where training has merged labels into one
@@ -202,12 +204,16 @@ def listed(items: Iterable[Any]) -> str:
 
 
 def _report(path: Path) -> dict[str, Any]:
-    """Returns what the report beside a label file says; nothing without one."""
+    """Returns what meddanet's report beside a label file says; nothing without one."""
     report = path.with_name(f"{stem(path)}.json")
-    with suppress(OSError, ValueError):
-        content = json.loads(report.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
+    content = read_report(report)
+    convention, known = content.get("label_convention"), [*LABELS, "values"]
+    if convention is not None and convention not in known:
+        raise VolumeError(
+            f"{report}: label_convention is {convention!r}, expected one of {', '.join(known)}; "
+            "without the file, --labels or --prediction-labels tell it"
+        )
+    return content
 
 
 def _detected(pair: Pair, labels: np.ndarray) -> str:

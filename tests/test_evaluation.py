@@ -42,6 +42,14 @@ def write_scan(path: Path) -> None:
     nib.save(nib.Nifti1Image(data, SPACING), path)
 
 
+def write_report(labels: Path, facts: dict[str, object]) -> Path:
+    """Writes what `segment` leaves beside a label file."""
+    name = labels.name.removesuffix(".gz").removesuffix(".nii")
+    path = labels.with_name(f"{name}.json")
+    path.write_text(json.dumps({"case": name, "versions": {"meddanet": "1"}, **facts}))
+    return path
+
+
 def the_pair(prediction: Path, reference: Path):
     (pair,) = find_pairs(prediction, reference)
     return pair
@@ -183,7 +191,7 @@ def test_references_in_a_decathlon_folder(tmp_path):
     with pytest.raises(VolumeError, match=wanted):
         compare(pair)
     assert compare(pair, predicted="brats2021")["dice"] == {"WT": 1, "TC": 1, "ET": 1}
-    ours.with_name("BRATS_001.json").write_text(json.dumps({"label_convention": "brats2021"}))
+    write_report(ours, {"label_convention": "brats2021"})
     # what a report says goes first
     assert compare(pair, predicted="msd")["dice"] == {"WT": 1, "TC": 1, "ET": 1}
     alone = the_pair(ours, task / "labelsTr" / "BRATS_001.nii.gz")
@@ -308,7 +316,7 @@ def test_a_report_of_other_labels_makes_them_regions(tmp_path):
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 5})
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 5, (2, 2, 2): 1})
     report = {"label_convention": "values", "label_values": {"label 1": 1, "label 5": 5}}
-    ours.with_name("a.json").write_text(json.dumps(report))
+    write_report(ours, report)
     assert compare(the_pair(ours, truth))["dice"] == {"label 1": 0, "label 5": 1}
 
 
@@ -317,7 +325,7 @@ def test_labels_that_training_has_merged_are_told_of(tmp_path):
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 1})
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2})
     report = {"label_convention": "values", "label_values": {"label 1": 1}}
-    ours.with_name("a.json").write_text(json.dumps(report))
+    write_report(ours, report)
     with pytest.warns(UserWarning, match="^label values 2 of references are none .* background;"):
         compare(the_pair(ours, truth))
     merged = compare(the_pair(ours, truth), groups={"label 1": (1, 2)})
@@ -328,27 +336,57 @@ def test_a_report_beside_the_reference_tells_of_both(tmp_path):
     """As beside the predictions of another model that are taken for the reference."""
     ours = write(tmp_path / "p" / "a.nii.gz", {(1, 1, 1): 5})
     truth = write(tmp_path / "r" / "a.nii.gz", {(1, 1, 1): 5, (2, 2, 2): 1})
-    pair, told = the_pair(ours, truth), truth.with_name("a.json")
-    told.write_text(json.dumps({
-        "label_convention": "values", "label_values": {"label 1": 1, "label 5": 5},
-    }))
+    pair = the_pair(ours, truth)
+    write_report(
+        truth, {"label_convention": "values", "label_values": {"label 1": 1, "label 5": 5}}
+    )
     assert compare(pair)["dice"] == {"label 1": 0, "label 5": 1}
     # what the prediction's own report says goes first, unless it cannot be compared
     report = {"label_convention": "values", "label_values": {"five": 5}}
-    ours.with_name("a.json").write_text(json.dumps(report))
+    write_report(ours, report)
     with pytest.warns(UserWarning, match="^label values 1 of references are none"):
         assert compare(pair)["dice"] == {"five": 1}
-    ours.with_name("a.json").write_text(json.dumps({"label_convention": "msd"}))
+    write_report(ours, {"label_convention": "msd"})
     with pytest.raises(VolumeError, match=f"^{ours}: holds the labels of msd .*, {truth} others;"):
         compare(pair)
     ours.with_name("a.json").unlink()
-    for report in ({}, {"label_values": {"one": [1]}}):
-        told.write_text(json.dumps({"label_convention": "values", **report}))
+    for report in ({}, {"label_values": {"one": [1]}}, {"label_values": {}}):
+        write_report(truth, {"label_convention": "values", **report})
         with pytest.raises(VolumeError, match=f"^{truth}: .* names no label_values; see --groups"):
             compare(pair)
-    told.write_text(json.dumps({"label_convention": "values"}))
-    with pytest.raises(VolumeError, match=f"^{truth}: the report beside it names no label_values"):
-        compare(pair)
+
+
+@pytest.mark.parametrize("content", [
+    '{"label_convention": "msd"}', '{"label_convention": ["x"]}', '{"label_convention": "hello"}',
+    '{"case": "a", "versions": "1", "label_convention": "msd"}', '["case"]', '"case"', "{",
+    '{"case": "a", "versions": {"python": "3"}, "label_convention": "msd"}', "[" * 100_000,
+])  # fmt: skip
+@pytest.mark.parametrize("side", ["p", "r"])
+def test_a_json_that_is_no_report_tells_nothing(tmp_path, side, content):
+    """As a scanner's or another program's: core is 1 and oedema 2 as without it, not as in MSD."""
+    files = {
+        folder: write(tmp_path / folder / "a.nii", {(1, 1, 1): 1, (2, 2, 2): 2, (3, 3, 3): 4})
+        for folder in "pr"
+    }
+    files[side].with_name("a.json").write_text(content)
+    scores = compare(the_pair(files["p"], files["r"]))
+    assert scores["dice"] == {"WT": 1, "TC": 1, "ET": 1}
+
+
+@pytest.mark.parametrize("convention", ["hello", ["x"], {"x": 1}, 3])
+def test_a_report_of_an_unknown_convention_is_named(tmp_path, convention):
+    ours, truth = (write(tmp_path / side / "a.nii.gz", {(1, 1, 1): 4}) for side in "pr")
+    for labels in (ours, truth):
+        report = write_report(labels, {"label_convention": convention})
+        with pytest.raises(VolumeError) as error:
+            compare(the_pair(ours, truth))
+        assert str(error.value) == (
+            f"{report}: label_convention is {convention!r}, expected one of brats2021, brats2023, "
+            "msd, values; without the file, --labels or --prediction-labels tell it"
+        )
+        # who names the regions asks no report
+        assert compare(the_pair(ours, truth), groups={"ET": (4,)})["dice"] == {"ET": 1}
+        report.unlink()
 
 
 def test_the_rule_nan_drops_no_missed_structure(tmp_path):

@@ -57,9 +57,16 @@ def has_report(labels: Path) -> bool:
 def report_of(labels: Path) -> dict[str, Any]:
     """Returns the report of a label file's case; empty if there is none."""
     name = labels.name.removesuffix(".nii.gz")
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        content = json.loads(labels.with_name(f"{name}.json").read_bytes())
-        if content["case"] == name and content["versions"]["meddanet"]:
+    content = read_report(labels.with_name(f"{name}.json"))
+    return content if content.get("case") == name else {}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Returns what a file says if it is a report of meddanet's, of whichever case; else nothing."""
+    # Python gives up on JSON that is nested too deeply
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        content = json.loads(path.read_bytes())
+        if content["case"] and content["versions"]["meddanet"]:
             return content
     return {}
 
