@@ -68,6 +68,8 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Scores one label map by region.
 
+    It lies on the reference's grid, in whichever voxel order it is stored.
+
     Without groups the regions are those of a brain tumour and each file's values follow its own
     convention: that of the report beside it, else `labels`, else the one its naming and values
     tell; a prediction without a report follows `predicted`, else its reference. A report that tells
@@ -100,7 +102,7 @@ def compare(
     header = load_header(pair.reference)
     like = Volume(
         reference[None], header.get_best_affine(), header, ("labels",), "files",
-        pair.reference.name,
+        str(pair.reference),
     )
     prediction = load_labels(pair.prediction, like=like)
     if groups is None:

@@ -207,11 +207,33 @@ def test_files_that_do_not_lie_on_one_grid(tmp_path):
     moved = SPACING.copy()
     moved[0, 3] = 7
     ours = write(tmp_path / "a.nii.gz", {(1, 1, 1): 4}, moved)
-    with pytest.raises(VolumeError, match=r"a.nii.gz: the affine differs by up to 7"):
+    wanted = f"^{ours}: the affine differs by up to 7 mm from that of volume {truth}; expected"
+    with pytest.raises(VolumeError, match=wanted):
         compare(the_pair(ours, truth))
     ours = write(tmp_path / "a.nii.gz", {(1, 1, 1): 4}, shape=(8, 9, 5))
     with pytest.raises(VolumeError, match=r"a.nii.gz: shape \(8, 9, 5\) differs"):
         compare(the_pair(ours, truth))
+
+
+def test_a_prediction_in_another_voxel_order_is_scored(tmp_path):
+    """Five voxels of 2 mm, three of 1 mm and two of 3 mm apart, whichever the order."""
+    truth = write(tmp_path / "r" / "a.nii.gz", {(1, 4, 3): 4})
+    ours = write(tmp_path / "a.nii.gz", {(6, 7, 5): 4})
+    for order in ("LAS", "RAS", "SPL"):
+        image = nib.load(ours)
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(order))
+        )
+        turned = nib.Nifti1Image(np.asarray(image.dataobj), image.affine).as_reoriented(turn)
+        nib.save(turned, tmp_path / "turned.nii")
+        assert "".join(nib.aff2axcodes(nib.load(tmp_path / "turned.nii").affine)) == order
+        scores = compare(the_pair(tmp_path / "turned.nii", truth))
+        # of eight corners each, the farthest are as far apart as the voxels
+        assert scores["hd95_mm"]["ET"] == pytest.approx(math.hypot(10, 3, 6))
+        assert scores["volume_ml"]["ET"] == 0.006 and scores["dice"]["ET"] == 0
+        turned = nib.load(truth).as_reoriented(turn)
+        nib.save(turned, tmp_path / "turned.nii")
+        assert compare(the_pair(tmp_path / "turned.nii", truth))["dice"]["ET"] == 1
 
 
 def test_what_belongs_to_nothing(tmp_path):

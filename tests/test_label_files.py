@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import permutations, product
 from pathlib import Path
 
 import nibabel as nib
@@ -45,6 +46,31 @@ def test_labels_of_another_grid(scans, tmp_path: Path, volume: Volume) -> None:
     assert "the affine differs" in scans.error(lambda: load_labels(path, volume))
     path = scans.write(tmp_path / "p_seg.nii", np.zeros((*scans.SHAPE, 2), np.uint8))
     assert "number of channels is 2, expected 1" in scans.error(lambda: load_labels(path, volume))
+
+
+@pytest.mark.parametrize("oblique", [False, True])
+def test_labels_in_another_voxel_order_are_turned(tmp_path: Path, oblique: bool) -> None:
+    """As nibabel turns them, in all 48 orders."""
+    affine = np.diag([-1.5, -1.0, 2.0, 1])
+    affine[:3, 3] = 20, 30, -9
+    if oblique:
+        c, s = np.cos(0.5), np.sin(0.5)
+        affine = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ affine
+    labels = np.random.default_rng(0).integers(0, 5, (6, 5, 4)).astype(np.uint8)
+    image = nib.Nifti1Image(labels, affine)
+    volume = Volume(np.zeros((1, 6, 5, 4), np.float32), image.affine, image.header, ("t1",))
+    for axes in permutations(range(3)):
+        for signs in product((1, -1), repeat=3):
+            turned = image.as_reoriented(np.array(list(zip(axes, signs, strict=True))))
+            nib.save(turned, tmp_path / "labels.nii")
+            result = load_labels(tmp_path / "labels.nii", like=volume)
+            np.testing.assert_array_equal(result, labels)
+            np.testing.assert_array_equal(load_labels(tmp_path / "labels.nii"), turned.dataobj)
+    # by a voxel beside the grid, though in the volume's order of axes
+    moved = nib.Nifti1Image(labels[::-1], affine @ np.diag([-1.0, 1, 1, 1]))
+    nib.save(moved, tmp_path / "labels.nii")
+    with pytest.raises(ValueError, match=r"labels\.nii: the affine differs by up to"):
+        load_labels(tmp_path / "labels.nii", like=volume)
 
 
 def labels_of(volume: Volume) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
 from .storage import Writer, compress, read_bytes, read_head, write_bytes
-from .volume import Volume, VolumeError, in_millimetres
+from .volume import Volume, VolumeError, in_millimetres, in_order_of
 
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3
@@ -79,7 +79,8 @@ def load_volume(
         affine = in_millimetres(first.affine, first.header)
         for image in images.values():
             _check_channels(image, len(sources) if image.path == case.files else 1)
-            _check_same_grid(image, first.stored.shape[:3], affine, str(first.path))
+            if fault := _grid_fault(image, first.stored.shape[:3], affine, str(first.path)):
+                raise VolumeError(fault)
         # filled in the file's own memory order: no transposition here
         data = np.empty((len(wanted), *first.stored.shape[2::-1]), np.float32).transpose(0, 3, 2, 1)
         channels = [(images[sources[name][0]], sources[name][1]) for name in wanted]
@@ -92,11 +93,11 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
 
     Args:
         path: A 3-D NIfTI file of whole numbers.
-        like: The volume it belongs to; shape and affine must agree.
+        like: The volume it belongs to, on the same grid; another voxel order is turned into its.
 
     Returns:
-        The file's own values [H, W, D] in its voxel order (`to_classes` translates them), uint8,
-        or uint16 where they exceed 255.
+        The file's own values [H, W, D] (`to_classes` translates them) in the voxel order of `like`,
+        else in its own, uint8, or uint16 where they exceed 255.
 
     Raises:
         VolumeError: If the file is unreadable, holds other than whole numbers or does not fit.
@@ -104,8 +105,11 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
     image = _read(Path(path))
     _check_channels(image, 1)
     if like is not None:
-        affine = in_millimetres(like.affine, like.header)
-        _check_same_grid(image, like.data.shape[1:], affine, f"volume {like.name}")
+        grid = like.data.shape[1:], in_millimetres(like.affine, like.header), f"volume {like.name}"
+        if fault := _grid_fault(image, *grid):
+            image = _in_order_of(image, like.affine)
+            if _grid_fault(image, *grid):
+                raise VolumeError(fault)
     values = image.channel(0)
     with np.errstate(invalid="ignore"):
         labels = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
@@ -213,21 +217,28 @@ def _check_channels(image: _Image, expected: int) -> None:
         )
 
 
-def _check_same_grid(
+def _grid_fault(
     image: _Image, shape: tuple[int, ...], affine: np.ndarray, reference: str
-) -> None:
+) -> str | None:
+    """Returns how an image's grid differs from one whose affine is in millimetres, if it does."""
     if image.stored.shape[:3] != shape:
-        raise VolumeError(
+        return (
             f"{image.path}: shape {image.stored.shape[:3]} differs from {shape} of {reference}; "
             "expected files on one voxel grid"
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0).min()
     difference = np.abs(in_millimetres(image.affine, image.header) - affine).max()
     if difference > _AFFINE_TOLERANCE * spacing:
-        raise VolumeError(
+        return (
             f"{image.path}: the affine differs by up to {difference:.4g} mm from that of "
             f"{reference}; expected co-registered files on one voxel grid"
         )
+    return None
+
+
+def _in_order_of(image: _Image, affine: np.ndarray) -> _Image:
+    stored, own = in_order_of(np.moveaxis(image.stored, -1, 0), image.affine, affine)
+    return replace(image, stored=np.moveaxis(stored, 0, -1), affine=own)
 
 
 def _fill(target: np.ndarray, image: _Image, index: int) -> None:

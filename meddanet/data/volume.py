@@ -119,6 +119,29 @@ def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(axes)))
 
 
+def in_order_of(
+    array: np.ndarray, affine: np.ndarray, like: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Views the last three axes of an array in the voxel order that is nearest to another affine's.
+
+    Args:
+        array: [..., H, W, D] in the voxel order that `affine` describes.
+        affine: [4, 4], voxels to RAS+ world space.
+        like: The affine [4, 4] whose order is wanted.
+
+    Returns:
+        The view and the affine [4, 4] of its voxels, which lie where they did.
+    """
+    axes, signs = lps_axes(affine)
+    wanted, senses = lps_axes(like)
+    turn = np.zeros((4, 4))
+    turn[3, 3] = 1
+    for axis, target, sign in zip(axes, wanted, signs * senses, strict=True):
+        turn[axis, target] = sign
+        turn[axis, 3] = array.shape[axis - 3] - 1 if sign < 0 else 0
+    return from_canonical(canonical(array, affine), like), affine @ turn
+
+
 def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
     """Normalises every modality to zero mean and unit variance inside one joint mask.
 
