@@ -30,12 +30,37 @@ def test_labels_keep_their_values(scans, tmp_path: Path, volume: Volume) -> None
         assert result.dtype == (np.uint16 if top > 255 else np.uint8)
 
 
-@pytest.mark.parametrize("bad", [0.5, -1, np.nan, 70000])
+@pytest.mark.parametrize("bad", [0.5, 1.0001, -1, np.nan, np.inf, 70000])
 def test_values_that_are_no_labels(scans, tmp_path: Path, bad: float) -> None:
     data = np.zeros(scans.SHAPE)
     data[2, 2, 2] = bad
     path = scans.write(tmp_path / "p_seg.nii", data)
-    assert scans.error(lambda: load_labels(path)).startswith(f"{path}: is no segmentation")
+    assert scans.error(lambda: load_labels(path)) == (
+        f"{path}: is no segmentation, it holds {float(bad)}; expected whole numbers from 0 to 65535"
+    )
+
+
+def write_scaled(path: Path, data: np.ndarray, dtype: type = np.int16) -> Path:
+    """Writes floats as nibabel does where a header asks for integers."""
+    image = nib.Nifti1Image(data, np.eye(4))
+    image.set_data_dtype(dtype)
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "top"), [
+    (np.int16, 1), (np.int16, 4), (np.int16, 117), (np.int16, 254), (np.int16, 1000), (np.uint8, 4),
+])  # fmt: skip
+def test_labels_that_were_scaled_are_whole_again(scans, tmp_path, dtype: type, top: int) -> None:
+    labels = np.resize(np.linspace(0, top, min(top, 119) + 1).round(), scans.SHAPE)
+    path = write_scaled(tmp_path / "p_seg.nii", labels, dtype)
+    assert top == 1 or not np.array_equal(nib.load(path).dataobj, labels)
+    np.testing.assert_array_equal(load_labels(path), labels)
+
+
+def test_an_image_that_was_scaled_is_no_segmentation(scans, tmp_path: Path) -> None:
+    path = write_scaled(tmp_path / "p_seg.nii", np.resize([0, 1, 1.02, 4], scans.SHAPE))
+    assert scans.error(lambda: load_labels(path)).startswith(f"{path}: is no segmentation, it ho")
 
 
 def test_labels_of_another_grid(scans, tmp_path: Path, volume: Volume) -> None:

@@ -20,6 +20,8 @@ from .volume import Volume, VolumeError, in_millimetres, in_order_of
 
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3
+# half a step of values up to 5 in 8 bit and up to 1310 in 16: how inexact scaled labels come back
+_SCALED_TOLERANCE = 0.01
 # as many distinct whole numbers as a label map of tumour parts may have, and an image never has
 _MAX_LABEL_VALUES = 8
 
@@ -36,10 +38,16 @@ class _Image:
     def channel(self, index: int) -> np.ndarray:
         """Returns one channel [H, W, D] with slope and intercept applied."""
         stored = self.stored[..., index]
-        slope, intercept = self.header.get_slope_inter()
-        if slope is None or (slope, intercept) == (1, 0):
+        if not self.is_scaled:
             return stored
+        slope, intercept = self.header.get_slope_inter()
         return stored.astype(np.float64) * slope + intercept
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether slope and intercept change the values."""
+        slope, intercept = self.header.get_slope_inter()
+        return slope is not None and (slope, intercept) != (1, 0)
 
 
 def load_volume(
@@ -92,7 +100,7 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
     """Loads a segmentation.
 
     Args:
-        path: A 3-D NIfTI file of whole numbers.
+        path: A 3-D NIfTI file of whole numbers, exact or as slope and intercept give them back.
         like: The volume it belongs to, on the same grid; another voxel order is turned into its.
 
     Returns:
@@ -111,10 +119,11 @@ def load_labels(path: str | Path, like: Volume | None = None) -> np.ndarray:
             if _grid_fault(image, *grid):
                 raise VolumeError(fault)
     values = image.channel(0)
+    whole = np.rint(values) if values.dtype.kind == "f" else values
     with np.errstate(invalid="ignore"):
-        labels = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
+        labels = whole.astype(np.uint8 if whole.max() <= 255 else np.uint16)
     if not np.array_equal(labels, values):
-        raise VolumeError(f"{path}: is no segmentation; expected whole numbers from 0 to 65535")
+        _check_whole(labels, values, _SCALED_TOLERANCE if image.is_scaled else 0, image.path)
     return labels
 
 
@@ -239,6 +248,17 @@ def _grid_fault(
 def _in_order_of(image: _Image, affine: np.ndarray) -> _Image:
     stored, own = in_order_of(np.moveaxis(image.stored, -1, 0), image.affine, affine)
     return replace(image, stored=np.moveaxis(stored, 0, -1), affine=own)
+
+
+def _check_whole(labels: np.ndarray, values: np.ndarray, tolerance: float, path: Path) -> None:
+    """Raises VolumeError, which names a value, where labels differ from the values they are of."""
+    # NaN differs, too
+    off = ~(np.abs(values.astype(np.float64) - labels) <= tolerance)
+    if off.any():
+        raise VolumeError(
+            f"{path}: is no segmentation, it holds {values[off][0]}; expected whole numbers from 0 "
+            "to 65535"
+        )
 
 
 def _fill(target: np.ndarray, image: _Image, index: int) -> None:
