@@ -11,8 +11,10 @@ import torch
 
 from .cases import ReadAhead, Reading, read_case
 from .data import Case, save_volume
-from .data.results import digest, is_result, marked, result_paths
+from .data.lock import alone_in
+from .data.results import digest, is_result, marked, report_of, result_paths
 from .data.storage import Staged, write_json
+from .finished import Request, is_finished
 from .predictor import Prediction, VolumePredictor
 from .report import case_report, write_preview
 
@@ -43,12 +45,13 @@ def segment_case(
         VolumeError: As for `read_case`.
     """
     outcome = _predict(predictor, read_case(case, out))
-    return _write(case, predictor, out, run, preview, *outcome)
+    return _write(case, predictor, out, run, preview, None, *outcome)
 
 
 def segment_cases(
-    readings: ReadAhead, predictor: VolumePredictor, *, preview: bool = False, **run: object
-) -> Iterator[tuple[Case, dict | Exception]]:
+    readings: ReadAhead, predictor: VolumePredictor, *, preview: bool = False,
+    asked: Request | None = None, **run: object,
+) -> Iterator[tuple[Case, dict | Exception]]:  # fmt: skip
     """Segments many cases: the next one is read and the former one written meanwhile.
 
     At most three volumes are in memory: one read ahead, one at work, one being written.
@@ -56,6 +59,8 @@ def segment_cases(
     Args:
         readings: The cases; results go to its `out`.
         predictor, preview, **run: As for `segment_case`.
+        asked: What results that another run wrote meanwhile must be of to stay and count as the
+            case's; others are its error. None: they are replaced.
 
     Yields:
         Each case, in order, with its report once it is written, or the error that ended it.
@@ -72,7 +77,7 @@ def segment_cases(
             if written is not None:
                 yield written[0], _outcome(written[1])
             written = case, writer.submit(
-                _write_or_raise, case, predictor, readings.out, run, preview, outcome
+                _write_or_raise, case, predictor, readings.out, run, preview, asked, outcome
             )
             del outcome
         if written is not None:
@@ -91,11 +96,12 @@ def _write_or_raise(
     out: Path,
     run: Mapping[str, object],
     preview: bool,
+    asked: Request | None,
     outcome: _Predicted | Exception,
 ) -> dict:
     if isinstance(outcome, Exception):
         raise outcome
-    return _write(case, predictor, out, run, preview, *outcome)
+    return _write(case, predictor, out, run, preview, asked, *outcome)
 
 
 def _outcome(writing: Future) -> dict | Exception:
@@ -111,6 +117,7 @@ def _write(
     out: Path,
     run: Mapping[str, object],
     preview: bool,
+    asked: Request | None,
     reading: Reading,
     prediction: Prediction,
     seconds: float,
@@ -134,8 +141,11 @@ def _write(
         content["images_sha256"] = reading.images
         content["labels_sha256"] = sha256 = digest(staged.partials[labels])
         write_json(content, report, staged.write)
-        with marked(labels, sha256):
-            staged.appear()
-            if stale:
-                picture.unlink(missing_ok=True)
+        with alone_in(out):
+            if asked is not None and is_finished(case, out, asked):
+                return report_of(labels)
+            with marked(labels, sha256):
+                staged.appear()
+                if stale:
+                    picture.unlink(missing_ok=True)
     return content

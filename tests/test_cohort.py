@@ -18,7 +18,7 @@ import pytest
 from meddanet import cases, cohort, finished
 from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_case, segment_cases
-from meddanet.data import Case, Volume, VolumeError
+from meddanet.data import Case, Volume, VolumeError, storage
 from meddanet.predictor import Prediction
 
 MRI = ("flair", "t1ce", "t1", "t2")
@@ -287,7 +287,9 @@ def test_a_run_that_is_killed_while_it_writes_goes_on(killed):
         whole = index == 0 and (copy / "a.json").exists()
         assert finished.is_finished(case("a"), copy, WITH_PICTURE) == whole
         segment_case(case("a"), Predictor(label=1), copy, weights="", preview=True)
-        assert {path.name for path in copy.iterdir()} == {"a.nii.gz", "a.json", "a.png"}
+        # what the killed process had not put in place yet stays beside them
+        assert {path.name for path in copy.glob("[!.]*")} == {"a.nii.gz", "a.json", "a.png"}
+        assert {path.suffix for path in copy.glob(".*")} <= {".partial"}
         assert (nib.load(copy / "a.nii.gz").get_fdata() == 1).all()
 
 
@@ -298,6 +300,50 @@ def test_labels_that_were_corrected_after_a_run_was_killed_are_kept(killed):
         with pytest.raises(VolumeError, match=r"was changed after|was not written by"):
             segment_case(case("a"), Predictor(), copy, weights="", preview=True)
         assert labels.read_bytes() == b"corrected"
+
+
+class Overtaken(Predictor):
+    """Another run writes the case while this one predicts it."""
+
+    def __init__(self, out: Path, label: int, **theirs: object) -> None:
+        super().__init__(label=2)
+        self.out, self.other, self.theirs = out, Predictor(label=label), theirs
+
+    def predict(self, volume: Volume) -> Prediction:
+        segment_case(case(volume.name), self.other, self.out, **self.theirs)
+        return super().predict(volume)
+
+
+@pytest.mark.parametrize(("theirs", "error"), [
+    ({"weights": "mine"}, None),
+    ({"weights": "others"}, "a: {}/a.json is of weights others, not mine; name another folder"),
+    ({"weights": "mine", "window": 40}, "a: {}/a.json is of windows of 40, not of whole slices;"),
+])  # fmt: skip
+def test_results_of_another_run_that_appear_meanwhile_stay(volumes, tmp_path, theirs, error):
+    """The same ones are the case's; others are its error, and nobody's loss."""
+    asked = finished.Request("mine", "", {})
+    with ReadAhead([case("a")], tmp_path) as readings:
+        overtaken = Overtaken(tmp_path, 1, **theirs)
+        ((_, outcome),) = segment_cases(readings, overtaken, asked=asked, weights="mine")
+    if error is None:
+        assert outcome == json.loads((tmp_path / "a.json").read_text())
+    else:
+        assert isinstance(outcome, VolumeError)
+        assert str(outcome).startswith(error.format(tmp_path))
+    assert (nib.load(tmp_path / "a.nii.gz").get_fdata() == 1).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.nii.gz", "a.json"}
+
+
+def test_two_processes_of_one_number_do_not_meet(tmp_path):
+    """As in two containers that share a folder."""
+    path = tmp_path / "a.json"
+    with storage.Staged() as one, storage.Staged() as other:
+        one.write(path, b"one")
+        other.write(path, b"other")
+        one.appear()
+        assert path.read_bytes() == b"one"
+        other.appear()
+    assert path.read_bytes() == b"other" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("changes", [

@@ -113,8 +113,8 @@ def test_runs_that_fill_one_cache_lose_no_case(decathlon, tmp_path):
 
 
 def test_only_a_runs_own_leftovers_are_cleared(tmp_path):
-    ours = [".config.json.7.partial", ".disc_000.images.npy.12.partial", ".0-static.pt.7.partial"]
-    others = [".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.b.partial"]
+    ours = [".config.json.7.partial", ".disc_000.images.npy.0f3.partial", ".0-static.pt.7.partial"]
+    others = [".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.g.partial"]
     for name in (*ours, *others):
         (tmp_path / name).touch()
     with hold(tmp_path / "run.lock"):
@@ -134,3 +134,26 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "fcntl", None)
     with hold(tmp_path / "run.lock"), hold(tmp_path / "run.lock", wait=True):
         assert left.exists()
+
+
+ONE_AT_A_TIME = """
+import sys, time
+from pathlib import Path
+from meddanet.data.lock import alone_in
+
+folder = Path(sys.argv[1])
+for _ in range(50):
+    with alone_in(folder):
+        number = int((folder / "count").read_text())
+        time.sleep(0.001)
+        (folder / "count").write_text(str(number + 1))
+"""
+
+
+def test_processes_go_one_at_a_time_and_leave_no_file(tmp_path):
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", ONE_AT_A_TIME, str(tmp_path)]
+    children = [subprocess.Popen(command) for _ in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert (tmp_path / "count").read_text() == "100"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]

@@ -70,8 +70,8 @@ def _segment_all(
     )
     say(running_on(predictor), sys.stderr)
     outcomes = segment_cases(
-        readings, predictor, preview=asked.preview, weights=asked.weights,
-        weights_sha256=asked.weights_sha256, window=asked.window,
+        readings, predictor, preview=asked.preview, asked=None if options.overwrite else asked,
+        weights=asked.weights, weights_sha256=asked.weights_sha256, window=asked.window,
     )
     failed = 0
     progress = tqdm(outcomes, desc="segment", unit="case", total=count, disable=None)

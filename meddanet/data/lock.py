@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 try:
@@ -13,7 +15,7 @@ except ImportError:  # Windows
 
 
 # as `storage.Staged` names what a run writes into such folders: no other program's files
-_PARTIAL = re.compile(r"\..+\.(json|jsonl|npy|pt|safetensors)\.\d+\.partial")
+_PARTIAL = re.compile(r"\..+\.(json|jsonl|npy|pt|safetensors)\.[0-9a-f]+\.partial")
 
 
 def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
@@ -46,3 +48,21 @@ def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
         if _PARTIAL.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
     return stream
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lets one process at a time into its context, for a folder; the others wait.
+
+    No file is made. Where the platform or the file system has no such locks, nobody waits.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -85,9 +86,10 @@ class Staged:
         Raises:
             VolumeError: If it cannot be written.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.partials[path] = partial
-        with write_errors(path), open(partial, "wb") as stream:
+        # two containers that share a folder may have the same process number
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        with write_errors(path), open(partial, "xb") as stream:
+            self.partials[path] = partial
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
