@@ -55,6 +55,12 @@ def freed_memory() -> None:
 
 
 @pytest.fixture(autouse=True)
+def tried_convolutions() -> None:
+    """Lets cuDNN try its algorithms while contestants warm up, instead of guessing."""
+    torch.backends.cudnn.benchmark = True
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Makes inputs the same in every run."""
     torch.manual_seed(0)

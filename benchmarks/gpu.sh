@@ -11,12 +11,13 @@
 #                                precompiling; MEDDANET_CASE names a labelled case, else a phantom
 #   benchmarks/gpu.sh tuned      the same volume by max-autotune and TensorRT, which take minutes to build
 #   benchmarks/gpu.sh tune       block sizes of the plan's convolutions and of the decision networks'
-#                                stages, on the same case
+#                                stages, on the same case; what follows goes to tune.py, as --channels 64
 #
 #   benchmarks/gpu.sh PART --dry-run [...]   the same on the CPU, small: proves the script, times nothing
 #   benchmarks/gpu.sh PART -k crop           what follows goes to pytest; `test -n 8` compiles kernels
 #                                            in as many processes (pytest-xdist)
 #
+# Where the checkout has no .git, MEDDANET_COMMIT says what was measured.
 # Results go to $OUT (default benchmarks/results) under the names that `make report` reads, such as
 # gpu_kernels_rtx-4090.json, and are whole after every test. Nothing has to be installed: the
 # checkout is put on Python's path. On a machine without network, packages that are missing can lie
@@ -48,6 +49,8 @@ out=$(realpath -m "${OUT:-benchmarks/results}")
 mkdir -p "$out"
 # for the processes that tests start elsewhere, too
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# a part that is stopped keeps its log
+export PYTHONUNBUFFERED=1
 [[ -d .gpu-packages ]] && PYTHONPATH="$PYTHONPATH:$PWD/.gpu-packages"
 [[ -n $dry_run ]] && export MEDDANET_DRY_RUN=1 CUDA_VISIBLE_DEVICES=
 
@@ -137,6 +140,7 @@ sanitize)
   tests "${chosen[@]}" "$@" || status=1
   for tool in memcheck racecheck; do
     [[ -n $dry_run ]] && continue
+    # all of ours, and of PyTorch's those whose names hold the word
     limited "$sanitizer" --tool "$tool" \
       --target-processes application-only --kernel-regex kns=_kernel --error-exitcode 9 \
       "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
@@ -159,9 +163,7 @@ kernels)
 
 network)
   need pytest pytest_benchmark numpy triton nibabel isal safetensors
-  results_into gpu_network
-  tests benchmarks/test_network.py -k "not tuned" -s --benchmark-columns=median,rounds "$@" ||
-    status=1
+  name_card
   launches=$(result gpu_launches)
   # of BraTS2021_00000: gpu_launches_CARD_00000.json
   [[ -n ${MEDDANET_CASE:-} ]] && launches=${launches%.json}_${MEDDANET_CASE##*[_/]}.json
@@ -170,6 +172,9 @@ network)
   else
     limited "$python" benchmarks/plan_launches.py "$launches" "${case_of[@]}" || status=1
   fi
+  results_into gpu_network
+  tests benchmarks/test_network.py -k "not tuned" -s --benchmark-columns=median,rounds "$@" ||
+    status=1
   cold=$(result cold_start)
   # a round compiles everything three times, which takes minutes
   limited "$python" benchmarks/cold_start.py "$cold" --rounds 1 || status=1
@@ -190,7 +195,7 @@ tune)
   [[ -n $dry_run ]] ||
     limited "$python" benchmarks/tune_stage.py "$(result gpu_tune_stage)" "${case_of[@]}" || status=1
   [[ -n $dry_run ]] ||
-    limited "$python" benchmarks/tune.py "$(result gpu_tune)" "${case_of[@]}" || status=1
+    limited "$python" benchmarks/tune.py "$(result gpu_tune)" "${case_of[@]}" "$@" || status=1
   ;;
 esac
 

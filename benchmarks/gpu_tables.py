@@ -75,6 +75,13 @@ def gpu_network(results: Results) -> str:
     )
 
 
+def _bound(ours: dict, peer: dict) -> str:
+    """Returns what a ratio of GPU times, peer over ours, is where waiting may be in either."""
+    return {(True, True): "", (True, False): "≤ ", (False, True): "≥ ", (False, False): "~ "}[
+        bool(ours.get("queued")), bool(peer.get("queued"))
+    ]
+
+
 def gpu_kernels(results: Results) -> str:
     """Every kernel on GPUs beside its peers, and its share of the card's roof, if known."""
     from predict import compare, known_card
@@ -86,13 +93,16 @@ def gpu_kernels(results: Results) -> str:
         for case in content["cases"]:
             ours = case["providers"][case["ours"]]
             peers = [
-                f"{name} {ratios['cold_ms']:.2f}x" for name, ratios in case["ratios"].items()
+                f"{name} {_bound(ours, case['providers'][name])}{ratios['cold_ms']:.2f}x"
+                for name, ratios in case["ratios"].items()
             ]
             failed = [name for name, found in case["providers"].items() if "failed" in found]
-            share = shares.get(case["case"])
+            share, queued = shares.get(case["case"]), ours.get("queued")
+            least = f"{'' if queued else '≥ '}{share['share_of_roof']:.0%}" if share else ""
             rows.append((
-                device, case["case"], f"{1e3 * ours['cold_ms']['median']:.1f}",
-                f"{share['share_of_roof']:.0%} ({share['bound']})" if share else "",
+                device, case["case"],
+                f"{'' if queued else '≤ '}{1e3 * ours['cold_ms']['median']:.1f}",
+                f"{least} ({share['bound']})" if share else "",
                 "; ".join([*peers, *(f"{name} did not run" for name in failed)]),
             ))
     return markdown(

@@ -35,10 +35,10 @@ def agreeing(
 def eager_fake_quantize(x: Tensor, amax: Tensor, num_bits: int = 8) -> Tensor:
     """PyTorch's own operator, of eight bits and one range."""
     largest = 2 ** (num_bits - 1) - 1
-    scale, zero = (amax / largest).reshape(1).float(), torch.zeros(1, dtype=torch.int32)
-    return torch.fake_quantize_per_tensor_affine(
-        x, scale, zero.to(x.device), -largest, largest
-    )  # fmt: skip
+    scale = (amax / largest).reshape(1).float()
+    # made where it is needed: an upload would wait for the GPU
+    zero = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, -largest, largest)
 
 
 def formula_fake_quantize(x: Tensor, amax: Tensor, num_bits: int = 8) -> Tensor:
@@ -59,9 +59,8 @@ def conv_norm_relu(
 def fake_quant_block(
     x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, amax: Tensor, stride: int, padding: int
 ) -> Tensor:
-    """The same on the grid: what simulates an integer network in PyTorch."""
-    quantised = formula_fake_quantize(weight, weight.detach().abs().amax())
-    return conv_norm_relu(formula_fake_quantize(x, amax), quantised, norm, stride, padding)
+    """The same of inputs on the grid, weights being there: an integer network simulated."""
+    return conv_norm_relu(formula_fake_quantize(x, amax), weight, norm, stride, padding)
 
 
 def cudnn_fused(

@@ -34,8 +34,8 @@ DRY_RUN = os.environ.get("MEDDANET_DRY_RUN") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
 ROUNDS = 3 if DRY_RUN else 30
 REPLAYS = 10
-# twice the largest L2 cache there is, and about the time 100 launches take to be queued
-FLUSH_BYTES, QUEUE_CYCLES = 256 << 20, 1_000_000
+# twice the largest L2 cache there is, and 1.5 to 2 ms, to hold a layer's whole training step
+FLUSH_BYTES, QUEUE_CYCLES = 256 << 20, 3_000_000
 
 Provider = Callable[[], Any]
 
@@ -142,6 +142,9 @@ class Stopwatch:
             function()
         finish()
         self.graph = _captured(function) if capture and DEVICE.type == "cuda" else None
+        # a capture gives the allocator's memory back
+        function()
+        finish()
         self.facts = {"queued": queue_holds(function)} if DEVICE.type == "cuda" else {}
         self.peak_mb = self._peak()
 

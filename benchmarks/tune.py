@@ -194,9 +194,10 @@ def main() -> None:
         key: launches for key, launches in classes(slices, options.whole).items()
         if key[0] >= options.channels
     }  # fmt: skip
-    tuned = {key: Tuned(launches[0]) for key, launches in found.items()}
     rows, facts = [], environment()
-    for key, one in tuned.items():
+    for key, launches in found.items():
+        # made in its turn: it reads what a class before it stored last
+        one = Tuned(launches[0])
         conv_int_triton.blocks = original
         tried = [one.default, *candidates(one.launch)]
         times = sorted(
@@ -204,16 +205,16 @@ def main() -> None:
         )
         now = next(time for time, number in times if number == 0)
         rows.append({
-            "class": list(key), "launches": [launch.name for launch in found[key]],
+            "class": list(key), "launches": [launch.name for launch in launches],
             "now_us": round(now, 2), "now": one.default,
             "best": [[round(time, 2), tried[number]] for time, number in times[:12]],
         })  # fmt: skip
         best = times[0]
-        print(f"{one.launch.name} {key}: {now:.1f} -> {best[0]:.1f} us x {len(found[key])}, "
+        print(f"{one.launch.name} {key}: {now:.1f} -> {best[0]:.1f} us x {len(launches)}, "
               f"{one.default} -> {tried[best[1]]}", flush=True)  # fmt: skip
         content = {
             "command": "python benchmarks/tune.py RESULT.json --case CASE", "case": name,
-            "whole": options.whole, "classes": len(tuned), "environment": facts, "rows": rows,
+            "whole": options.whole, "classes": len(found), "environment": facts, "rows": rows,
         }  # fmt: skip
         options.result.write_text(json.dumps(content, indent=1) + "\n")
     conv_int_triton.blocks = original
