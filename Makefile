@@ -7,11 +7,12 @@ VENV   ?= .venv
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-triton lint bench report clean FORCE
+.PHONY: help demo test test-long test-triton lint bench report clean FORCE
 
 help:
 	@echo 'make demo    segment a synthetic case with the shipped weights'
 	@echo 'make test    run the tests'
+	@echo 'make test-long    run those that it leaves out for the time they take'
 	@echo 'make test-triton TRITON=3.6.0   the same for the kernels alone, with another triton'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make bench   run the benchmarks'
@@ -28,6 +29,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/pytest tests/test_cli.py -k test_info_kernels
 # Triton reads the variable while it decorates a kernel, hence a second process
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/pytest -n auto -m long
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto -m long tests/kernels
 
 # in a virtual environment of its own; the interpreter of triton 3.6 needs numpy below 2.4
 OTHER := $(VENV)-triton-$(TRITON)

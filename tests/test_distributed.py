@@ -215,6 +215,7 @@ def test_two_processes_make_the_steps_of_one(cache, tmp_path):
     assert max(alone, together) < 1.7
 
 
+@pytest.mark.long
 def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
     for number in range(2):
         (tmp_path / f"disk-{number}").mkdir()
@@ -261,7 +262,10 @@ def test_what_the_environment_says_wrong_is_named(name, value, told, tmp_path, m
     assert not out.exists()
 
 
-@pytest.mark.parametrize("task", ["raise", "lock", "kill"])
+@pytest.mark.parametrize("task", [
+    "kill", pytest.param("raise", marks=pytest.mark.long),
+    pytest.param("lock", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_first_process_that_fails_alone_ends_the_others_too(tmp_path, task):
     """Under plain processes, not torchrun, which would kill those that wait for ever."""
     path = script(tmp_path, FIRST_FAILS)
@@ -303,6 +307,7 @@ def test_a_first_process_that_fails_alone_ends_the_others_too(tmp_path, task):
     )
 
 
+@pytest.mark.long
 def test_one_killed_process_stops_the_others_and_the_run_goes_on(decathlon, tmp_path):
     run = tmp_path / "run"
     arguments = [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -222,13 +223,14 @@ def test_another_split_is_refused(config, decathlon):
 
 
 def test_the_selectors_rate_acts_from_the_next_step_on(config, tmp_path, steps):
+    phase = PhaseConfig("joint", 4, batch=2, arithmetic="learning", selector_rate=10.0)
+    steps.broken = (3,)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, phases=[phase]))
+
     def goes_on_with(rate):
-        out = str(tmp_path / f"to-{rate}")
-        phase = PhaseConfig("joint", 4, batch=2, arithmetic="learning", selector_rate=10.0)
-        steps.made, steps.broken = 0, (3,)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(config, out=out, phases=[phase]))
-        return train(replace(config, out=out, phases=[replace(phase, selector_rate=rate)]))
+        out = shutil.copytree(config.out, tmp_path / f"to-{rate}")
+        return train(replace(config, out=str(out), phases=[replace(phase, selector_rate=rate)]))
 
     same, faster = (load_model(goes_on_with(rate)).state_dict() for rate in (10.0, 1000.0))
     name = "bit_selectors.0.linear.weight"

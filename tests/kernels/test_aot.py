@@ -467,6 +467,7 @@ def test_machine_code(arch):
         assert_lean(row)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wide", [False, True], ids=["8 bit", "8 and 16 bit"])
 @pytest.mark.parametrize("channels", [256, 512])
 def test_machine_code_of_wide_layers(channels, wide):
@@ -476,6 +477,7 @@ def test_machine_code_of_wide_layers(channels, wide):
     assert_lean(machine_code_of(86, "", launch))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("channels", "arch"), [(6, 89), (24, 80), (24, 90), (128, 120), (256, 86)])
 def test_machine_code_of_other_ways_up(channels, arch):
     """Channels to be padded, and more than the shipped networks have."""
@@ -490,6 +492,7 @@ def test_machine_code_of_heads_of_floats(arch, dtype):
     assert_lean(machine_code_of(arch, "", partial(head_triton._launch_meta, dtype)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(96, 192, 4), (128, 256, 1), (128, 256, 2)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_machine_code_of_wide_stages(shape, dtype):

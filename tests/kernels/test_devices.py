@@ -446,7 +446,10 @@ NETWORKS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long) if name == "shufflenetv2" else name
+    for name in NETWORKS
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_frozen_decision_networks(device, name, dtype, tolerances):
     """A network with its stem, stages and head as operations, against itself in float64."""

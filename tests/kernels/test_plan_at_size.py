@@ -43,7 +43,9 @@ def engine(model, monkeypatch):
     return TritonEngine(model, torch.device("cpu"), capacities=(1,))
 
 
-@pytest.mark.parametrize("route", [1, 2], ids=["crop of 96", "crop of 128"])
+@pytest.mark.parametrize("route", [
+    pytest.param(1, id="crop of 96"), pytest.param(2, id="crop of 128", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_crop(model, engine, decided, route, tolerances):
     slices, decisions = decided
     slices = slices[decisions == route][5:6]
