@@ -223,7 +223,7 @@ def header_with(position: int, content: bytes) -> bytes:
     [
         (b"", "is not a NIfTI file"),
         (b"PNG" * 300, "is not a NIfTI file"),
-        (header_with(344, b"ni1\0"), "is not a NIfTI file"),
+        (header_with(344, b"ni1\0"), "is half of a .hdr and .img pair"),
         (header_with(70, b"\xff\x7f"), "the NIfTI header is invalid"),
         (header_with(70, np.int16(128).tobytes() + np.int16(24).tobytes()), "holds "),
         (header_with(108, np.float32(np.nan).tobytes()), "the NIfTI header is invalid"),

@@ -241,6 +241,36 @@ def test_what_belongs_to_no_case_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_not_read_and_what_is_not_there_are_told(tmp_path: Path) -> None:
+    """Files of other forms, and links of data that were not fetched or of a disk that is away."""
+    brats2021(tmp_path, "p")
+    touch(tmp_path, "a_flair.nii.bz2", "b.hdr", "b.img", "c.nii.zst", "notes.txt")
+    assert survey(tmp_path).left_out(tmp_path) == (
+        f"{tmp_path}: 3 left out, files to convert to .nii.gz first (a_flair.nii.bz2, b.hdr, "
+        "c.nii.zst)"
+    )
+    away = tmp_path / "q"
+    away.symlink_to("/disk/q")
+    found = survey(tmp_path)
+    assert [case.name for case in found.cases] == ["p"]
+    assert found.left_out(tmp_path).endswith(
+        f"and folders with a fault (q); {away}: is a link to /disk/q, which is not there"
+    )
+    with pytest.raises(VolumeError, match=f"^{away}: is a link to /disk/q, which is not there$"):
+        find_cases(away)
+
+
+def test_images_that_were_not_fetched_are_a_case_that_cannot_be_read(tmp_path: Path) -> None:
+    brats2021(tmp_path, "p")
+    image = tmp_path / "p" / "p_t2.nii.gz"
+    image.unlink()
+    image.symlink_to("../.git/annex/objects/p_t2.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert set(case.files) == set(MRI)
+    with pytest.raises(VolumeError, match=f"^{image}: cannot be read .No such file"):
+        load_volume({"t2": case.files["t2"]})
+
+
 def test_a_folder_with_a_fault_stops_no_other(tmp_path: Path, monkeypatch) -> None:
     brats2021(tmp_path, "p")
     long = "b" * 235

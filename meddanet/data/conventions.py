@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -77,6 +78,7 @@ class Survey:
         deep: Folders that are too deep to be looked into.
         faulty: Why folders cannot be listed, or the channels of their files not be told.
         lone_labels: Files that are named as labels, of cases without images there.
+        unread: NIfTI files in a form that is not read: pairs of .hdr and .img, other compressions.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -84,11 +86,13 @@ class Survey:
     deep: list[Path] = field(default_factory=list)
     faulty: dict[Path, VolumeError] = field(default_factory=dict)
     lone_labels: list[Path] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
 
     def unused(self, root: str | Path) -> dict[str, list[str]]:
         """Returns what was left out below a folder: why -> names; nothing that nothing is of."""
         groups = {
             "NIfTI files that belong to no case": self.strays,
+            "files to convert to .nii.gz first": self.unread,
             "folders too deep to look into": self.deep,
             "folders with a fault": list(self.faulty),
         }
@@ -100,11 +104,13 @@ class Survey:
     def left_out(self, root: str | Path) -> str:
         """Says in one line what was left out below a folder; empty if nothing was."""
         parts = [f"{what} ({some(names)})" for what, names in self.unused(root).items()]
-        count = len(self.strays) + len(self.deep) + len(self.faulty)
+        count = sum(map(len, (self.strays, self.unread, self.deep, self.faulty)))
         cure = "; name them as inputs of their own, or rename them"
         if self.faulty:
             # of several the first one
             cure = f"; {next(iter(self.faulty.values()))}"
+        elif not self.strays and not self.deep:
+            cure = ""
         return f"{root}: {count} left out, " + " and ".join(parts) + cure if parts else ""
 
 
@@ -119,10 +125,27 @@ def stem(path: Path) -> str:
 
 
 def is_nifti(path: Path) -> bool:
-    """Tells whether a path is a file named .nii or .nii.gz, and not a hidden one."""
+    """Tells whether a path is a file named .nii or .nii.gz, and not a hidden one.
+
+    So is a link that leads nowhere, as of data that were not fetched: reading it says so.
+    """
     # hidden files include the "._" companions that macOS leaves in archives
     name = path.name.lower()
-    return not name.startswith(".") and name.endswith((".nii", ".nii.gz")) and path.is_file()
+    named = not name.startswith(".") and name.endswith((".nii", ".nii.gz"))
+    return named and (path.is_file() or _dead_link(path) is not None)
+
+
+def _dead_link(path: Path) -> VolumeError | None:
+    """Returns what is wrong with a link to what is not there; None of anything else."""
+    if path.exists() or not path.is_symlink():
+        return None
+    return VolumeError(f"{path}: is a link to {os.readlink(path)}, which is not there")
+
+
+def _is_unread(path: Path) -> bool:
+    """Tells whether a file is NIfTI in a form that is not read: two files, or packed otherwise."""
+    name = path.name.lower()
+    return name.endswith((".hdr", ".nii.bz2", ".nii.xz", ".nii.zst")) and path.is_file()
 
 
 @contextmanager
@@ -196,7 +219,7 @@ def survey(path: str | Path) -> Survey:
 def look_through(folder: Path) -> Survey:
     """Does what `survey` does of a folder, also where it holds no case."""
     if not folder.is_dir():
-        raise VolumeError(f"{folder}: no such file or folder")
+        raise _dead_link(folder) or VolumeError(f"{folder}: no such file or folder")
     found = Survey()
     _walk(folder, _MAX_DEPTH, found, set())
     cases = sorted(with_unique_names(found.cases, folder), key=lambda case: case.name)
@@ -239,6 +262,10 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
             entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
             below = [entry for entry in entries if entry.is_dir() and not _is_label_folder(entry)]
             images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
+            found.unread.extend(entry for entry in entries if _is_unread(entry))
+            # without a suffix it may have been a case's folder; files of a case tell themselves
+            lost = {entry: _dead_link(entry) for entry in entries if not entry.suffix}
+            found.faulty.update((entry, why) for entry, why in lost.items() if why)
         cases = cases_among(images, folder)
     except VolumeError as error:
         found.faulty[folder], images = error, []

@@ -192,6 +192,8 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
         form = nib.Nifti1Header
     elif head[4:7] == nib.Nifti2Header.single_magic[:3]:
         form = nib.Nifti2Header
+    elif head[344:348] == nib.Nifti1Header.pair_magic.ljust(4, b"\0"):
+        raise VolumeError(f"{path}: is half of a .hdr and .img pair; convert it to one .nii.gz")
     else:
         raise VolumeError(f"{path}: is not a NIfTI file; expected a single .nii or .nii.gz")
     try:
