@@ -186,7 +186,8 @@ def encode(
         offset: Integer [M, 2], (y, x), in pixels: output pixel (i, j) is input pixel
             (i + y, j + x), zero outside. None: 0.
         size: P or (height, width) of the output; None: the input's.
-        slots: Integer [M]: slot m of the output reads sample slots[m]; None: m reads m.
+        slots: Integer [M], from 0 to N - 1, which is not looked at: slot m of the output reads
+            sample slots[m]; None: m reads m.
         count: Integer tensor of one element: slots from here on are left zero; None: all are used.
 
     Returns:

@@ -18,7 +18,14 @@ def check_offset(offset: Tensor, samples: int) -> None:
 
 
 def integers(*values: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Returns tensors as int32, as kernels read them; None stays."""
+    """Returns tensors as int32, as kernels read them; None stays.
+
+    Raises:
+        ValueError: If one holds no whole numbers.
+    """
+    for value in values:
+        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"slots and count must be whole numbers, got {value.dtype}")
     return tuple(None if value is None else _int32(value.detach()) for value in values)
 
 

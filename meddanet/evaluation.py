@@ -166,8 +166,10 @@ def parse_groups(text: str) -> dict[str, tuple[int, ...]]:
     groups = {}
     for part in text.split(";"):
         match = re.fullmatch(r"\s*([^=]+?)\s*=\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
-        if not match or match[1] in groups:
-            raise ValueError(f"groups are {text!r}, expected a form such as WT=1,2,4;TC=1,4")
+        if not match:
+            raise ValueError(f"groups hold {part!r}, expected a form such as WT=1,2,4;TC=1,4")
+        if match[1] in groups:
+            raise ValueError(f"groups name {match[1]} twice; expected every region once")
         groups[match[1]] = tuple(int(value) for value in match[2].split(","))
     return groups
 

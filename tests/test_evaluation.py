@@ -295,9 +295,12 @@ def test_any_groups_of_any_values(tmp_path):
     assert groups == {"both": (7, 9), "nine": (9,), "far": (200,), "none": (8,)}
     scores = compare(the_pair(ours, truth), groups=groups)
     assert scores["dice"] == {"both": 1, "nine": pytest.approx(2 / 3), "far": 1, "none": 1}
-    for wrong in ("", "WT", "WT=", "WT=1,a", "WT=1;WT=2", "WT=1,,2", "=1"):
-        with pytest.raises(ValueError, match="expected a form such as WT=1,2,4;TC=1,4"):
-            parse_groups(wrong)
+    for wrong in ("", "WT", "WT=", "WT=1,a", "WT=1,,2", "=1"):
+        told = f"^groups hold '{wrong}', expected a form such as WT=1,2,4;TC=1,4"
+        with pytest.raises(ValueError, match=told):
+            parse_groups(f"ET=4;{wrong}")
+    with pytest.raises(ValueError, match="groups name WT twice"):
+        parse_groups("WT=1;WT=2")
 
 
 def test_a_group_that_occurs_nowhere_is_an_error(tmp_path, recwarn):

@@ -775,6 +775,7 @@ def test_other_convolutions_take_the_reference_and_say_so_once(geometry, channel
         ({"amax": torch.ones(2)}, "amax must hold one value or one per sample, 1"),
         ({"output_amax": torch.ones(2)}, "output_amax must hold"),
         ({"output_num_bits": 1}, "output_num_bits must be"),
+        ({"count": torch.ones(1, dtype=torch.bool)}, "slots and count must be whole numbers"),
         ({"input": torch.zeros(1, 4, 2, 2, dtype=torch.int8)}, "smaller than the kernel"),
     ],
 )

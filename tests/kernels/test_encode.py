@@ -156,6 +156,8 @@ def test_every_layout_and_no_slot_at_all():
         ({"num_bits": 17}, "num_bits must be an int from 2 to 16"),
         ({"affine": (torch.ones(3), torch.ones(2))}, r"affine must be \(gain, shift\)"),
         ({"offset": torch.zeros(1, 2)}, "offset must be whole numbers"),
+        ({"slots": torch.zeros(1)}, "slots and count must be whole numbers, got torch.float32"),
+        ({"count": torch.ones(1)}, "slots and count must be whole numbers"),
     ],
 )
 def test_bad_arguments(change, message):
