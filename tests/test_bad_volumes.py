@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import re
 import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from meddanet.data import Volume, VolumeError, load_labels, load_volume
+from meddanet.data import Volume, VolumeError, load_labels, load_volume, to_slices
 
 
 def test_a_missing_modality(scans, tmp_path: Path) -> None:
@@ -264,6 +266,31 @@ def test_absent_files_and_folders(scans, tmp_path: Path) -> None:
 def test_volumes_made_by_hand_that_do_not_fit(shape, modalities, affine, message) -> None:
     with pytest.raises(VolumeError, match=message):
         Volume(np.zeros(shape, np.float32), affine, None, modalities)
+
+
+SINGULAR = [[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"affine": SINGULAR}, "the affine is singular or not finite; expected three independent axes"),
+    ({"affine": np.eye(4) * np.nan}, "the affine is singular or not finite; expected three inde.*"),
+    ({"affine": [[1, 2], [3]]}, "affine is a list that numpy takes for no .*; expected an array"),
+    ({"affine": "LPS"}, "affine is a str that numpy takes for no array of numbers .*"),
+    ({"data": torch.ones(1, 4, 5, 6, requires_grad=True)}, "data is a Tensor that numpy takes .*"),
+    ({"data": np.full((1, 4, 5, 6), "x")}, "data holds <U1, expected real numbers"),
+])  # fmt: skip
+def test_what_is_no_scan_is_told_in_a_line(scans, changed, message) -> None:
+    given = {"data": np.ones((1, 4, 5, 6)), "affine": np.eye(4), **changed}
+    told = scans.error(lambda: Volume(header=None, modalities=("t1",), name="scan", **given))
+    assert re.fullmatch(f"scan: {message}", told)
+
+
+def test_volumes_of_lists_and_tensors() -> None:
+    usual = Volume(np.ones((1, 4, 5, 6), np.float32), np.diag([2.0, 3, 4, 1]), None, ("t1",))
+    other = Volume(torch.ones(1, 4, 5, 6), np.diag([2, 3, 4, 1]).tolist(), None, ["t1"])
+    assert other.spacing == usual.spacing and other.modalities == usual.modalities
+    np.testing.assert_array_equal(other.affine, usual.affine)
+    np.testing.assert_array_equal(to_slices(other), to_slices(usual))
 
 
 def test_arguments_of_another_type(scans, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
 from .storage import Writer, compress, read_bytes, read_head, write_bytes
-from .volume import Volume, VolumeError, in_millimetres, in_order_of
+from .volume import Volume, VolumeError, check_axes, in_millimetres, in_order_of
 
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3
@@ -212,12 +212,7 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
         raise VolumeError(f"{path}: has shape {shape}; expected [H, W, D] or [H, W, D, C]")
     if dtype.kind not in "iuf":
         raise VolumeError(f"{path}: holds {dtype} voxels; expected integers or floats")
-    axes = affine[:3, :3]
-    smallest = 1e-6 * np.linalg.norm(axes, axis=0).prod()
-    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) <= smallest:
-        raise VolumeError(
-            f"{path}: the affine is singular or not finite; expected three independent axes"
-        )
+    check_axes(affine, path)
     return header, affine, dtype, shape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -27,6 +28,8 @@ class VolumeError(ValueError):
 class Volume:
     """A multi-modal scan as it lies in its files.
 
+    What numpy takes for an array is taken for data and affine.
+
     Attributes:
         data: Raw intensities [C, H, W, D], float32, in the file's voxel order.
         affine: Voxel indices (h, w, d) to RAS+ world space, [4, 4] float64, in the header's unit,
@@ -39,7 +42,8 @@ class Volume:
         name: Case name, which output files are named after.
 
     Raises:
-        VolumeError: If the shapes of data and affine or the number of modalities do not fit.
+        VolumeError: If data or affine are no numbers, their shapes or the number of modalities do
+            not fit, or the affine has no three independent axes.
     """
 
     data: np.ndarray
@@ -50,21 +54,51 @@ class Volume:
     name: str = "volume"
 
     def __post_init__(self) -> None:
-        if np.ndim(self.data) != 4 or len(self.data) != len(self.modalities):
+        put = partial(object.__setattr__, self)
+        put("data", self._array("data", None))
+        put("affine", self._array("affine", np.float64))
+        put("modalities", tuple(self.modalities))
+        if self.data.ndim != 4 or len(self.data) != len(self.modalities):
             raise VolumeError(
-                f"{self.name}: data have shape {np.shape(self.data)}, expected "
+                f"{self.name}: data have shape {self.data.shape}, expected "
                 f"({len(self.modalities)}, H, W, D) for modalities {', '.join(self.modalities)}"
             )
-        if np.shape(self.affine) != (4, 4):
+        if self.affine.shape != (4, 4):
             raise VolumeError(
-                f"{self.name}: the affine has shape {np.shape(self.affine)}, expected (4, 4)"
+                f"{self.name}: the affine has shape {self.affine.shape}, expected (4, 4)"
             )
+        check_axes(self.affine, self.name)
+
+    def _array(self, field: str, dtype: Any) -> np.ndarray:
+        given = getattr(self, field)
+        try:
+            array = np.asarray(given, dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise VolumeError(
+                f"{self.name}: {field} is a {type(given).__name__} that numpy takes for no array "
+                f"of numbers ({reason}); expected an array"
+            ) from error
+        if array.dtype.kind not in "biuf":
+            raise VolumeError(f"{self.name}: {field} holds {array.dtype}, expected real numbers")
+        return array
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along (h, w, d) in millimetres, whatever the header's unit."""
         h, w, d = np.linalg.norm(in_millimetres(self.affine, self.header)[:3, :3], axis=0)
         return float(h), float(w), float(d)
+
+
+def check_axes(affine: np.ndarray, name: object) -> None:
+    """Raises a VolumeError of that name where an affine [4, 4] has no three independent axes."""
+    axes = affine[:3, :3]
+    with np.errstate(all="ignore"):
+        smallest = 1e-6 * np.linalg.norm(axes, axis=0).prod()
+        if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) <= smallest:
+            raise VolumeError(
+                f"{name}: the affine is singular or not finite; expected three independent axes"
+            )
 
 
 def in_millimetres(affine: np.ndarray, header: Any) -> np.ndarray:
