@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .data import Volume, has_hounsfield_values
+from .data.axes import SLIGHT_SKEW, skew
 from .frame import Frame
 
 
@@ -27,6 +28,11 @@ def doubts_about(
         yield (
             f"its voxels are {voxel} mm, the model was trained on {trained} mm; resample the scan, "
             "or expect worse labels"
+        )
+    if (angle := skew(volume.affine)) > SLIGHT_SKEW:
+        yield (
+            f"its voxel axes are {angle:.0f} degrees off right angles, as of a tilted gantry; "
+            "resample the scan to right angles, or expect worse labels"
         )
     header = volume.header
     if header is not None and not header["sform_code"] and not header["qform_code"]:

@@ -25,6 +25,7 @@ from .data import (
     load_labels,
     to_classes,
 )
+from .data.axes import SLIGHT_SKEW, skew
 from .data.conventions import stem
 from .data.nifti import load_header
 from .data.results import read_report
@@ -118,16 +119,25 @@ def compare(
     regions = groups or REGIONS
     scores = {"dice": dice_score(prediction, reference, labels=regions, empty=empty)}
     if find_spec("edt"):
+        _warn_of_skew(pair.reference, like.affine)
         scores |= surface_scores(
             prediction, reference, tolerance, labels=regions, spacing=like.spacing, empty=empty
         )
-    millilitres = math.prod(like.spacing) / 1000
     for name, array in (("volume_ml", prediction), ("reference_ml", reference)):
         scores[name] = {
-            region: round(int(np.isin(array, values).sum()) * millilitres, 3)
+            region: round(int(np.isin(array, values).sum()) * like.voxel_ml, 3)
             for region, values in regions.items()
         }
     return scores
+
+
+def _warn_of_skew(path: Path, affine: np.ndarray) -> None:
+    if (angle := skew(affine)) > SLIGHT_SKEW:
+        warnings.warn(
+            f"{path}: its voxel axes are {angle:.0f} degrees off right angles, so that HD95 and "
+            "surface Dice, which go by voxel size, are not exact; resample scan and label maps to "
+            "right angles", stacklevel=3,
+        )
 
 
 def _labels_told(

@@ -58,7 +58,6 @@ def case_report(
     """
     values = class_values(prediction)
     names = class_names(prediction)
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
     counts = np.bincount(prediction.decisions.ravel(), minlength=len(prediction.routes))
     cost = prediction.cost
     return {
@@ -76,7 +75,7 @@ def case_report(
         "label_convention": prediction.label_convention,
         "label_values": {names[k]: values[k] for k in values},
         "volume_ml": {
-            names[k]: round(int((prediction.labels == values[k]).sum()) * voxel_ml, 3)
+            names[k]: round(int((prediction.labels == values[k]).sum()) * volume.voxel_ml, 3)
             for k in values
         },
         "decisions": dict(zip(prediction.routes, counts.tolist(), strict=True)),

@@ -78,6 +78,20 @@ def test_distances_are_in_millimetres(tmp_path):
     assert compare(the_pair(ours, truth))["dice"] == {"WT": 0, "TC": 0, "ET": 0}
 
 
+def test_a_tilted_gantry(tmp_path, recwarn):
+    """Its voxels are no boxes: 2 x 1 mm, 3 mm apart, each slice shifted against the one below."""
+    for shift, told in ((0.05, 0), (2.0, 1)):
+        affine = SPACING.copy()
+        affine[1, 2] = shift
+        ours = write(tmp_path / "a.nii", {(1, 4, 3): 4}, affine)
+        truth = write(tmp_path / "r" / "a.nii", {(1, 4, 3): 4}, affine)
+        scores = compare(the_pair(ours, truth))
+        assert scores["volume_ml"]["WT"] == scores["reference_ml"]["WT"] == 0.006
+        assert len(recwarn) == told
+    # atan(2 / 3)
+    assert str(recwarn[0].message).startswith(f"{truth}: its voxel axes are 34 degrees off right")
+
+
 def in_metres(path: Path) -> None:
     image = nib.load(path)
     image.header.set_xyzt_units("meter")

@@ -34,6 +34,7 @@ def test_a_spacing_is_in_millimetres_whatever_the_unit(scans, tmp_path: Path, un
     nib.save(image, tmp_path / "flair.nii")
     volume = load_volume({"flair": tmp_path / "flair.nii"})
     assert volume.spacing == pytest.approx((1, 1, 2))
+    assert volume.voxel_ml == pytest.approx(0.002)
     save_volume(np.zeros(scans.SHAPE, np.uint8), tmp_path / "labels.nii", volume)
     labels = nib.load(tmp_path / "labels.nii")
     np.testing.assert_allclose(labels.affine, affine, rtol=1e-6)

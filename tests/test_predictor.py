@@ -349,6 +349,19 @@ def test_a_spacing_the_model_was_not_trained_on_is_a_warning(model):
         predictor.predict(volume(data, LPS * [1, 1, 5, 1]))
 
 
+def test_a_tilted_gantry_is_a_warning(model):
+    predictor, data = Predictor(model, "cpu"), noise(16, 16, 3)
+    tilted = LPS.copy()
+    tilted[1, 2] = 0.03
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(volume(data, tilted))
+    tilted[1, 2] = np.tan(np.radians(15))
+    tilted[:3, 2] *= np.cos(np.radians(15))
+    with pytest.warns(UserWarning, match="^case: its voxel axes are 15 degrees off right angles"):
+        predictor.predict(volume(data, tilted))
+
+
 def test_a_scan_of_zeros_is_a_warning(model):
     predictor, data = Predictor(model, "cpu"), np.zeros_like(noise(16, 16, 3))
     with pytest.warns(UserWarning, match="^case: its voxels are all 0; look at the scan$"):

@@ -73,6 +73,13 @@ def test_the_report_by_hand(lesion):
     assert report["versions"].keys() == {"meddanet", "torch", "python"}
 
 
+def test_volumes_of_a_tilted_gantry(lesion):
+    """Slices of 2 x 1 mm, 5 mm apart, each shifted by 3 mm against the one below."""
+    tilted = np.diag([-2.0, -1.0, 5.0, 1.0])
+    tilted[1, 2] = 3
+    assert case_report(volume(tilted), lesion, 2.0)["volume_ml"]["oedema"] == 1.88
+
+
 def test_json_reads_back_and_keeps_long_lists_on_one_line(lesion, tmp_path):
     report = case_report(volume(), lesion, 2.0)
     path = tmp_path / "patient.json"

@@ -20,6 +20,7 @@ from meddanet.data import (
     to_slices,
     window_origins,
 )
+from meddanet.data.axes import skew
 
 CODES = [
     "".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)
@@ -144,6 +145,21 @@ def test_spacing_follows_the_file_axes() -> None:
     assert volume_of(np.ones((1, 2, 2, 2)), affine_of("SAR", 20)).spacing == pytest.approx(
         (0.5, 1.0, 3.0)
     )
+
+
+@pytest.mark.parametrize("codes", CODES[::7])
+def test_a_sheared_voxel_holds_what_it_held_upright(codes: str) -> None:
+    """A tilted gantry shifts slices that keep their area and their distance."""
+    upright = affine_of(codes, 20)
+    tilted = upright.copy()
+    tilted[:3, 2] += np.tan(np.radians(30)) * 3 * upright[:3, 1]
+    assert volume_of(np.ones((1, 2, 2, 2)), tilted).spacing[2] == pytest.approx(
+        3 / np.cos(np.radians(30))
+    )
+    for affine in (upright, tilted):
+        voxel_ml = volume_of(np.ones((1, 2, 2, 2)), affine).voxel_ml
+        assert voxel_ml == pytest.approx(0.5 * 1 * 3 / 1000)
+    assert skew(upright) == pytest.approx(0, abs=1e-5) and skew(tilted) == pytest.approx(30)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ class Volume:
         h, w, d = np.linalg.norm(in_millimetres(self.affine, self.header)[:3, :3], axis=0)
         return float(h), float(w), float(d)
 
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in millilitres; less than its sides' product where axes are sheared."""
+        axes = in_millimetres(self.affine, self.header)[:3, :3]
+        return float(abs(np.linalg.det(axes))) / 1000
+
 
 def check_axes(affine: np.ndarray, name: object) -> None:
     """Raises a VolumeError of that name where an affine [4, 4] has no three independent axes."""

@@ -1,0 +1,20 @@
+"""How the voxel axes of a scan lie to each other and to the body's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# in degrees: lengths and angles that are taken from voxel sizes are right to 2 %
+SLIGHT_SKEW = 2.0
+
+
+def skew(affine: np.ndarray) -> float:
+    """Returns by how many degrees, at most, the angle of two voxel axes differs from a right one.
+
+    Args:
+        affine: [4, 4], voxels to world space.
+    """
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # of each pair
+    cosines = np.abs(np.triu(directions.T @ directions, 1))
+    return float(np.degrees(np.arcsin(cosines.max().clip(max=1))))
