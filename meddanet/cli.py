@@ -6,7 +6,6 @@ Results go to stdout, messages and progress to stderr. Exit code 0 only if every
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -40,8 +39,6 @@ def entry() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, by default the process's own, and returns its exit code."""
-    # nibabel prints a line of its own before it raises
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     stdout = sys.stdout
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"meddanet: warning: {message}", sys.stderr)

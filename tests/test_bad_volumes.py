@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import re
 import tracemalloc
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -244,6 +247,27 @@ def test_files_that_are_no_valid_nifti(scans, tmp_path: Path, content: bytes, te
         path.write_bytes(stored)
         message = scans.error(lambda: load_volume({"t1": path}))  # noqa: B023
         assert message.replace("at most ", "").startswith(f"{path}: {text}")
+
+
+@pytest.mark.parametrize(("position", "content", "told"), [
+    (254, np.int16(9).tobytes(), "sform_code is 9, which NIfTI does not know and .* as 0; set the"),
+    (252, np.int16(-1).tobytes(), "qform_code is -1, which NIfTI does not know"),
+    (80, np.float32([-1, -1, 1]).tobytes(), None),
+    (70, np.int16(12345).tobytes(), None),
+])  # fmt: skip
+def test_no_line_that_names_no_file(tmp_path, caplog, position, content, told) -> None:
+    """As nibabel's own, whose logger stays as it is: the last of these headers is an error."""
+    (tmp_path / "scan.nii").write_bytes(header_with(position, content))
+    logger = logging.getLogger("nibabel.global")
+    before = logger.level, logger.disabled, logger.propagate, list(logger.handlers)
+    with warnings.catch_warnings(record=True) as caught, suppress(VolumeError):
+        warnings.simplefilter("always")
+        load_volume({"t1": tmp_path / "scan.nii"})
+    assert not caplog.records
+    assert before == (logger.level, logger.disabled, logger.propagate, list(logger.handlers))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (told is not None)
+    assert all(re.match(f"{tmp_path}/scan.nii: {told}", message) for message in messages)
 
 
 def test_absent_files_and_folders(scans, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +26,8 @@ _AFFINE_TOLERANCE = 1e-3
 _SCALED_TOLERANCE = 0.01
 # as many distinct whole numbers as a label map of tumour parts may have, and an image never has
 _MAX_LABEL_VALUES = 8
+# nibabel's own lines name no file; this logger is nobody else's
+_UNHEARD = logging.Logger("nibabel", logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
     else:
         raise VolumeError(f"{path}: is not a NIfTI file; expected a single .nii or .nii.gz")
     try:
-        header = form(head[: form.sizeof_hdr])
+        header = _mended(form(head[: form.sizeof_hdr], check=False), path)
         dtype, shape = header.get_data_dtype(), tuple(map(int, header.get_data_shape()))
         affine, _ = header.get_best_affine(), header.get_slope_inter()
         int(header["vox_offset"])
@@ -214,6 +218,19 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
         raise VolumeError(f"{path}: holds {dtype} voxels; expected integers or floats")
     check_axes(affine, path)
     return header, affine, dtype, shape
+
+
+def _mended(stored: Any, path: Path) -> Any:
+    """Returns a copy of a header that nibabel has checked and mended; tells what moves the scan."""
+    header = stored.copy()
+    header.check_fix(logger=_UNHEARD)
+    for field in ("sform_code", "qform_code"):
+        if header[field] != stored[field]:
+            warnings.warn(
+                f"{path}: {field} is {stored[field]}, which NIfTI does not know and which counts "
+                "as 0; set the right one, or look how the labels lie", stacklevel=2,
+            )
+    return header
 
 
 def _check_channels(image: _Image, expected: int) -> None:
