@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from meddanet.data import Volume, load_labels, load_volume, save_image, save_volume
 
@@ -241,6 +242,28 @@ def test_labels_in_a_tensor_are_written_as_an_array_is(scans, tmp_path: Path) ->
     save_volume(labels, tmp_path / "array.nii", like=volume)
     save_volume(torch.tensor(labels), tmp_path / "tensor.nii", like=volume)
     assert (tmp_path / "array.nii").read_bytes() == (tmp_path / "tensor.nii").read_bytes()
+
+
+@pytest.mark.parametrize("from_a_file", [True, False])
+def test_a_qform_never_tells_of_another_place(
+    scans, tmp_path: Path, volume: Volume, from_a_file: bool
+) -> None:
+    """It has no shear; a rotation it keeps to the 1e-3 of its float32 quaternion."""
+    volume.header.set_qform(scans.AFFINE, code=1)
+    header = volume.header if from_a_file else None
+    for angle in (0, 1e-3, 0.02, 1.0, 3.1415):
+        turn = Rotation.from_rotvec(np.array([2, -1, 2]) / 3 * angle).as_matrix()
+        for shear, code in ((0, True), (0.1, False)):
+            affine = scans.AFFINE.copy()
+            affine[1, 2] = shear
+            affine[:3, :3] = turn @ affine[:3, :3]
+            like = replace(volume, affine=affine, header=header)
+            save_volume(labels_of(volume), tmp_path / "out.nii", like)
+            written = nib.load(tmp_path / "out.nii").header
+            np.testing.assert_allclose(written.get_sform(), affine, atol=1e-5)
+            assert written["sform_code"] > 0 and (written["qform_code"] > 0) == code
+            if code:
+                np.testing.assert_allclose(written.get_qform(), affine, atol=2e-3)
 
 
 def test_a_volume_that_comes_from_no_file_can_be_the_model(scans, tmp_path: Path) -> None:

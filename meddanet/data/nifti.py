@@ -310,8 +310,7 @@ def _looks_like_labels(values: np.ndarray) -> bool:
 def _new_header(affine: np.ndarray) -> nib.Nifti1Header:
     header = nib.Nifti1Header()
     header.set_data_shape((1, 1, 1))
-    header.set_sform(affine, code="scanner")
-    header.set_qform(affine, code="scanner")
+    _set_affine(header, affine, "scanner", "scanner")
     header.set_xyzt_units("mm")
     return header
 
@@ -321,9 +320,23 @@ def _header_at(volume: Volume) -> Any:
     header = volume.header.copy()
     if not np.array_equal(header.get_best_affine(), volume.affine):
         qform, sform = int(header["qform_code"]), int(header["sform_code"])
-        header.set_sform(volume.affine, code=sform or qform or "scanner")
-        header.set_qform(volume.affine, code=qform or sform or "scanner")
+        _set_affine(
+            header, volume.affine, sform or qform or "scanner", qform or sform or "scanner"
+        )
     return header
+
+
+def _set_affine(
+    header: Any, affine: np.ndarray, sform_code: int | str, qform_code: int | str
+) -> None:
+    """Sets sform and qform, the latter without its code where the axes are sheared."""
+    header.set_sform(affine, code=sform_code)
+    header.set_qform(affine, code=qform_code)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    moved = np.abs(header.get_qform() - affine)[:3, :3] / spacing
+    if moved.max() > _AFFINE_TOLERANCE:
+        # programs that go by the qform would see another place
+        header["qform_code"] = 0
 
 
 def _save(data: np.ndarray, path: Path, header: Any, write: Writer = write_bytes) -> None:
