@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch.utils.flop_counter import FlopCounterMode
 
 from meddanet.build import build_med_danet, build_med_danet_v2
@@ -360,6 +361,19 @@ def test_a_tilted_gantry_is_a_warning(model):
     tilted[:3, 2] *= np.cos(np.radians(15))
     with pytest.warns(UserWarning, match="^case: its voxel axes are 15 degrees off right angles"):
         predictor.predict(volume(data, tilted))
+
+
+def test_an_oblique_scan_is_a_warning(model):
+    predictor, data = Predictor(model, "cpu"), noise(16, 16, 3)
+    for angle in (0, 15, 35):
+        affine = LPS.copy()
+        affine[:3, :3] = Rotation.from_euler("x", angle, degrees=True).as_matrix() @ LPS[:3, :3]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            predictor.predict(volume(data, affine))
+        told = [str(warning.message) for warning in caught]
+        assert len(told) == (angle > 20)
+    assert told[0].startswith("case: its voxel axes are 35 degrees off the body's, so that")
 
 
 def test_a_scan_of_zeros_is_a_warning(model):

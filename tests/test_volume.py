@@ -20,7 +20,7 @@ from meddanet.data import (
     to_slices,
     window_origins,
 )
-from meddanet.data.axes import skew
+from meddanet.data.axes import skew, tilt
 
 CODES = [
     "".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)
@@ -160,6 +160,15 @@ def test_a_sheared_voxel_holds_what_it_held_upright(codes: str) -> None:
         voxel_ml = volume_of(np.ones((1, 2, 2, 2)), affine).voxel_ml
         assert voxel_ml == pytest.approx(0.5 * 1 * 3 / 1000)
     assert skew(upright) == pytest.approx(0, abs=1e-5) and skew(tilted) == pytest.approx(30)
+
+
+@pytest.mark.parametrize("codes", CODES[::5])
+@pytest.mark.parametrize("axis", range(3))
+def test_a_turn_about_one_axis_is_the_tilt(codes: str, axis: int) -> None:
+    for angle in (0, 10, 44):
+        turn = np.eye(4)
+        turn[:3, :3] = Rotation.from_rotvec(np.eye(3)[axis] * angle, degrees=True).as_matrix()
+        assert tilt(turn @ affine_of(codes)) == pytest.approx(angle, abs=1e-5)
 
 
 @pytest.mark.parametrize(

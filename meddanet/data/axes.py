@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .volume import lps_axes
+
 # in degrees: lengths and angles that are taken from voxel sizes are right to 2 %
 SLIGHT_SKEW = 2.0
 
@@ -18,3 +20,15 @@ def skew(affine: np.ndarray) -> float:
     # of each pair
     cosines = np.abs(np.triu(directions.T @ directions, 1))
     return float(np.degrees(np.arcsin(cosines.max().clip(max=1))))
+
+
+def tilt(affine: np.ndarray) -> float:
+    """Returns by how many degrees, at most, a voxel axis lies off the body axis it is taken for.
+
+    Args:
+        affine: [4, 4], voxels to RAS+ world space.
+    """
+    axes, _ = lps_axes(affine)
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(directions[np.arange(3), list(axes)])
+    return float(np.degrees(np.arccos(cosines.min().clip(max=1))))
