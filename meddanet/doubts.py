@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from .data import Volume, has_hounsfield_values
-from .data.axes import SLIGHT_SKEW, skew, tilt
+from .data.axes import SLIGHT_SKEW, axis_codes, skew, tilt
+from .data.nifti import both_forms
 from .frame import Frame
 
 # in degrees, well below the 40 to 50 at which results were found to change
@@ -25,38 +27,53 @@ def doubts_about(
         window_hu: The model's Hounsfield window, or None.
     """
     if spacing and not np.allclose(volume.spacing, spacing, rtol=0.1):
-        voxel, trained = (
-            " x ".join(f"{side:.3g}" for side in sides) for sides in (volume.spacing, spacing)
-        )
         yield (
-            f"its voxels are {voxel} mm, the model was trained on {trained} mm; resample the scan, "
-            "or expect worse labels"
+            f"its voxels are {_size(volume.spacing)}, the model was trained on {_size(spacing)}; "
+            "resample the scan, or expect worse labels"
         )
-    yield from _odd_axes(volume)
+    yield from _odd_axes(volume.affine)
+    if volume.header is not None:
+        yield from _odd_forms(volume.header)
     yield from _flat_scans(volume)
     if window_hu is None:
         yield from _negative_scans(volume)
 
 
-def _odd_axes(volume: Volume) -> Iterator[str]:
+def _size(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{side:.3g}" for side in spacing) + " mm"
+
+
+def _odd_axes(affine: np.ndarray) -> Iterator[str]:
     """Of scans whose slices are none of a body that lies straight."""
-    if (angle := skew(volume.affine)) > SLIGHT_SKEW:
+    if (angle := skew(affine)) > SLIGHT_SKEW:
         yield (
             f"its voxel axes are {angle:.0f} degrees off right angles, as of a tilted gantry; "
             "resample the scan to right angles, or expect worse labels"
         )
-    elif (angle := tilt(volume.affine)) > _SLIGHT_TILT:
+    elif (angle := tilt(affine)) > _SLIGHT_TILT:
         yield (
             f"its voxel axes are {angle:.0f} degrees off the body's, so that its slices are not "
             "axial; resample the scan to axial slices, or expect worse labels"
         )
-    header = volume.header
-    if header is not None and not header["sform_code"] and not header["qform_code"]:
+
+
+def _odd_forms(header: Any) -> Iterator[str]:
+    """Of headers that tell no geometry, or two."""
+    if not header["sform_code"] and not header["qform_code"]:
         yield (
             "its header tells no orientation (sform_code and qform_code are 0), so that voxel axes "
             "are taken to run toward Left, Anterior and Superior; set the scan's own, or expect "
             "labels of a body that lies otherwise"
         )
+    if forms := both_forms(header):
+        codes = [axis_codes(form) for form in forms]
+        sizes = [np.linalg.norm(form[:3, :3], axis=0) for form in forms]
+        if codes[0] != codes[1] or not np.allclose(sizes[0], sizes[1], rtol=0.03):
+            used, other = map("{}, {}".format, codes, map(_size, sizes))
+            yield (
+                f"its header's sform ({used}), which is used, and qform ({other}) are two "
+                "geometries; set the wrong one's code to 0"
+            )
 
 
 def _flat_scans(volume: Volume) -> Iterator[str]:

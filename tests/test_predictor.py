@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -406,6 +407,36 @@ def test_a_header_without_an_orientation_is_a_warning(model, tmp_path, sform, qf
         assert found[0].startswith(f"{scan.name}: its header tells no orientation (sform_code and")
         assert "Left, Anterior and Superior" in found[0]
         assert nib.aff2axcodes(nib.load(files["t1"]).affine) == ("L", "A", "S")
+
+
+@pytest.mark.parametrize(("qform", "code", "told"), [
+    (np.diag([-1.0, -1.0, 1.0, 1.0]), 1, None),
+    (np.diag([-1.01, -1.0, 0.99, 1.0]), 1, None),
+    (np.diag([1.0, 1.0, 1.0, 1.0]), 0, None),
+    (np.diag([-1.0, 1.0, -1.0, 1.0]), 1, "(LPS, 1 x 1 x 1 mm), which is used, and qform (LAI,"),
+    (np.diag([-1.0, -1.0, 5.0, 1.0]), 1, "which is used, and qform (LPS, 1 x 1 x 5 mm) are two"),
+    (None, 1, None),
+])  # fmt: skip
+def test_two_geometries_in_a_header_are_a_warning(model, tmp_path, qform, code, told):
+    """But none beside a qform that is no rotation; in metres sizes are told in millimetres, too."""
+    header = nib.Nifti1Header()
+    header.set_data_shape((24, 24, 3))
+    header.set_sform(LPS * [1e-3, 1e-3, 1e-3, 1], 1)
+    if qform is None:
+        header["quatern_b"] = header["quatern_c"] = 1
+    else:
+        header.set_qform(qform * [1e-3, 1e-3, 1e-3, 1])
+    header["qform_code"] = code
+    header.set_xyzt_units("meter")
+    nib.save(nib.Nifti1Image(noise(24, 24, 3)[0], None, header), tmp_path / "t1.nii")
+    scan = replace(load_volume({"t1": tmp_path / "t1.nii"}), data=noise(24, 24, 3), modalities=MRI)
+    answer(model, lambda slices: slices[:, 0] > 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Predictor(model, "cpu").predict(scan)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (told is not None)
+    assert all(told in message for message in messages)
 
 
 def test_a_ct_without_a_window_is_a_warning():

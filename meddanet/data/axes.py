@@ -32,3 +32,14 @@ def tilt(affine: np.ndarray) -> float:
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = np.abs(directions[np.arange(3), list(axes)])
     return float(np.degrees(np.arccos(cosines.min().clip(max=1))))
+
+
+def axis_codes(affine: np.ndarray) -> str:
+    """Returns where the voxel axes run to, such as "LPS": Left, Posterior, Superior.
+
+    Args:
+        affine: [4, 4], voxels to RAS+ world space; oblique axes go to the nearest world axis.
+    """
+    axes, signs = lps_axes(affine)
+    ends = ["LPS"[world] if sign > 0 else "RAI"[world] for world, sign in enumerate(signs)]
+    return "".join(ends[axes.index(voxel)] for voxel in range(3))

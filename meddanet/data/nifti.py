@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,23 @@ def load_header(path: str | Path) -> Any:
         VolumeError: If the file is unreadable or its header invalid.
     """
     return _header(Path(path))[0]
+
+
+def both_forms(header: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns a header's sform and qform in millimetres, [4, 4] each; None if it lacks a valid one.
+
+    Args:
+        header: Of a file, as nibabel has it.
+    """
+    if header["sform_code"] and header["qform_code"]:
+        # one that is no rotation is no geometry
+        with suppress(HeaderDataError, ValueError):
+            forms = header.get_sform(), header.get_qform()
+            for form in forms:
+                check_axes(form, "form")
+            sform, qform = (in_millimetres(form, header) for form in forms)
+            return sform, qform
+    return None
 
 
 def save_volume(
