@@ -100,13 +100,32 @@ def _negative_scans(volume: Volume) -> Iterator[str]:
             "Hounsfield window; train one with window_hu, or expect worse labels"
         )
         return
-    few = volume.data[..., ::4, ::4, ::4].sum(0)
-    below, above = np.count_nonzero(few < 0), np.count_nonzero(few > 0)
-    if below > 0.05 * above:
+    few = volume.data[..., ::4, ::4, ::4]
+    if not few.size:
+        return
+    total, least = few.sum(0), few.min((1, 2, 3))
+    lowest = few == least[:, None, None, None]
+    # where all modalities are at their lowest there is no tissue, but padding
+    lost, kept = (total < 0) & ~lowest.all(0), total > 0
+    count = np.count_nonzero(lost)
+    if count <= 0.05 * np.count_nonzero(kept):
+        return
+    share = count / (count + np.count_nonzero(kept))
+    culprits = [
+        f"{name} is {value:g}"
+        for name, value, there in zip(volume.modalities, least, lowest, strict=True)
+        if value < 0 and np.count_nonzero(there & lost) > 0.5 * count
+    ]
+    if culprits:
         yield (
-            f"{below / (below + above):.0%} of its voxels that are not 0 are negative, summed over "
-            "the modalities, and count as background; give scans before normalisation, as the "
-            "model was trained on, or expect worse labels"
+            f"{' and '.join(culprits)} where others show something, so that {share:.0%} of the "
+            "voxels count as background; mend the scan, or expect worse labels"
+        )
+    else:
+        yield (
+            f"{share:.0%} of its voxels that are not 0 are negative, summed over the modalities, "
+            "and count as background; give scans before normalisation, as the model was trained "
+            "on, or expect worse labels"
         )
 
 

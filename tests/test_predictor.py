@@ -292,6 +292,24 @@ def test_scans_that_tell_nothing_are_warned_of(model):
         predictor.predict(volume(normalised))
 
 
+def test_padding_is_no_tissue(model):
+    """One value around the body, whichever, changes no label; in one modality alone it hides it."""
+    predictor = Predictor(model, "cpu")
+    answer(model, lambda slices: (slices[:, 0] > 0).to(torch.uint8))
+    padded, body = noise(40, 48, 9), np.zeros((40, 48, 9), bool)
+    body[12:28, 12:28] = True
+    expected = predictor.predict(volume(padded * body)).labels
+    for values in ((-1024,) * 4, (-1, -2000, -3, -4), (0, 0, 0, -32768)):
+        outside = np.array(values, np.float32)[:, None, None, None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = predictor.predict(volume(np.where(body, padded, outside))).labels
+        assert np.array_equal(found, expected)
+    padded[3, :, 24:] = -32768
+    with pytest.warns(UserWarning, match="^case: t2 is -32768 where others show .* 50% of the vox"):
+        assert not predictor.predict(volume(padded)).labels[:, 24:].any()
+
+
 def test_an_empty_volume_costs_nothing(model):
     result = VolumePredictor(model, "cpu").predict(volume(np.zeros((4, 16, 24, 4), np.float32)))
     assert not result.labels.any() and not result.decisions.any()
@@ -442,7 +460,7 @@ def test_two_geometries_in_a_header_are_a_warning(model, tmp_path, qform, code, 
 def test_a_ct_without_a_window_is_a_warning():
     """As of weights from before training refused it; values from 0 up lie in the mask."""
     one = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
-    positive = np.random.default_rng(0).uniform(1, 900, (1, 16, 16, 3)).astype(np.float32)
+    positive = np.random.default_rng(0).uniform(1, 900, (1, 32, 32, 12)).astype(np.float32)
 
     def predict(data, modality, **facts):
         one.metadata = {"modalities": [modality], **facts}
@@ -453,7 +471,7 @@ def test_a_ct_without_a_window_is_a_warning():
         warnings.simplefilter("error")
         predict(positive, "ct")
         predict(positive - 100, "ct", window_hu=[-160, 240])
-    with pytest.warns(UserWarning, match="^case: 12% of its voxels that are not 0 are negative"):
+    with pytest.warns(UserWarning, match=r"^case: 1\d% of its voxels that are not 0 are negative"):
         predict(positive - 100, "mri")
     with pytest.warns(UserWarning, match="^case: is a CT with negative values, .* window_hu"):
         predict(positive - 100, "ct")
