@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def doubts_about(
     if volume.header is not None:
         yield from _odd_forms(volume.header)
     yield from _flat_scans(volume)
+    yield from _same_scans(volume)
     if window_hu is None:
         yield from _negative_scans(volume)
 
@@ -90,6 +92,18 @@ def _flat_scans(volume: Volume) -> Iterator[str]:
         yield "its voxels are all 0; look at the scan"
     elif flat:
         yield f"{', '.join(flat)} has the same value everywhere; look at the scan"
+
+
+def _same_scans(volume: Volume) -> Iterator[str]:
+    """Of images that are there twice, as by a link or a copy, whatever their files look like."""
+    few = volume.data[..., ::8, ::8, ::8]
+    for one, other in combinations(range(len(few)), 2):
+        if not few.size or not np.array_equal(few[one], few[other]):
+            continue
+        image = volume.data[one]
+        if np.array_equal(image, volume.data[other]) and image.min() < image.max():
+            names = f"{volume.modalities[one]} and {volume.modalities[other]}"
+            yield f"{names} are the same image; give each its own file, or expect worse labels"
 
 
 def _negative_scans(volume: Volume) -> Iterator[str]:

@@ -292,6 +292,25 @@ def test_scans_that_tell_nothing_are_warned_of(model):
         predictor.predict(volume(normalised))
 
 
+def test_an_image_that_is_there_twice_is_a_warning(model, scans, tmp_path):
+    """Though its copy was compressed anew; one that differs in a voxel is another image."""
+    paths = scans.write_case(tmp_path, "case")
+    predictor = Predictor(model, "cpu")
+    answer(model, lambda slices: slices[:, 0] > 0)
+    twice = nib.load(paths["t1ce"]).get_fdata().astype(np.int16)
+    for voxel, told in ((None, 1), ((3, 2, 1), 0)):
+        if voxel:
+            twice[voxel] += 1
+        scans.write(paths["t1"], twice)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            predictor.predict(load_volume(tmp_path))
+        messages = [str(w.message) for w in caught if "same image" in str(w.message)]
+        assert messages == told * [
+            "case: t1ce and t1 are the same image; give each its own file, or expect worse labels"
+        ]
+
+
 def test_padding_is_no_tissue(model):
     """One value around the body, whichever, changes no label; in one modality alone it hides it."""
     predictor = Predictor(model, "cpu")
@@ -399,7 +418,7 @@ def test_a_scan_of_zeros_is_a_warning(model):
     predictor, data = Predictor(model, "cpu"), np.zeros_like(noise(16, 16, 3))
     with pytest.warns(UserWarning, match="^case: its voxels are all 0; look at the scan$"):
         predictor.predict(volume(data))
-    data[:, 5, 5, 1] = 1
+    data[:, 5, 5, 1] = 1, 2, 3, 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor.predict(volume(data))
