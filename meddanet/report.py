@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import platform
 import unicodedata
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from .data import LABELS, Volume, canonical
 from .data.storage import Writer, write_bytes
+from .data.volume import lps_axes
 from .predictor import Prediction
 from .version import __version__
 
@@ -24,6 +26,8 @@ _INK, _PALE, _PAPER = (235, 235, 235), (200, 200, 200), (18, 20, 24)
 # so many classes have room beside the title
 _LEGEND = 5
 _MARGIN, _HEADER, _STRIP = 8, 30, 54
+# pixels: a tile's width below which title and legend have no room, a side that is made no longer
+_LEAST, _MOST = 164, 1024
 
 
 def class_names(prediction: Prediction) -> dict[int, str]:
@@ -120,8 +124,9 @@ def write_preview(
         classes[prediction.labels == value] = k
     classes = canonical(classes, volume.affine)
     white = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1.0
+    tile_size = _tile_size(volume)
     tiles = [
-        _tile(image[:, :, index] / white, classes[:, :, index], prediction, index)
+        _tile(image[:, :, index] / white, classes[:, :, index], prediction, index, tile_size)
         for index in _slices_to_show(classes, 2 * columns)
     ]
     width, height = tiles[0].size
@@ -156,36 +161,63 @@ def _slices_to_show(classes: np.ndarray, count: int) -> list[int]:
     return np.minimum(chosen, depth - len(step) + step).tolist()
 
 
-def _tile(grey: np.ndarray, classes: np.ndarray, prediction: Prediction, index: int) -> Image.Image:
-    """Draws one slice [H, W] of grey values 0..1 with its classes and its crop."""
+def _tile_size(volume: Volume) -> tuple[int, int]:
+    """Returns width and height in pixels of an axial slice as the body is; voxels may be flat."""
+    axes, _ = lps_axes(volume.affine)
+    sides = np.array([volume.data.shape[1 + axis] for axis in axes[:2]])
+    spacing = np.array([volume.spacing[axis] for axis in axes[:2]])
+    size = sides * spacing / spacing.min()
+    if size.max() < _LEAST:
+        size *= math.ceil(_LEAST / size.max())
+    size *= min(1, max(_MOST, sides.max()) / size.max())
+    width, height = size.round().astype(int).clip(min=1).tolist()
+    return width, height
+
+
+def _tile(
+    grey: np.ndarray, classes: np.ndarray, prediction: Prediction, index: int, size: tuple[int, int]
+) -> Image.Image:
+    """Draws one slice [H, W] of grey values 0..1 with its classes and its crop, `size` pixels."""
     colour = np.repeat(np.clip(grey, 0, 1)[:, :, None] * 255, 3, 2)
     for k in np.unique(classes[classes > 0]).tolist():
         mask = classes == k
         colour[mask] = 0.45 * colour[mask] + 0.55 * np.array(_colour(k))
     # LPS rows run left to right: transposed, the picture is in radiological view
-    tile = Image.fromarray(colour.astype(np.uint8).transpose(1, 0, 2))
-    draw = ImageDraw.Draw(tile)
+    shown = Image.fromarray(colour.astype(np.uint8).transpose(1, 0, 2))
+    shown = shown.resize(size, Image.Resampling.NEAREST)
     label = f"slice {index}"
     if not prediction.windows:
         route = prediction.routes[prediction.decisions[index]]
         label += f"  {route}"
         if route.startswith("crop-"):
-            y, x = prediction.offsets[index]
-            side = int(route.removeprefix("crop-")) - 1
-            draw.rectangle((y, x, y + side, x + side), outline=(255, 255, 255))
-    draw.text((4, 3), label, fill=_INK)
+            zoom, first = np.divide(size, grey.shape), prediction.offsets[index]
+            last = first + int(route.removeprefix("crop-"))
+            inside = np.clip((first * zoom, last * zoom - 1), 0, np.subtract(size, 1))
+            ImageDraw.Draw(shown).rectangle(inside.ravel().tolist(), outline=(255, 255, 255))
+    # a label needs more room than a narrow slice has
+    tile = Image.new("RGB", (max(size[0], _LEAST), max(size[1], _HEADER)), _PAPER)
+    tile.paste(shown, ((tile.width - size[0]) // 2, (tile.height - size[1]) // 2))
+    ImageDraw.Draw(tile).text((4, 3), label, fill=_INK, stroke_width=1, stroke_fill=(0, 0, 0))
     return tile
 
 
 def _header(draw: ImageDraw.ImageDraw, name: str, prediction: Prediction, right: int) -> None:
-    share = prediction.cost["mac"] / prediction.cost["static_mac"]
-    title = f"{_drawable(name)}   {share:.1%} of the multiply-adds of the static network"
-    draw.text((_MARGIN, 9), title, fill=_INK)
     names = class_names(prediction)
     for k in sorted(names, reverse=True)[-_LEGEND:]:
         right -= 12 + int(draw.textlength(names[k])) + 14
         draw.rectangle((right, 10, right + 9, 19), fill=_colour(k))
         draw.text((right + 14, 9), names[k], fill=_PALE)
+    share = prediction.cost["mac"] / prediction.cost["static_mac"]
+    title = f"   {share:.1%} of the multiply-adds of the static network"
+    draw.text((_MARGIN, 9), _named(draw, name, title, right - 2 * _MARGIN), fill=_INK)
+
+
+def _named(draw: ImageDraw.ImageDraw, name: str, title: str, room: int) -> str:
+    """Puts a name, or as much of it as the room in pixels allows, before a title."""
+    name, more = _drawable(name), ""
+    while name and draw.textlength(name + more + title) > room:
+        name, more = name[:-1], "..."
+    return name + more + title
 
 
 def _drawable(name: str) -> str:

@@ -140,8 +140,8 @@ def test_a_folder_of_cases(cohort, tmp_path, segment):
         assert sum(report["decisions"].values()) == 18 == len(report["slices"]["decision"])
         assert report["run"]["device"] in ("cpu", "cuda") and report["run"]["weights"]
         assert 0 < report["share_of_static"]["mac"] < 1.1
-        # four columns of 44 and two rows of 48 pixels, with their margins
-        assert Image.open(out / f"{name}.png").size == (4 * 52 + 8, 30 + 2 * 56 + 54 + 8)
+        # four columns of 44 and two rows of 48 pixels, four times as large, with their margins
+        assert Image.open(out / f"{name}.png").size == (4 * 184 + 8, 30 + 2 * 200 + 54 + 8)
 
 
 @pytest.mark.parametrize("installed", [True, False])

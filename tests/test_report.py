@@ -98,11 +98,21 @@ def picture(volume: Volume, prediction: Prediction, tmp_path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def tile(sheet: np.ndarray, number: int, size: tuple[int, int] = SHAPE[:2]) -> np.ndarray:
+# as many pixels as a voxel of SHAPE takes along each side: tiles are at least 164 wide or high
+ZOOM = 3
+
+
+def tile(sheet: np.ndarray, number: int) -> np.ndarray:
     """Tile `number` as [H, W, 3] in the order of the volume: a picture's columns are rows H."""
     row, column = divmod(number, 4)
-    top, left = 30 + row * (size[1] + 8), 8 + column * (size[0] + 8)
-    return sheet[top : top + size[1], left : left + size[0]].transpose(1, 0, 2)
+    height, width = ZOOM * SHAPE[0], ZOOM * SHAPE[1]
+    top, left = 30 + row * (width + 8), 8 + column * (height + 8)
+    return sheet[top : top + width, left : left + height].transpose(1, 0, 2)
+
+
+def voxels(sheet: np.ndarray, number: int) -> np.ndarray:
+    """Tile `number`, the central pixel of each voxel."""
+    return tile(sheet, number)[ZOOM // 2 :: ZOOM, ZOOM // 2 :: ZOOM]
 
 
 def mixed(colour: tuple[int, int, int]) -> list[int]:
@@ -112,21 +122,21 @@ def mixed(colour: tuple[int, int, int]) -> list[int]:
 def test_the_picture_shows_labels_crop_and_grey_values(lesion, tmp_path):
     sheet = picture(volume(), lesion, tmp_path)
     # the lesion fills 8 slices, so the 8 tiles are slices 6 to 13; slice 10 is tile 4
-    shown = tile(sheet, 4)
+    shown = voxels(sheet, 4)
     assert shown[22, 35].tolist() == mixed(COLOURS[1])
     assert shown[22, 37].tolist() == mixed(COLOURS[3])
     assert shown[20, 33].tolist() == mixed(COLOURS[2])
     assert shown[50, 48].tolist() == [255] * 3 and shown[45, 20].tolist() == [255] * 3
     # FLAIR is the background though t1 comes first; its dimmest line is half as bright
     assert shown[0, 0].tolist() == [127] * 3
-    # on a dark picture the frame of the crop stands out: y 12..27, x 30..45
+    # on a dark picture the frame of the crop stands out, around the voxels y 12..27, x 30..45
     dark = volume()
     dark.data[1] = 1
     dark.data[1, :5] = 1000
     framed = tile(picture(dark, lesion, tmp_path), 4)
-    for y, x in [(12, 30), (27, 45), (12, 40), (20, 45)]:
+    for y, x in [(36, 90), (83, 137), (36, 120), (60, 137)]:
         assert framed[y, x].tolist() == [255] * 3
-    assert framed[28, 46].max() < 5 and framed[14, 43].max() < 5
+    assert framed[84, 138].max() < 5 and framed[42, 129].max() < 5
 
 
 @pytest.mark.parametrize(("name", "shown"), [
@@ -154,6 +164,54 @@ def test_the_picture_is_turned_to_the_usual_view(lesion, tmp_path):
     assert np.array_equal(picture(other, turned, tmp_path), usual)
 
 
+@pytest.mark.parametrize(("shape", "spacing", "size"), [
+    # BraTS as it always was; sagittal and coronal slices 5 mm apart have true proportions
+    ((240, 240), (1, 1), (240, 240)),
+    ((48, 240), (5, 1), (240, 240)),
+    ((512, 60), (0.4, 4), (512, 600)),
+    # what is small is larger; what is huge or very flat becomes no poster
+    ((5, 4), (1, 1), (165, 132)),
+    ((1200, 900), (1, 1), (1200, 900)),
+    ((240, 240), (1, 1000), (1, 1024)),
+])  # fmt: skip
+def test_tiles_have_the_proportions_of_the_body(tmp_path, shape, spacing, size):
+    scan = volume(np.diag([-spacing[0], -spacing[1], 1.0, 1.0]), (*shape, 2))
+    scan.data[1] = 200
+    whole = prediction(np.zeros((*shape, 2), np.uint8), [2, 2])
+    sheet = picture(scan, whole, tmp_path)
+    bright = (sheet[30:-62] == 255).all(2)
+    columns, rows = np.flatnonzero(bright.any(0)), np.flatnonzero(bright.any(1))
+    assert rows[-1] - rows[0] + 1 == size[1]
+    # the first two tiles are the volume's slices, beside each other in columns of 164 or more
+    assert columns[-1] - columns[0] + 1 == size[0] + max(size[0], 164) + 8
+    assert sheet.shape[1] >= 690
+
+
+def test_a_crop_is_drawn_where_it_lies_on_a_stretched_slice(tmp_path):
+    scan = volume(np.diag([-5.0, -1.0, 1.0, 1.0]), (40, 200, 2))
+    scan.data[1] = 1
+    scan.data[1, 39] = 1000
+    result = prediction(np.zeros((40, 200, 2), np.uint8), [1, 1])
+    for offset, corners in (((12, 30), (60, 139, 30, 45)), ((-3, 190), (0, 64, 190, 199))):
+        shown = replace(result, offsets=np.array([offset] * 2, np.float32))
+        first = picture(scan, shown, tmp_path)[30 : 30 + 200, 8 : 8 + 190].transpose(1, 0, 2)
+        # below the label
+        framed = (first == 255).all(2) & (np.arange(200) > 20)
+        left, right = np.flatnonzero(framed.any(1))[[0, -1]]
+        top, bottom = np.flatnonzero(framed.any(0))[[0, -1]]
+        assert (left, right, top, bottom) == corners
+
+
+def test_a_long_name_leaves_room_for_the_legend(lesion, tmp_path):
+    short, long = (
+        picture(replace(volume(), name=name), lesion, tmp_path)[:30] for name in ("", 90 * "long ")
+    )
+    # the legend of three classes is 265 pixels wide
+    legend = slice(short.shape[1] - 8 - 265, None)
+    assert np.array_equal(long[:, legend], short[:, legend]) and not np.array_equal(long, short)
+    assert (long[:, -8:] == long[0, 0]).all()
+
+
 def test_the_strip_has_one_bar_per_slice(lesion, tmp_path):
     sheet = picture(volume(), lesion, tmp_path)
     top, width = sheet.shape[0] - 54 + 10, sheet.shape[1] - 16
@@ -176,9 +234,9 @@ def test_any_lesion_gets_eight_tiles(tmp_path, place):
     if place:
         labels[20:30, 20:30, slice(*place)] = 1
     sheet = picture(volume(), prediction(labels, [2] * 20), tmp_path)
-    blue = [(tile(sheet, n)[25, 25] == mixed(COLOURS[1])).all() for n in range(8)]
+    blue = [(voxels(sheet, n)[25, 25] == mixed(COLOURS[1])).all() for n in range(8)]
     assert sum(blue) == (0 if place is None else min(place[1] - place[0], 8))
-    assert all(tile(sheet, n)[50, 40].tolist() == [255] * 3 for n in range(8))
+    assert all(voxels(sheet, n)[50, 40].tolist() == [255] * 3 for n in range(8))
 
 
 def test_windows_and_few_slices_are_drawn_too(tmp_path):
@@ -189,7 +247,7 @@ def test_windows_and_few_slices_are_drawn_too(tmp_path):
         offsets=np.zeros((3, 4, 2), np.float32), num_bits=np.zeros((3, 4, 2), np.int64),
     )
     scan = volume(shape=(60, 50, 3))
-    assert picture(scan, small, tmp_path).shape == (30 + 2 * 58 + 54 + 8, 4 * 68 + 8, 3)
+    assert picture(scan, small, tmp_path).shape == (30 + 2 * 158 + 54 + 8, 4 * 188 + 8, 3)
     report = case_report(scan, small, 1.0)
     assert report["decisions"] == {"skip": 9, "crop-16": 2, "whole": 1}
     assert report["windows"] == [[0, 0], [0, 8], [8, 0], [8, 8]]
