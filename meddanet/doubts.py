@@ -114,8 +114,8 @@ def _negative_scans(volume: Volume) -> Iterator[str]:
             "Hounsfield window; train one with window_hu, or expect worse labels"
         )
         return
-    few = volume.data[..., ::4, ::4, ::4]
-    if not few.size:
+    few = volume.data[..., ::4, ::4, ::4].copy(order="K")
+    if not few.size or few.min() >= 0:
         return
     total, least = few.sum(0), few.min((1, 2, 3))
     lowest = few == least[:, None, None, None]
