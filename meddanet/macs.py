@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CONVENTIONS = ("mac", "paper")
 FLOAT_BITS = 32
 NORMS = ("batch_norm", "layer_norm", "group_norm")
+
+# how attention runs is the process's: threads that count take turns; a forward may count, too
+_COUNTING = RLock()
 
 
 @dataclass
@@ -135,13 +139,14 @@ def _check_fit(what: str, takes: int, given: int) -> None:
 @contextmanager
 def _in_single_operations() -> Iterator[None]:
     """Has attention and transformer layers run as the products they are made of."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with _COUNTING:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 # in inference mode composite operations reach the dispatcher whole and would count as nothing

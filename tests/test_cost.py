@@ -1,6 +1,8 @@
 """Costs against PyTorch's own counter and arithmetic by hand; the papers' tables have a file."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from threading import Event
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meddanet.build import build_med_danet_v2, build_segmenter
 from meddanet.cost import cost_table, count_macs
 from meddanet.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, set_quantization
+from meddanet.macs import count_work
 
 # the counter ---------------------------------------------------------------------------------
 
@@ -47,6 +50,33 @@ def test_true_macs_are_half_of_pytorchs_flops(model, shape):
         on_meta(torch.zeros(shape, device="meta"))
     assert 2 * count_macs(model, shape, "mac") == counter.get_total_flops() > 0
     assert count_macs(model.eval(), shape) == count_macs(on_meta, shape)
+
+
+def test_threads_that_count_leave_attention_as_it_was():
+    """How it runs is the process's, so that one thread took what another had set for the usual."""
+    first_in, second_in, first_out = Event(), Event(), Event()
+
+    def first(_, input):
+        first_in.set()
+        second_in.wait(0.3)  # in vain where threads take turns
+
+    def second(_, input):
+        second_in.set()
+        assert first_out.wait(20)
+
+    def flags():
+        cuda, mha = torch.backends.cuda, torch.backends.mha
+        return (
+            mha.get_fastpath_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
+        )
+
+    before = flags()
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(count_work, nn.Identity(), {"first": first}, (1,))
+        waiting.add_done_callback(lambda _: first_out.set())
+        assert first_in.wait(20)
+        count_work(nn.Identity(), {"second": second}, (1,))
+    assert all(before) and flags() == before
 
 
 @pytest.mark.parametrize(
