@@ -193,7 +193,7 @@ def count_work(
     for name, run in runs.items():
         counter.work = _new_work()
         with _in_single_operations(), counter:
-            run(copy, torch.zeros(input_shape, device=place))
+            run(copy, torch.zeros(input_shape, dtype=torch.float32, device=place))
         for convention, work in counter.work.items():
             counted[convention][name] = dict(work)
     return counted

@@ -79,6 +79,17 @@ def test_threads_that_count_leave_attention_as_it_was():
     assert all(before) and flags() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_dtype_as_default_changes_nothing(dtype):
+    model = build_segmenter("unet-8")
+    expected = count_macs(model, (1, 4, 32, 32))
+    torch.set_default_dtype(dtype)
+    try:
+        assert count_macs(model, (1, 4, 32, 32)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "paper"),
     [
