@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +102,9 @@ class ConvCall:
 
 
 def largest_code(num_bits: int) -> Tensor:
-    """Returns qmax as float32, NaN for a width outside of 2..16."""
-    return torch.as_tensor(qmax(torch.tensor(num_bits))).float()
+    """Returns qmax as float32 on the CPU, NaN for a width outside of 2..16."""
+    largest = qmax(num_bits) if 2 <= num_bits <= 16 else math.nan
+    return torch.tensor(largest, dtype=torch.float32, device="cpu")
 
 
 def step_of(amax: Tensor, index: int, num_bits: int) -> Tensor:

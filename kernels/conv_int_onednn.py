@@ -20,7 +20,7 @@ from . import conv_reference
 from .conv_call import ConvCall
 from .conv_pack import PackedConv, unpack_weight
 from .conv_reference import Group
-from .onednn import ZERO_POINT, convolve
+from .onednn import ZERO_POINT, convolve, prepack
 
 # up to here float32 holds every integer
 EXACT = 2**24
@@ -45,9 +45,7 @@ def _weight(
             for p in range(planes)
         ]
         weight = torch.cat(rows)[:, channels].to(torch.int8).contiguous()
-        packed = torch.ops.onednn.qconv_prepack(
-            weight, torch.ones(len(weight)), 1.0, ZERO_POINT, *_geometry(conv), shape
-        )
+        packed = prepack(weight, *_geometry(conv), shape=shape)
         _keep(kept, key, packed)
     return packed
 

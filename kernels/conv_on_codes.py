@@ -17,7 +17,7 @@ from .backend import triton_runs
 from .conv_call import ConvCall, even_planes
 from .conv_pack import PackedConv, pack_weight
 from .grid import qmax, quantize_codes, step_size
-from .onednn import ZERO_POINT, convolve
+from .onednn import ZERO_POINT, convolve, prepack
 from .pairs import split_floats
 from .per_width import weight_amax
 
@@ -80,10 +80,7 @@ def _onednn(
     scale, steps = step.float().reshape(-1).expand(len(weight)), amax.float() / qmax(num_bits)
     codes = codes.contiguous(memory_format=torch.channels_last).view(torch.uint8) ^ ZERO_POINT
     places = geometry[0:2], geometry[2:4], geometry[4:6], geometry[6]
-    packed = torch.ops.onednn.qconv_prepack(
-        weight_codes.to(torch.int8).contiguous(), torch.ones(len(weight)), 1.0, ZERO_POINT, *places,
-        list(codes.shape),
-    )  # fmt: skip
+    packed = prepack(weight_codes.to(torch.int8).contiguous(), *places, shape=codes.shape)
     bias = None if bias is None else bias.float()
     ordinary = bool(((scale > 0) & (scale < torch.inf)).all())
     if ordinary and 0 < steps[0] < torch.inf and bool((steps == steps[0]).all()):

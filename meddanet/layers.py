@@ -349,8 +349,9 @@ def image_gradients(input: Tensor) -> Tensor:
 
 
 def sobel_kernel(channels: int) -> Tensor:
-    """Returns the x and y kernels of every channel, [2 * C, 1, 3, 3], for C groups."""
-    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    """Returns each channel's x and y kernels for C groups: float32 [2 * C, 1, 3, 3], on the CPU."""
+    rows = [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]
+    sobel = torch.tensor(rows, dtype=torch.float32, device="cpu") / 8
     return torch.stack([sobel, sobel.T])[:, None].repeat(channels, 1, 1, 1)
 
 

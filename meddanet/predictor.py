@@ -301,15 +301,16 @@ class VolumePredictor:
 
     def _in_slices(self, result: Segmentation, frame: Frame) -> Tensor:
         """Returns offsets of crops in slices, which are found in a frame of theirs."""
-        crops = torch.tensor([route.startswith("crop-") for route in self.model.routes])
-        corner = torch.tensor([frame.top, frame.left])
+        crop = [route.startswith("crop-") for route in self.model.routes]
+        crops, corner = (torch.tensor(x, device="cpu") for x in (crop, [frame.top, frame.left]))
         return result.offsets + crops[result.decisions][..., None] * corner
 
     def _seen(self, slices: Tensor) -> Tensor:
         """Tells which slices [D] or windows [D, M] hold any signal: only these are decided on."""
         if self.window is None:
             if slices.device.type == "cpu":
-                return torch.tensor([holds_signal(image) for image in slices.numpy()])
+                seen = [holds_signal(image) for image in slices.numpy()]
+                return torch.tensor(seen, dtype=torch.bool, device="cpu")
             return slices.flatten(1).any(1).cpu()
         signal = (slices != 0).any(1)
         views = [

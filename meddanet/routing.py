@@ -36,10 +36,10 @@ class Segmentation(NamedTuple):
         """Returns, on the CPU, what slices [N, C, H, W] get that are all skipped."""
         count, _, height, width = slices.shape
         return cls(
-            torch.zeros(count, height, width, dtype=torch.uint8),
-            torch.zeros(count, dtype=torch.long),
-            torch.zeros(count, 2, dtype=torch.float32),
-            torch.zeros(count, stages, dtype=torch.long),
+            torch.zeros(count, height, width, dtype=torch.uint8, device="cpu"),
+            torch.zeros(count, dtype=torch.long, device="cpu"),
+            torch.zeros(count, 2, dtype=torch.float32, device="cpu"),
+            torch.zeros(count, stages, dtype=torch.long, device="cpu"),
         )
 
     @classmethod

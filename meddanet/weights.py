@@ -130,7 +130,8 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
         path_or_name: A .safetensors file written by `save_model`, or the name of shipped weights.
 
     Returns:
-        The model in `eval()`, input ranges fixed, with the file's facts in `model.metadata`.
+        The model on the CPU, in float32, whatever PyTorch's defaults are; in `eval()`, input ranges
+        fixed, with the file's facts in `model.metadata`.
 
     Raises:
         ValueError: If there is no such file or name, or the file is not one of ours.
@@ -140,7 +141,9 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     try:
         # older files name no model; they are of V2
         build = _BUILDERS[metadata.get("model", "MedDANetV2")]
-        model = build(**metadata["architecture"])
+        # what is initialised is overwritten: the caller's generator and defaults have no part in it
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            model = build(**metadata["architecture"]).float()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from meddanet.kernels import (
     conv_int_onednn,
@@ -150,6 +152,34 @@ def test_threads_that_keep_layouts_do_not_disturb_each_other(monkeypatch):
     finally:
         sys.setswitchinterval(interval)
     assert len(kept) == 4
+
+
+@contextmanager
+def defaults(device: str, dtype: torch.dtype):
+    """PyTorch's defaults, for as long as it lasts."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_defaults_of_pytorch_change_nothing():
+    """The probe took its own failure on another device or dtype for sums that are not exact."""
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    weight = torch.randint(-3, 4, (5, 4, 3, 3), dtype=torch.int8)
+    codes = torch.randint(-3, 4, (2, 4, 9, 8))
+    geometry = [1, 1], [0, 0], [1, 1], 1
+    exact = onednn.is_exact()
+    onednn.is_exact.cache_clear()
+    with defaults("meta", torch.float64):
+        packed = onednn.prepack(weight, *geometry, shape=codes.shape)
+        sums = onednn.convolve((codes + onednn.ZERO_POINT).to(torch.uint8), packed, *geometry)
+        assert onednn.is_exact() == exact
+    # sums so small saturate nowhere
+    assert torch.equal(sums.long(), F.conv2d(codes, weight.long()))
 
 
 def test_sums_that_saturate_are_found_out(monkeypatch):

@@ -194,6 +194,18 @@ def test_a_dtype_as_default_changes_nothing(model, executor):
 
 
 @pytest.mark.parametrize("executor", CPU_EXECUTORS)
+def test_a_device_as_default_changes_nothing(model, executor):
+    """As torch.set_default_device("cuda") sets it: whatever is made on "meta" has no values."""
+    slices = torch.randn(3, 2, 32, 48)
+    slices[0] = 0  # skipped, or all might be
+    expected = compile_engine(model, "cpu", executor).segment(slices)
+    with torch.device("meta"):
+        found = compile_engine(model, "cpu", executor).segment(slices)
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == other.device and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_of_another_dtype_runs_in_float32(model, executor, dtype):
     rounded, slices = deepcopy(model).to(dtype), torch.randn(3, 2, 32, 48)

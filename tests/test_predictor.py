@@ -496,6 +496,21 @@ def test_a_ct_without_a_window_is_a_warning():
         predict(positive - 100, "ct")
 
 
+def test_defaults_of_pytorch_change_nothing(model):
+    """A device and a dtype, as a program of one's own sets them."""
+    scan = volume(noise(24, 32, 5))
+    expected = VolumePredictor(model, "cpu").predict(scan)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = VolumePredictor(model, "cpu").predict(scan)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("labels", "decisions", "offsets", "num_bits"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.cost == expected.cost
+
+
 def test_the_engine_is_what_predicts(model, tolerances):
     """The default executor on a phantom, with a size that has to be padded, against eager."""
     phantom = volume(make_phantom(1, (42, 44, 20)).data)

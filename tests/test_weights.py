@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,29 @@ def test_a_model_comes_back_as_it_was(model, path):
     assert not loaded.training and loaded.routes == ("skip", "crop-16", "crop-24", "whole")
     slices = torch.randn(3, 2, 32, 32)
     assert torch.equal(loaded.segment(slices).labels, model.segment(slices).labels)
+
+
+def test_defaults_and_the_generator_have_no_part_in_loading(model, path):
+    generator = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # as torch.set_default_device sets it
+            loaded = load_model(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), generator)
+    buffers = dict(loaded.named_buffers()), dict(model.named_buffers())
+    for actual, expected in ((loaded.state_dict(), model.state_dict()), buffers):
+        for name, value in expected.items():
+            assert actual[name].dtype == value.dtype, name
+            assert torch.equal(actual[name], value), name
+
+
+def test_weights_of_another_dtype_are_float32_once_loaded(model, path):
+    save_model(deepcopy(model).bfloat16(), path, modalities=("t1", "t2"))
+    loaded = load_model(path)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.policy.stem[0].weight, model.policy.stem[0].weight.bfloat16().float())
 
 
 def test_another_model_takes_what_fits(model, path):

@@ -128,7 +128,7 @@ class TorchBank:
 
 def _freeze(model: nn.Module) -> nn.Module:
     """Fixes the quantised layers of a model, in place, and lays its weights out channels last."""
-    integer = onednn_runs(torch.empty(0))
+    integer = onednn_runs(torch.empty(0, device="cpu"))
     for name, layer in quantized_layers(model).items():
         if layer.quantize:
             parent, _, own = name.rpartition(".")
