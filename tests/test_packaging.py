@@ -157,6 +157,10 @@ def test_wheel_imports_in_a_clean_directory(wheel, tmp_path, absent):
     assert {name for name, file in files.items() if not Path(file).is_relative_to(wheel)} == set()
 
 
+@pytest.mark.skipif(
+    not (ROOT / "meddanet" / "kernels").exists(),
+    reason="an sdist has no link meddanet/kernels, by which a bare checkout finds the kernels",
+)
 def test_bare_checkout_imports(tmp_path):
     files = json.loads(python(IMPORT_ALL, ROOT, cwd=tmp_path))
     assert Path(files["meddanet.kernels"]) == ROOT / "meddanet" / "kernels" / "__init__.py"
