@@ -38,7 +38,7 @@ from .routing import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as a Volume
 class Prediction:
     """What a volume was found to hold, and what finding it took; M = windows per slice, or absent.
 

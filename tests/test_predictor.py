@@ -329,6 +329,11 @@ def test_padding_is_no_tissue(model):
         assert not predictor.predict(volume(padded)).labels[:, 24:].any()
 
 
+def test_a_prediction_equals_itself_alone(model):
+    one, other = (Predictor(model, "cpu").predict(volume(noise(16, 16, 2))) for _ in range(2))
+    assert one != other and [other, one].index(one) == 1 and len({one, other, one}) == 2
+
+
 def test_an_empty_volume_costs_nothing(model):
     result = VolumePredictor(model, "cpu").predict(volume(np.zeros((4, 16, 24, 4), np.float32)))
     assert not result.labels.any() and not result.decisions.any()

@@ -142,6 +142,13 @@ def test_from_slices_refuses_another_shape() -> None:
         from_slices(np.zeros((6, 5, 4), np.uint8), volume)
 
 
+def test_a_volume_equals_itself_alone() -> None:
+    """Arrays compare to arrays, of which there is no one truth and no hash."""
+    data, affine = np.zeros((1, 2, 3, 4), np.float32), np.eye(4)
+    one, other = (Volume(data, affine, None, ("t1",)) for _ in range(2))
+    assert one != other and [other, one].index(one) == 1 and len({one, other, one}) == 2
+
+
 def test_spacing_follows_the_file_axes() -> None:
     assert volume_of(np.ones((1, 2, 2, 2)), affine_of("SAR", 20)).spacing == pytest.approx(
         (0.5, 1.0, 3.0)

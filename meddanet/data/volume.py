@@ -24,7 +24,7 @@ class VolumeError(ValueError):
     """Reports a bad input or output file in one line: which file, what is wrong, what is right."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth: a volume is equal to itself alone
 class Volume:
     """A multi-modal scan as it lies in its files.
 
