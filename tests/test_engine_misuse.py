@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
-from copy import deepcopy
+from copy import copy, deepcopy
 from importlib.util import find_spec
 
 import numpy as np
@@ -22,6 +23,7 @@ from meddanet.engine.slices import single_threaded_workers
 from meddanet.layers import QuantConv2d, quantized_layers, set_quantization
 from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.networks.unet import LastStage, ResidualBlock
+from meddanet.predictor import VolumePredictor
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 CPU_EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch", "eager"]
@@ -86,6 +88,25 @@ def test_a_forked_process_is_told(model):
     with os.fdopen(reading) as told:
         assert told.read().endswith("make one in each process, or start processes by spawn")
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+@pytest.mark.parametrize("move", [pickle.dumps, copy, deepcopy])
+def test_an_engine_stays_where_it_is(model, executor, move):
+    predictor = VolumePredictor(model, "cpu", executor=executor)
+    with pytest.raises(TypeError, match="send the model and make an engine in each process"):
+        move(predictor.engine)
+    if move is not copy:  # a shallow one shares the engine
+        with pytest.raises(TypeError, match="send the model and make an engine in each process"):
+            move(predictor)
+
+
+def test_so_does_an_engine_on_a_gpu():
+    from meddanet.engine.triton_engine import TritonEngine
+
+    engine = TritonEngine.__new__(TritonEngine)
+    with pytest.raises(TypeError, match="send the model"):
+        deepcopy(engine)
 
 
 @needs_openvino

@@ -17,6 +17,7 @@ from ..networks.transbts import TransBTS
 from ..networks.unet import UNet
 from ..routing import RoutedSegmenter, Segmentation, channels_last, check_routed
 from .bank import BankEngine
+from .immovable import Immovable
 from .routing import CropEngine
 from .slices import NOT_FINITE, SliceEngine
 from .unreported import unreported
@@ -49,7 +50,7 @@ class Engine(Protocol):
         """
 
 
-class EagerEngine:
+class EagerEngine(Immovable):
     """A model's own `segment` on any device, a bounded number of slices at a time."""
 
     executor = "eager"
@@ -95,7 +96,8 @@ def compile_engine(
         An engine whose `segment` answers as the model's own does, up to rounding at ties; "triton"
         rounds the decision networks and the residual stream to float16. On a CPU it works on as
         many slices at a time as `torch.get_num_threads()` says now. Its `executor` and
-        `passed_over` say what "auto" chose, and why nothing before it.
+        `passed_over` say what "auto" chose, and why nothing before it. It can be neither pickled
+        nor copied: send the model, and make an engine in each process.
 
     Raises:
         ValueError: If the model is no `RoutedSegmenter`, the device not there, or the executor

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..routing import RoutedSegmenter, Segmentation
+from .immovable import Immovable
 
 Array = np.ndarray
 
@@ -39,7 +40,7 @@ class Deciding(Protocol):
         """Returns route logits [8, R] of images float32 [8, C, h, w] at the decision scale."""
 
 
-class SliceEngine(ABC):
+class SliceEngine(Immovable, ABC):
     """Segments slices as a model's own `segment` does; see `compile_engine`.
 
     Args:

@@ -23,6 +23,7 @@ from ..kernels.backend import build_errors
 from ..kernels.side_by_side import compile_side_by_side
 from ..med_danet_v2 import MedDANetV2
 from ..routing import Segmentation
+from .immovable import Immovable
 from .plan import CAPTURED, Plan, PlannedModel, overflows
 
 # slices of a chunk: a few, an L2 cache's worth, a head; others were not tried on a GPU
@@ -35,7 +36,7 @@ KEPT = 2
 _CAPTURING = threading.Lock()
 
 
-class TritonEngine:
+class TritonEngine(Immovable):
     """Segments slices as `MedDANetV2.segment` does; see `compile_engine`.
 
     Args:
