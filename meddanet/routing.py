@@ -89,7 +89,7 @@ class RoutedSegmenter(nn.Module, ABC):
         """Raises ValueError, with the cure, unless the model takes slices of this shape."""
         check_input(slices, self.in_channels, self.stride)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def segment(self, slices: Tensor) -> Segmentation:
         """Routes every slice, runs each group of equal decision as one batch.
 
@@ -113,7 +113,7 @@ class RoutedSegmenter(nn.Module, ABC):
             labels[index] = logits.argmax(1).to(torch.uint8)
         return Segmentation(labels, decisions, offsets, num_bits)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def segment_windows(self, slices: Tensor, window: int = 128) -> Segmentation:
         """Decides per overlapping window and averages probabilities: the papers' protocol.
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from meddanet.build import build_med_danet_v2
+from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.devices import resolve_device
 from meddanet.engine import compile_engine
 from meddanet.engine.routing import EVERYWHERE, CropEngine, halo
@@ -244,6 +244,21 @@ def test_slices_of_another_shape_or_beyond_float32(model, executor):
         engine.segment(torch.zeros(2, 32, 48))
     with pytest.raises(ValueError, match="slices hold NaN or infinite values"):
         engine.segment(torch.full((1, 2, 32, 48), 1e300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
+def test_what_segment_returns_can_be_changed(model, executor):
+    """As tensors of inference mode cannot be, outside of it."""
+    slices = torch.randn(2, 2, 32, 48)
+    engine = compile_engine(model, "cpu", executor)
+    bank = build_med_danet(("unet-4",), 2, 3).eval()
+    for result in (
+        engine.segment(slices), model.segment(slices), bank.segment(slices),
+        model.segment_windows(slices, 32), bank.segment_windows(slices, 32),
+    ):
+        for tensor in result:
+            assert not tensor.requires_grad
+            tensor.add_(1)
 
 
 # last stages -----------------------------------------------------------------------------------
