@@ -53,17 +53,14 @@ def save_model(
 
     Raises:
         ValueError: If the name's ending, the number of modalities or what the labels are does not
-            fit, a note has no JSON, or neither builder has made the model.
+            fit, a note has no JSON, neither builder has made the model, or a part of it has been
+            replaced by one that its `config` does not build.
         VolumeError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ENDING:
         raise ValueError(f"{path}: expected a name that ends in {ENDING}")
-    if type(model).__name__ not in _BUILDERS or not hasattr(model, "config"):
-        raise ValueError(
-            f"save_model keeps what build_med_danet or build_med_danet_v2 has made; of this "
-            f"{type(model).__name__} keep the state_dict and the ranges (docs/kernels.md)"
-        )
+    tensors = _tensors_as_built(model)
     known = getattr(model, "metadata", {})
     facts = {
         "normalisation": "z-score in the joint brain mask",
@@ -87,8 +84,30 @@ def save_model(
         texts = {key: json.dumps(value) for key, value in facts.items()}
     except TypeError as error:
         raise ValueError(f"notes: {error}; expected what JSON has") from error
-    tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     write_bytes(path, _in_order(save(tensors, texts)))
+
+
+def _tensors_as_built(model: RoutedSegmenter) -> dict[str, Tensor]:
+    """Returns a model's tensors by their names in the file.
+
+    Raises:
+        ValueError: If they are not those that `load_model` would look for.
+    """
+    kind = type(model).__name__
+    if kind not in _BUILDERS or not hasattr(model, "config"):
+        raise ValueError(
+            f"save_model keeps what build_med_danet or build_med_danet_v2 has made; of this "
+            f"{kind} keep the state_dict and the ranges (docs/kernels.md)"
+        )
+    tensors = _tensors(model)
+    if odd := _misfits(tensors, _tensors(_built(kind, model.config))):
+        raise ValueError(
+            f"model is not what its config builds: {len(odd)} tensors differ, first {odd[0]}; "
+            "build one with the part that was changed, or keep state_dict and ranges "
+            "(docs/kernels.md)"
+        )
+    return tensors
 
 
 def _check_values(convention: str | None, values: Any, num_classes: int) -> None:
@@ -140,17 +159,14 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     metadata, tensors = _read(path)
     try:
         # older files name no model; they are of V2
-        build = _BUILDERS[metadata.get("model", "MedDANetV2")]
-        # what is initialised is overwritten: the caller's generator and defaults have no part in it
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            model = build(**metadata["architecture"]).float()
+        model = _built(metadata.get("model", "MedDANetV2"), metadata["architecture"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "
             "expected a file written by save_model"
         ) from error
     own = _tensors(model)
-    if odd := sorted((own.keys() | tensors.keys()) - _fitting(own, tensors)):
+    if odd := _misfits(own, tensors):
         raise ValueError(
             f"{path}: {len(odd)} tensors do not fit its architecture, first {odd[0]}; "
             "expected a file written by save_model"
@@ -160,6 +176,13 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
     for layer in quantized_layers(model).values():
         layer.update_range = False
     return to_memory_format(model.eval(), torch.channels_last)
+
+
+def _built(kind: str, architecture: dict[str, Any]) -> RoutedSegmenter:
+    """Builds a model for its architecture's sake, on the CPU and in float32."""
+    # no weight stays: the caller's defaults and generator have no part in it
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        return _BUILDERS[kind](**architecture).float()
 
 
 def take_weights(
@@ -211,6 +234,11 @@ def _fitting(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
     """Returns the names under which both have a tensor of the same shape."""
     both = own.keys() & theirs.keys()
     return {name for name in both if own[name].shape == theirs[name].shape}
+
+
+def _misfits(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """Returns the names under which one has a tensor and the other none of the same shape."""
+    return sorted((own.keys() | theirs.keys()) - _fitting(own, theirs))
 
 
 @torch.no_grad()

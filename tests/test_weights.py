@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from meddanet.build import build_med_danet, build_med_danet_v2
+from meddanet.build import build_med_danet, build_med_danet_v2, build_segmenter
 from meddanet.layers import quantized_layers
 from meddanet.med_danet import MedDANet
 from meddanet.med_danet_v2 import MedDANetV2
@@ -224,6 +224,23 @@ def test_what_cannot_be_saved(model, tmp_path):
     assert not file.exists()
     with pytest.raises(ValueError, match="cannot be written"):
         save_model(model, tmp_path / "no" / "model.safetensors", modalities=("t1", "t2"))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (build_segmenter("unet-8", 2, 3), r"segmenter\.dec"),
+        (torch.nn.Conv2d(2, 4, 1), r"quantization\.segmenter"),
+    ],
+    ids=["shape", "missing"],
+)
+def test_a_part_that_was_replaced_is_refused_before_anything_is_written(tmp_path, part, name):
+    """load_model builds by the config and could not read it."""
+    model = build_med_danet_v2("unet-12", in_channels=2, num_classes=3, crop_sizes=(16,))
+    model.segmenter = part
+    with pytest.raises(ValueError, match=f"not what its config builds: .* first {name}"):
+        save_model(model, tmp_path / "a.safetensors", modalities=("t1", "t2"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_name_that_is_not_there_lists_those_that_are():
