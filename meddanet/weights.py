@@ -53,8 +53,8 @@ def save_model(
 
     Raises:
         ValueError: If the name's ending, the number of modalities or what the labels are does not
-            fit, a note has no JSON, neither builder has made the model, or a part of it has been
-            replaced by one that its `config` does not build.
+            fit, a note has no JSON or a name that the file uses itself, neither builder has made
+            the model, or a part of it has been replaced by one that its `config` does not build.
         VolumeError: If the file cannot be written.
     """
     path = Path(path)
@@ -62,15 +62,23 @@ def save_model(
         raise ValueError(f"{path}: expected a name that ends in {ENDING}")
     tensors = _tensors_as_built(model)
     known = getattr(model, "metadata", {})
+    own = {
+        "model": type(model).__name__,
+        "architecture": model.config,
+        "modalities": _names(modalities or known.get("modalities", MODALITIES), model.in_channels),
+        "meddanet": __version__,
+    }
+    if taken := sorted(own.keys() & notes.keys()):
+        raise ValueError(
+            f"notes are called {', '.join(taken)}, which is what save_model itself writes; name "
+            "them otherwise"
+        )
     facts = {
         "normalisation": "z-score in the joint brain mask",
         "spacing_mm": [1.0, 1.0, 1.0],
         **known,
         **notes,
-        "model": type(model).__name__,
-        "architecture": model.config,
-        "modalities": _names(modalities or known.get("modalities", MODALITIES), model.in_channels),
-        "meddanet": __version__,
+        **own,
     }
     values = notes.get("label_values")
     if values is None and label_convention in (None, "values"):

@@ -211,6 +211,7 @@ def test_what_cannot_be_saved(model, tmp_path):
         ({"label_values": {1: 1, 2: 2}, "label_convention": "msd"}, "give one of them"),
         ({"label_values": {"one": 1, 1: 1, 2: 2}}, "are of one, expected classes 1 to 2"),
         ({"note": np.float32(1)}, "notes: Object of type float32 is not JSON serializable"),
+        ({"meddanet": "9", "architecture": "mine"}, "called architecture, meddanet, which is what"),
     ):
         with pytest.raises(ValueError, match=message):
             save_model(model, file, **{"modalities": ("t1", "t2"), **options})
