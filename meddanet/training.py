@@ -49,6 +49,8 @@ _USUAL_ARITHMETIC = {
     "joint": "fixed", "bank": "float", "decision": "float",
 }
 _THREADS_PER_CPU = 16
+# what cuBLAS wants for deterministic algorithms
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def train(config: TrainConfig) -> Path:
@@ -69,6 +71,8 @@ def train(config: TrainConfig) -> Path:
     with (
         _settings(config), process_group(config.device) as device,
         hold_run(output_folder(config.out)),
+        # every step seeds PyTorch's own generators; the caller's go on as if nothing had been
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):  # fmt: skip
         return _Run(config, device).run()
 
@@ -86,12 +90,12 @@ def _settings(config: TrainConfig) -> Iterator[None]:
             f"threads is {config.threads}, expected at most {most} on this machine, or 0 for all"
         )
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    deterministic = torch.get_deterministic_debug_mode()
+    deterministic, workspace = torch.get_deterministic_debug_mode(), os.environ.get(_WORKSPACE)
     try:
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault(_WORKSPACE, ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         yield
@@ -99,6 +103,8 @@ def _settings(config: TrainConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(deterministic)
         torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 class _Run:

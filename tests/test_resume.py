@@ -579,18 +579,25 @@ def test_compiled_and_deterministic_runs_have_the_same_checkpoints(config, tmp_p
 
 def test_what_a_run_sets_for_its_process_ends_with_it(config, tmp_path, monkeypatch):
     """Though it fails."""
-    seen = []
+    seen, variable = [], "CUBLAS_WORKSPACE_CONFIG"
 
     def fail(*_):
-        seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+        seen.append((
+            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+            variable in os.environ,
+        ))
+        torch.manual_seed(7)
         raise VolumeError("no data")
 
     monkeypatch.setattr("meddanet.training.prepare_dataset", fail)
     config.phases = [PhaseConfig("static", 1, batch=2)]
+    monkeypatch.delenv(variable, raising=False)
+    generator = torch.get_rng_state()
     config.threads, config.deterministic = torch.get_num_threads() + 1, True
     with pytest.raises(VolumeError, match="no data"):
         train(config)
-    assert seen == [(config.threads, True)]
+    assert seen == [(config.threads, True, True)]
+    assert variable not in os.environ and torch.equal(torch.get_rng_state(), generator)
     assert torch.get_num_threads() == config.threads - 1
     assert not torch.are_deterministic_algorithms_enabled()
 
