@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from os import fspath
+from pathlib import Path
 from typing import Any
 
 from .bounds import check_numbers
@@ -277,6 +279,8 @@ class DecisionConfig:
 class TrainConfig:
     """One training run; the defaults are the recipe of the shipped weights.
 
+    Where data, out, cache and start are paths, they are kept as text.
+
     Attributes:
         data: Folder of labelled cases, in any naming that `meddanet segment` reads.
         out: Folder for checkpoints, the log, the configuration and the final weights.
@@ -331,9 +335,9 @@ class TrainConfig:
         tensorboard: Write `<out>/tensorboard/<phase>` too (extra "train").
     """
 
-    data: str
-    out: str
-    cache: str | None = None
+    data: str | Path
+    out: str | Path
+    cache: str | Path | None = None
     modalities: tuple[str, ...] | None = None
     label_map: dict[int, int] | None = None
     window_hu: tuple[float, float] | None = None
@@ -355,7 +359,7 @@ class TrainConfig:
     crop_sizes: tuple[int, ...] = (96, 128)
     margin: int = 6
     num_bits: tuple[int, ...] = (8, 16)
-    start: str | None = None
+    start: str | Path | None = None
     start_parts: tuple[str, ...] = ()
     cost_weight: float = 0.06
     bit_weight: float = 0.06
@@ -372,6 +376,10 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("data", "out", "cache", "start"):
+            value = getattr(self, name)
+            # the configuration is kept as JSON, which has no paths
+            setattr(self, name, value if value is None else fspath(value))
         for name in ("modalities", "window_hu", "bank", "crop_sizes", "num_bits", "start_parts"):
             value = getattr(self, name)
             setattr(self, name, value if value is None else tuple(value))

@@ -4,7 +4,7 @@ import json
 import re
 import threading
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -55,6 +55,17 @@ def test_official_weights_are_those_of_the_code():
     assert third.cost_weight * 1.0 == pytest.approx(2 / 4 * 0.02 * 15 * 1.068)
     assert (first.mixed_weight, first.cost_weight, first.oracle_weight) == (0, 0, 0)
     assert "policy" not in first.parts and third.parts == ("policy",)
+
+
+def test_paths_are_kept_as_text(tmp_path):
+    """As a configuration and a command line have them: a path has no JSON."""
+    places = {name: tmp_path / name for name in ("data", "out", "cache", "start")}
+    texts = {name: str(path) for name, path in places.items()}
+    config = TrainConfig(**places)
+    assert config == TrainConfig(**texts)
+    assert texts.items() <= json.loads(json.dumps(asdict(config))).items()
+    typed = [f"--{name}={text}" for name, text in texts.items()]
+    assert train_config(parse_command(["train", *typed]).train) == config
 
 
 def test_the_papers_dice_by_hand():
