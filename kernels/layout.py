@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 
 def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns (y, x) of a pair, or of an int that stands for both."""
+    """Returns (y, x) of a pair, or of a whole number, numpy's too, that stands for both."""
     # as they are: int() would fix a size that tracing leaves open
-    y, x = (value, value) if isinstance(value, int) else value
+    y, x = (value, value) if isinstance(value, int | Integral) else value
     return y, x
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from operator import index
 
 from torch import nn
 
@@ -120,6 +121,7 @@ def build_med_danet(
 
     Source: Med-DANet, sections 3 and 4.1.
     """
+    in_channels, num_classes = map(index, (in_channels, num_classes))  # as `config` is written
     members = [build_segmenter(name, in_channels, num_classes) for name in bank]
     model = MedDANet(
         bank=nn.ModuleList(members),
@@ -169,8 +171,12 @@ def build_med_danet_v2(
 
     Source: Med-DANet V2, sections 3 and 4.1.
     """
+    # plain numbers, as `config` is written; numpy's have no JSON
+    in_channels, num_classes, decision_scale = map(
+        index, (in_channels, num_classes, decision_scale)
+    )
+    crop_sizes, num_bits = tuple(map(index, crop_sizes)), tuple(map(index, num_bits))
     network = build_segmenter(segmenter, in_channels, num_classes)
-    crop_sizes, num_bits = tuple(crop_sizes), tuple(num_bits)
     if list(crop_sizes) != sorted(set(crop_sizes)) or any(p % network.stride for p in crop_sizes):
         raise ValueError(
             f"crop_sizes must ascend and be multiples of {network.stride}, got {crop_sizes}"

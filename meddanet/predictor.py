@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -107,8 +108,9 @@ class VolumePredictor:
         check_routed(model)
         if labels is not None:
             label_facts(labels, None, (), model.num_classes)
-        if window is not None and not isinstance(window, int):
+        if window is not None and not isinstance(window, int | Integral):
             raise ValueError(f"window is {window!r}, expected None or a whole number of pixels")
+        window = None if window is None else int(window)
         if window is not None and (window % model.stride or window < model.smallest_side):
             raise ValueError(
                 f"window is {window}, expected a multiple of {model.stride} that is at least "

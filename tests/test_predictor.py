@@ -375,6 +375,15 @@ def test_windows_are_decided_one_by_one(model):
     assert result.cost["static_mac"] == 32 * static
 
 
+def test_a_window_as_numpy_has_it(model):
+    scan = volume(noise(32, 32, 2))
+    expected, found = (
+        Predictor(model, "cpu", window=window).predict(scan) for window in (16, np.int64(16))
+    )
+    assert found.windows == expected.windows
+    np.testing.assert_array_equal(found.labels, expected.labels)
+
+
 def test_two_runs_agree_exactly(model):
     phantom = volume(make_phantom(2, (40, 40, 16)).data)
     first, second = (Predictor(model, "cpu").predict(phantom) for _ in range(2))

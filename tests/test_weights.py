@@ -81,6 +81,17 @@ def test_weights_of_another_dtype_are_float32_once_loaded(model, path):
     assert torch.equal(loaded.policy.stem[0].weight, model.policy.stem[0].weight.bfloat16().float())
 
 
+@pytest.mark.parametrize("build", [build_med_danet, build_med_danet_v2])
+def test_a_model_by_numpys_numbers(tmp_path, build):
+    number = np.int64
+    if build is build_med_danet:
+        model = build(("unet-4",), number(2), number(3))
+    else:
+        model = build("unet-4", number(2), number(3), (number(16),), np.array([8, 16]))
+    save_model(model, tmp_path / "a.safetensors", modalities=("t1", "t2"))
+    assert load_model(tmp_path / "a.safetensors").config == model.config
+
+
 def test_another_model_takes_what_fits(model, path):
     """Another number of routes and of widths: the policy's answer and the selectors stay."""
     torch.manual_seed(1)

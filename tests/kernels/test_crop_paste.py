@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,10 +132,13 @@ def test_crop_and_paste_are_transposes(name):
     torch.testing.assert_close(left, right)
 
 
-def test_size_as_an_int_is_a_square():
+@pytest.mark.parametrize("number", [int, np.int64, np.uint8])
+def test_size_as_a_whole_number_is_a_square(number):
     image, offset = torch.randn(1, 1, 8, 9), torch.tensor([[0.5, 1.0]])
-    assert torch.equal(bilinear_crop(image, offset, 4), bilinear_crop(image, offset, (4, 4)))
-    assert affine_paste(image, offset, 12).shape == (1, 1, 12, 12)
+    expected = bilinear_crop(image, offset, (4, 4))
+    assert torch.equal(bilinear_crop(image, offset, number(4)), expected)
+    assert torch.equal(bilinear_crop(image, offset, (number(4), number(4))), expected)
+    assert affine_paste(image, offset, number(12)).shape == (1, 1, 12, 12)
 
 
 @pytest.mark.parametrize("op", [bilinear_crop, affine_paste])
