@@ -7,7 +7,7 @@ state_dicts load with strict=True both ways, because the running input range is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from .kernels.per_width import conv_per_width, weight_amax
 from .kernels.quantize import check_num_bits
 
 RANGE_MOMENTUM = 0.05
+
+# what layers take, for type checkers, which a mixin's *args tell nothing
+Size = int | tuple[int, int]
+Device = torch.device | str | int | None
 
 
 class QuantizedInput(nn.Module):
@@ -153,6 +157,15 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
     padding: str | tuple[int, int]
     dilation: tuple[int, int]
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+            padding: str | Size = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+            padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+            *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
+        ) -> None: ...  # fmt: skip
+
     def forward(
         self,
         input: Tensor,
@@ -194,6 +207,16 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
     padding: tuple[int, int]
     kernel_size: tuple[int, int]
     dilation: tuple[int, int]
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+            padding: Size = 0, output_padding: Size = 0, groups: int = 1, bias: bool = True,
+            dilation: Size = 1, padding_mode: str = "zeros", device: Device = None,
+            dtype: torch.dtype | None = None,
+            *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
+        ) -> None: ...  # fmt: skip
 
     def weight_range(self) -> Tensor:
         """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""
@@ -253,6 +276,14 @@ class QuantLinear(QuantizedInput, nn.Linear):
     With widths of the weights in a tensor it asks the device which samples share one: then
     `torch.compile` breaks the graph there, and `fullgraph=True` and `torch.export` refuse.
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, device: Device = None,
+            dtype: torch.dtype | None = None,
+            *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
+        ) -> None: ...  # fmt: skip
 
     def forward(
         self,
