@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
         _settings(config), process_group(config.device) as device,
         hold_run(output_folder(config.out)),
         # every step seeds PyTorch's own generators; the caller's go on as if nothing had been
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng([device] if device.type == "cuda" else []), _made_on_the_cpu(),
     ):  # fmt: skip
         return _Run(config, device).run()
 
@@ -105,6 +105,13 @@ def _settings(config: TrainConfig) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             os.environ.pop(_WORKSPACE, None)
+
+
+def _made_on_the_cpu() -> AbstractContextManager[object]:
+    """Has what is made without a device lie on the CPU, where runs have it, whatever is default."""
+    # a context at work, which every operation passes, is nothing to have without need
+    usual = torch.get_default_device().type == "cpu"
+    return nullcontext() if usual else torch.device("cpu")
 
 
 class _Run:

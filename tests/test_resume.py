@@ -602,6 +602,14 @@ def test_what_a_run_sets_for_its_process_ends_with_it(config, tmp_path, monkeypa
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_device_as_default_changes_nothing(config, tmp_path):
+    """As torch.set_default_device sets it: whatever would be made on "meta" has no values."""
+    train(config)
+    with torch.device("meta"):
+        train(replace(config, out=str(tmp_path / "other")))
+    assert_same_bits(result(tmp_path / "run"), result(tmp_path / "other"))
+
+
 def test_more_threads_than_a_process_can_have(config, tmp_path):
     """PyTorch takes any number and the process ends at its first operation."""
     most = 16 * os.cpu_count()
