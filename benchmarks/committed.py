@@ -18,10 +18,11 @@ class Results:
 
     Args:
         folder: Holds the JSON files.
+        capability: Of the CPUs whose suite is meant, as files are named after it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, capability: str = "avx512") -> None:
+        self.folder, self.capability = folder, capability
 
     def read(self, name: str) -> Content:
         """Returns one file's content; the name without its ending."""
@@ -34,8 +35,8 @@ class Results:
 
     @cached_property
     def speed(self) -> Content:
-        """The CPU suite's numbers: the file of the machine that was measured last."""
-        return max(self.named("cpu_*").values(), key=measured)
+        """The CPU suite's numbers: the file of the machine that was measured last; may be none."""
+        return max(self.named(f"cpu_*_{self.capability}_*").values(), key=measured, default={})
 
     @property
     def speed_machine(self) -> str:

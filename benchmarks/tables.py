@@ -310,6 +310,8 @@ def ablation(results: Content) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "speed": speed, "speed-cases": speed_cases, "files": files,
+    "speed-avx2": lambda results: speed(Results(results.folder, "avx2")),
+    "speed-cases-avx2": lambda results: speed_cases(Results(results.folder, "avx2")),
     "cpu-kernels": cpu_kernels, "bank": bank,
     "headline": lambda results: headline(results.accuracy),
     "accuracy": lambda results: accuracy(results.accuracy),

@@ -45,8 +45,10 @@ def write_results(level: str, content: dict) -> Path:
         Its path.
     """
     facts = machine()
-    processor = re.sub(r"\W+", "-", str(facts["processor"]).lower()).strip("-")
-    path = RESULTS / f"cpu_{processor}_{facts['threads']}threads.json"
+    # processors of one name differ in their instructions
+    names = (str(facts[key]).lower() for key in ("processor", "capability"))
+    kind = "_".join(re.sub(r"\W+", "-", name).strip("-") for name in names)
+    path = RESULTS / f"cpu_{kind}_{facts['threads']}threads.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[level] = {"machine": facts, "environment": environment(), **content}
     path.write_text(json.dumps(known, indent=2) + "\n")

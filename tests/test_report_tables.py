@@ -47,20 +47,26 @@ def results(tmp_path) -> committed.Results:
 
 
 def test_the_machine_measured_last_is_shown(tmp_path):
-    def write(name: str, **environment) -> None:
+    def write(name: str, capability: str = "avx512", **environment) -> None:
         level = {"times": {}, **environment, "case": name}
-        (tmp_path / f"cpu_{name}.json").write_text(json.dumps({"network a": level}))
+        path = tmp_path / f"cpu_{name}_{capability}_2threads.json"
+        path.write_text(json.dumps({"network a": level}))
 
     write("z")
     assert committed.Results(tmp_path).networks[0]["case"] == "z"
     write("b", environment={"date": "2026-11-26 12:00:00 UTC"})
     # neither by name nor, without a date, before one that has it
     write("c", environment={"date": "2026-09-30 12:00:00 UTC"})
+    # of the same name, but another kind
+    write("b", "avx2", environment={"date": "2026-11-28 12:00:00 UTC"})
     assert committed.Results(tmp_path).networks[0]["case"] == "b"
+    assert len(committed.Results(tmp_path).networks) == 1
+    write("d", "avx2", environment={"date": "2026-11-29 12:00:00 UTC"})
+    assert committed.Results(tmp_path, "avx2").networks[0]["case"] == "d"
 
 
 def test_kernels_of_a_cpu_stand_beside_their_peers(tmp_path):
-    path = tmp_path / "cpu_a.json"
+    path = tmp_path / "cpu_a_avx512_2threads.json"
     path.write_text(json.dumps({"end to end": {}}))
     assert tables.cpu_kernels(committed.Results(tmp_path)) == "None has been measured yet."
     level = {
