@@ -12,7 +12,7 @@ import torch
 from .cases import ReadAhead, Reading, read_case
 from .data import Case, save_volume
 from .data.lock import alone_in
-from .data.results import digest, is_result, marked, report_of, result_paths
+from .data.results import check_kept, digest, is_result, marked, report_of, result_paths
 from .data.storage import Staged, write_json
 from .finished import Request, is_finished
 from .predictor import Prediction, VolumePredictor
@@ -124,9 +124,7 @@ def _write(
 ) -> dict:
     """Writes labels, picture and report, which replace earlier ones at once; returns the report."""
     volume = reading.volume
-    labels, report, picture = result_paths(case.name, out)
-    # of labels that are replaced
-    stale = not preview and is_result(labels)
+    labels, report, picture = results = result_paths(case.name, out)
     with Staged() as staged:
         began = time.perf_counter()
         save_volume(prediction.labels, labels, volume, staged.write)
@@ -142,8 +140,12 @@ def _write(
         content["labels_sha256"] = sha256 = digest(staged.partials[labels])
         write_json(content, report, staged.write)
         with alone_in(out):
-            if asked is not None and is_finished(case, out, asked):
-                return report_of(labels)
+            if asked is not None:
+                check_kept(results)
+                if is_finished(case, out, asked):
+                    return report_of(labels)
+            # of labels that are replaced
+            stale = not preview and is_result(labels)
             with marked(labels, sha256):
                 staged.appear()
                 if stale:

@@ -302,6 +302,49 @@ def test_labels_that_were_corrected_after_a_run_was_killed_are_kept(killed):
         assert labels.read_bytes() == b"corrected"
 
 
+class Beside(Predictor):
+    """Somebody puts a file of one's own in place while the case is predicted."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def predict(self, volume: Volume) -> Prediction:
+        self.path.write_text("mine")
+        return super().predict(volume)
+
+
+def test_a_file_of_others_that_appears_meanwhile_is_kept(volumes, tmp_path):
+    path = tmp_path / "a.nii.gz"
+    with ReadAhead([case("a")], tmp_path) as readings:
+        ((_, error),) = segment_cases(
+            readings, Beside(path), asked=finished.Request("", "", {}), weights=""
+        )
+    assert str(error).startswith(f"{path}: was not written by meddanet")
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_results_appear_alone_in_their_folder(volumes, tmp_path):
+    """They wait for another process that is about to write, but not for ever."""
+    fcntl = pytest.importorskip("fcntl")
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    labels, free = tmp_path / "a.nii.gz", threading.Event()
+
+    def let_go():
+        free.set()
+        os.close(handle)
+
+    threading.Timer(0.5, let_go).start()
+    segment_case(case("a"), Predictor(), tmp_path, weights="")
+    assert free.is_set() and labels.exists()
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    segment_case(case("b"), Predictor(), tmp_path, weights="")
+    os.close(handle)
+    assert (tmp_path / "b.nii.gz").exists()
+
+
 class Overtaken(Predictor):
     """Another run writes the case while this one predicts it."""
 

@@ -1,6 +1,7 @@
 """Two processes that want one folder: one run per OUT, and a shared cache that loses nothing."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from meddanet.data import lock as lock_module
-from meddanet.data.lock import hold
+from meddanet.data.lock import clear_leftovers, hold
 from meddanet.dataset import prepare_dataset
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import train
@@ -113,13 +114,27 @@ def test_runs_that_fill_one_cache_lose_no_case(decathlon, tmp_path):
 
 
 def test_only_a_runs_own_leftovers_are_cleared(tmp_path):
-    ours = [".config.json.7.partial", ".disc_000.images.npy.0f3.partial", ".0-static.pt.7.partial"]
+    ours = [
+        ".a.nii.gz.3c.partial", ".config.json.7.partial", ".disc_000.images.npy.0f3.partial",
+        ".0-static.pt.7.partial",
+    ]  # fmt: skip
     others = [".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.g.partial"]
     for name in (*ours, *others):
         (tmp_path / name).touch()
     with hold(tmp_path / "run.lock"):
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {*others, "run.lock"}
+
+
+def test_what_others_may_still_write_is_left(tmp_path):
+    """A run beside may be at it; a day later none is."""
+    new, old, others = (tmp_path / f".{name}.partial" for name in ("a.nii.gz.1", "b.json.2", "x.y"))
+    for path in (new, old, others):
+        path.touch()
+    for path in (old, others):
+        os.utime(path, (0, 0))
+    clear_leftovers(tmp_path, days=1)
+    assert sorted(tmp_path.iterdir()) == sorted([new, others])
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):

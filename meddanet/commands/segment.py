@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..cases import ReadAhead, gather_cases, output_folder
 from ..data import Case, VolumeError
+from ..data.lock import clear_leftovers
 from ..data.sources import named_by_model
 from ..finished import Request, is_finished, request
 from ..messages import complain, say
@@ -20,6 +21,7 @@ from .options import channel_names
 def run(options: Namespace) -> int:
     """Segments the cases that are not finished."""
     out = output_folder(options.out)
+    clear_leftovers(out, days=1)
     asked = request(
         options.weights, window=options.window, labels=options.labels,
         modalities=channel_names(options), preview=options.preview,

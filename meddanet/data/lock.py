@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -15,7 +16,12 @@ except ImportError:  # Windows
 
 
 # as `storage.Staged` names what a run writes into such folders: no other program's files
-_PARTIAL = re.compile(r"\..+\.(json|jsonl|npy|pt|safetensors)\.[0-9a-f]+\.partial")
+_PARTIAL = re.compile(
+    r"\..+\.(json|jsonl|npy|pt|safetensors|nii\.gz|png|unfinished)\.[0-9a-f]+\.partial"
+)
+# in seconds; what is done alone in a folder takes milliseconds, and who holds it longer is no run
+_PATIENCE = 2.0
+_DAY = 86400.0
 
 
 def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
@@ -44,25 +50,45 @@ def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
     except OSError:
         stream.close()
         return nullcontext()
-    for leftover in lock.parent.glob(".*.partial"):
-        if _PARTIAL.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
+    clear_leftovers(lock.parent)
     return stream
+
+
+def clear_leftovers(folder: Path, days: float = 0) -> None:
+    """Removes from a folder what killed runs had begun to write, so many days ago or longer."""
+    for leftover in folder.glob(".*.partial"):
+        # another run may be as far as to remove it, too
+        with suppress(OSError):
+            old = time.time() - leftover.stat().st_mtime >= days * _DAY
+            if old and _PARTIAL.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lets one process at a time into its context, for a folder; the others wait.
+    """Lets one process at a time into its context, for a folder; others wait, for two seconds.
 
-    No file is made. Where the platform or the file system has no such locks, nobody waits.
+    No file is made. Where the platform or the file system, such as NFS, has no locks of folders,
+    nobody waits.
     """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = _locked(folder)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """Returns a handle that holds a folder's lock, if it is to be had; None if there is none."""
+    until = time.monotonic() + _PATIENCE
+    handle = None
+    with suppress(OSError):
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+        while handle is not None and time.monotonic() < until:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)
+    return handle
