@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from .data import Volume, has_hounsfield_values
-from .data.axes import SLIGHT_SKEW, axis_codes, skew, tilt
+from .data.axes import SLIGHT_SKEW, axis_codes, skew, tilt, turned
 from .data.nifti import both_forms
 from .frame import Frame
 
 # in degrees, well below the 40 to 50 at which results were found to change
 _SLIGHT_TILT = 20.0
+# as an axis turned to another or back; what is registered to an atlas may be turned a little
+_OTHER_AXES = 45.0
 
 
 def doubts_about(
@@ -54,8 +56,8 @@ def _odd_axes(affine: np.ndarray) -> Iterator[str]:
         )
     elif (angle := tilt(affine)) > _SLIGHT_TILT:
         yield (
-            f"its voxel axes are {angle:.0f} degrees off the body's, so that its slices are not "
-            "axial; resample the scan to axial slices, or expect worse labels"
+            f"its voxel axes are {angle:.0f} degrees off the body's; resample the scan along "
+            "these, or expect worse labels"
         )
 
 
@@ -70,7 +72,7 @@ def _odd_forms(header: Any) -> Iterator[str]:
     if forms := both_forms(header):
         codes = [axis_codes(form) for form in forms]
         sizes = [np.linalg.norm(form[:3, :3], axis=0) for form in forms]
-        if codes[0] != codes[1] or not np.allclose(sizes[0], sizes[1], rtol=0.03):
+        if turned(*forms) > _OTHER_AXES or not np.allclose(sizes[0], sizes[1], rtol=0.03):
             used, other = map("{}, {}".format, codes, map(_size, sizes))
             yield (
                 f"its header's sform ({used}), which is used, and qform ({other}) are two "

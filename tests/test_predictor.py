@@ -425,7 +425,7 @@ def test_an_oblique_scan_is_a_warning(model):
             predictor.predict(volume(data, affine))
         told = [str(warning.message) for warning in caught]
         assert len(told) == (angle > 20)
-    assert told[0].startswith("case: its voxel axes are 35 degrees off the body's, so that")
+    assert told[0].startswith("case: its voxel axes are 35 degrees off the body's; resample")
 
 
 def test_a_scan_of_zeros_is_a_warning(model):
@@ -460,11 +460,16 @@ def test_a_header_without_an_orientation_is_a_warning(model, tmp_path, sform, qf
         assert nib.aff2axcodes(nib.load(files["t1"]).affine) == ("L", "A", "S")
 
 
+# a template may be turned that much
+OBLIQUE = [[-0.9, 0.436, 0, 0], [-0.436, -0.9, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
 @pytest.mark.parametrize(("qform", "code", "told"), [
     (np.diag([-1.0, -1.0, 1.0, 1.0]), 1, None),
     (np.diag([-1.01, -1.0, 0.99, 1.0]), 1, None),
     (np.diag([1.0, 1.0, 1.0, 1.0]), 0, None),
     (np.diag([-1.0, 1.0, -1.0, 1.0]), 1, "(LPS, 1 x 1 x 1 mm), which is used, and qform (LAI,"),
+    (np.array(OBLIQUE), 1, None),
     (np.diag([-1.0, -1.0, 5.0, 1.0]), 1, "which is used, and qform (LPS, 1 x 1 x 5 mm) are two"),
     (None, 1, None),
 ])  # fmt: skip

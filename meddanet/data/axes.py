@@ -34,6 +34,16 @@ def tilt(affine: np.ndarray) -> float:
     return float(np.degrees(np.arccos(cosines.min().clip(max=1))))
 
 
+def turned(affine: np.ndarray, other: np.ndarray) -> float:
+    """Returns by how many degrees, at most, the directions of one voxel axis in two worlds differ.
+
+    Args:
+        affine, other: [4, 4], voxels to world space.
+    """
+    one, two = (form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (affine, other))
+    return float(np.degrees(np.arccos((one * two).sum(0).min().clip(-1, 1))))
+
+
 def axis_codes(affine: np.ndarray) -> str:
     """Returns where the voxel axes run to, such as "LPS": Left, Posterior, Superior.
 
