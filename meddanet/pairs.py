@@ -15,6 +15,7 @@ from .data.conventions import (
     labels_among,
     listing,
     look_through,
+    some,
     stem,
     with_unique_names,
 )
@@ -135,7 +136,28 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
     if not known:
         for name, paths in _label_files(folder).items():
             known[name] = (paths, Case(stem(paths[0]), paths[0], "files"))
-    return {**_by_name(_without_scans(found, folder, predictions)), **known}
+    known = {**_by_name(_without_scans(found, folder, predictions)), **known}
+    if apart := [path for path in _apart(found, predictions) if labelled_case(path) not in known]:
+        names = some([labelled_case(path) for path in apart])
+        told = (
+            f"{folder}: labels of {names} lie in {apart[0].parent}, apart from the scans; name "
+            "that folder as references to score against them"
+        )
+        if not known:
+            raise VolumeError(told)
+        warnings.warn(told, stacklevel=1)
+    return known
+
+
+def _apart(found: Survey, predictions: Files) -> list[Path]:
+    """Returns labels of predicted cases whose scans lie elsewhere: they may be anybody's."""
+    predicted = {path.resolve() for paths in predictions.values() for path in paths}
+    scanned = {case.name for case in found.cases}
+    return [
+        path for path in found.lone_labels
+        if labelled_case(path) in scanned.intersection(predictions)
+        and path.resolve() not in predicted
+    ]
 
 
 def _by_name(cases: list[Case]) -> dict[str, tuple[list[Path], Case]]:

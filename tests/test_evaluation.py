@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -185,11 +186,27 @@ def test_labels_that_may_be_predictions_are_no_references(tmp_path):
         for name in "ab":
             write(root / folder / f"{name}_seg.nii.gz", {(1, 1, 1): 4})
     write(root / "new" / "c_seg.nii.gz", {(1, 1, 1): 4})
-    (pair,) = pairs = find_pairs(root / "new", root)
+    apart = f"{root}: labels of b lie in {root}/old, apart from the scans; name that folder"
+    with pytest.warns(UserWarning, match=re.escape(apart)):
+        (pair,) = pairs = find_pairs(root / "new", root)
     assert pair.reference == root / "a" / "a_seg.nii.gz"
-    assert unpaired(pairs, root / "new", root) == {
-        "without_prediction": [], "without_reference": ["b", "c"],
-    }
+    with pytest.warns(UserWarning, match=re.escape(apart)):
+        assert unpaired(pairs, root / "new", root) == {
+            "without_prediction": [], "without_reference": ["b", "c"],
+        }
+
+
+def test_labels_in_a_folder_of_their_own_are_told(tmp_path):
+    """As of LiTS, volumes in one folder and segmentations in another."""
+    root = tmp_path / "lits"
+    write_scan(root / "volumes" / "volume-0.nii.gz")
+    write(root / "segmentations" / "segmentation-0.nii.gz", {(1, 1, 1): 1})
+    ours = write(tmp_path / "out" / "volume-0.nii.gz", {(1, 1, 1): 1})
+    told = f"{root}: labels of volume-0 lie in {root}/segmentations, apart from the scans; name"
+    with pytest.raises(VolumeError, match=re.escape(told)):
+        find_pairs(ours.parent, root)
+    (pair,) = find_pairs(ours.parent, root / "segmentations")
+    assert pair.reference.name == "segmentation-0.nii.gz"
 
 
 def test_references_in_a_decathlon_folder(tmp_path):
