@@ -245,16 +245,18 @@ def test_what_is_not_read_and_what_is_not_there_are_told(tmp_path: Path) -> None
     """Files of other forms, and links of data that were not fetched or of a disk that is away."""
     brats2021(tmp_path, "p")
     touch(tmp_path, "a_flair.nii.bz2", "b.hdr", "b.img", "c.nii.zst", "notes.txt")
+    (tmp_path / "d.nii.xz").symlink_to("/disk/d.nii.xz")
+    (tmp_path / "p" / "p.json").symlink_to("/disk/p.json")
     assert survey(tmp_path).left_out(tmp_path) == (
-        f"{tmp_path}: 3 left out, files to convert to .nii.gz first (a_flair.nii.bz2, b.hdr, "
-        "c.nii.zst)"
+        f"{tmp_path}: 4 left out, files to convert to .nii.gz first (a_flair.nii.bz2, b.hdr, "
+        "c.nii.zst, d.nii.xz)"
     )
-    away = tmp_path / "q"
+    away = tmp_path / "W39_1998.09.19"
     away.symlink_to("/disk/q")
     found = survey(tmp_path)
     assert [case.name for case in found.cases] == ["p"]
     assert found.left_out(tmp_path).endswith(
-        f"and folders with a fault (q); {away}: is a link to /disk/q, which is not there"
+        f"and folders with a fault ({away.name}); {away}: is a link to /disk/q, which is not there"
     )
     with pytest.raises(VolumeError, match=f"^{away}: is a link to /disk/q, which is not there$"):
         find_cases(away)

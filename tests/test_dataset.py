@@ -185,6 +185,19 @@ def test_what_is_not_trained_on_is_told(decathlon, tmp_path):
     assert (len(data.training), len(data.held_out)) == (2, 1)
 
 
+@pytest.mark.parametrize(("kind", "why"), [
+    ("imagesTr", "cases with links to what is not there"), ("labelsTr", "cases without labels"),
+])  # fmt: skip
+def test_cases_that_were_not_fetched_are_left_out_and_told(decathlon, tmp_path, kind, why):
+    away = decathlon / kind / "disc_002.nii.gz"
+    away.unlink()
+    away.symlink_to("../.git/annex/objects/disc_002.nii.gz")
+    told = f"4 labelled cases, .* left out are {why} .disc_002.$"
+    with pytest.warns(UserWarning, match=told):
+        data = prepare_dataset(config(decathlon, tmp_path / "run"))
+    assert len(data.training) + len(data.held_out) == 4
+
+
 def test_where_the_body_lies_is_known_where_slices_have_one_size(decathlon, tmp_path):
     data = prepare_dataset(config(decathlon, tmp_path / "run"))
     assert len({case.labels.shape[1:] for case in data.training}) > 1 and data.placement() == {}

@@ -145,7 +145,8 @@ def _dead_link(path: Path) -> VolumeError | None:
 def _is_unread(path: Path) -> bool:
     """Tells whether a file is NIfTI in a form that is not read: two files, or packed otherwise."""
     name = path.name.lower()
-    return name.endswith((".hdr", ".nii.bz2", ".nii.xz", ".nii.zst")) and path.is_file()
+    named = name.endswith((".hdr", ".nii.bz2", ".nii.xz", ".nii.zst"))
+    return named and (path.is_file() or _dead_link(path) is not None)
 
 
 @contextmanager
@@ -264,7 +265,11 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
             images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
             found.unread.extend(entry for entry in entries if _is_unread(entry))
             # without a suffix it may have been a case's folder; files of a case tell themselves
-            lost = {entry: _dead_link(entry) for entry in entries if not entry.suffix}
+            # (a number may follow a full stop: W39_1998.09.19)
+            lost = {
+                entry: _dead_link(entry) for entry in entries
+                if not re.search("[a-z]", entry.suffix, re.IGNORECASE)
+            }
             found.faulty.update((entry, why) for entry, why in lost.items() if why)
         cases = cases_among(images, folder)
     except VolumeError as error:
