@@ -22,6 +22,7 @@ from volumes import write_results
 from meddanet import layers, med_danet_v2
 from meddanet.bench import time_interleaved
 from meddanet.build import build_med_danet_v2
+from meddanet.devices import emulates_bfloat16
 from meddanet.layers import set_quantization
 from meddanet.objectives import OBJECTIVES
 from meddanet.recipe import PhaseConfig
@@ -170,7 +171,11 @@ def plainly(steps):
 def test_training_step_against_straightforward(benchmark, kind):
     """Seconds per round of steps, and ratios; the first one's losses and gradients agree."""
     runs = {}
-    for name, half in (("float32", False), ("bfloat16", True)):
+    halves = {"float32": False, "bfloat16": True}
+    if emulates_bfloat16(torch.device("cpu")):
+        # six to eleven times slower: minutes, for what nobody should do
+        del halves["bfloat16"]
+    for name, half in halves.items():
         runs[f"ours, {name}"] = make_steps(kind, torch.channels_last, half)
         runs[f"straightforward, {name}"] = plainly(
             make_steps(kind, torch.contiguous_format, half)
@@ -182,7 +187,8 @@ def test_training_step_against_straightforward(benchmark, kind):
     assert first["ours, float32"] == (
         pytest.approx(loss, rel=1e-3), pytest.approx(norm, rel=1e-2)
     )
-    assert first["ours, bfloat16"][0] == pytest.approx(loss, rel=1e-2)
+    if "bfloat16" in halves:
+        assert first["ours, bfloat16"][0] == pytest.approx(loss, rel=1e-2)
     # what is left to gain: the same steps with nothing quantised
     runs["ours, float32, not quantised"] = make_steps(kind, torch.channels_last, False, False)
     runs["ours, float32, not quantised"]()

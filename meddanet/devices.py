@@ -28,3 +28,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Tells whether a device is a CPU that computes in bfloat16 several times slower than without.
+
+    PyTorch, asked by oneDNN's own question, says so of x86 without AVX-512.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and not supported()

@@ -28,6 +28,7 @@ from .checkpoint import (
     load_part,
 )
 from .dataset import Dataset, prepare_dataset
+from .devices import emulates_bfloat16
 from .distributed import first_alone, process_group, rank, world
 from .layers import quantized_layers, set_quantization
 from .med_danet import MedDANet
@@ -128,6 +129,7 @@ class _Run:
         with first_alone() as first:
             if first:
                 check_config(config)
+                _warn_of_emulation(config, device)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
         self.model = _build(config, len(self.data.modalities), self.data.num_classes)
@@ -254,6 +256,18 @@ class _Run:
         if self.config.compile:
             compile_parts(model)
         return model
+
+
+def _warn_of_emulation(config: TrainConfig, device: torch.device) -> None:
+    """Warns of phases that this machine computes in a number format that it has not."""
+    phases = [*config.phases, *filter(None, [config.baseline])]
+    slow = [phase.objective for phase in phases if phase.autocast == "bfloat16"]
+    if slow and emulates_bfloat16(device):
+        kinds = ", ".join(dict.fromkeys(slow))
+        warnings.warn(
+            f"this CPU has no bfloat16, which phases ({len(slow)}: {kinds}) are to compute in; "
+            "their steps take several times as long as with autocast: none", stacklevel=2,
+        )
 
 
 def _warn_of_ranges(model: MedDANet | MedDANetV2, path: Path) -> None:

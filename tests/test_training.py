@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from meddanet import training
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
 from meddanet.data.phantom import write_phantom
 from meddanet.data.slices import SliceSampler, folds, read_cache, write_cache
+from meddanet.devices import emulates_bfloat16
 from meddanet.kernels.per_width import conv_per_width
 from meddanet.layers import set_quantization
 from meddanet.losses import dice_loss
@@ -434,3 +436,15 @@ def test_d9_one_convolution_per_width_not_per_sample():
     conv_per_width(convolve, torch.randn(6, 3, 4, 4), torch.randn(2, 3, 1, 1), widths,
                    torch.tensor(1.0))
     assert sorted(calls) == [2, 4]
+
+
+def test_bfloat16_on_a_cpu_that_has_none_is_a_warning(monkeypatch, recwarn):
+    phases = [PhaseConfig("static", 1), PhaseConfig("segmenter", 1, autocast="bfloat16")]
+    config = TrainConfig("", "", phases=phases, baseline=None)
+    for slow, told in ((False, 0), (True, 1)):
+        monkeypatch.setattr(training, "emulates_bfloat16", lambda _, slow=slow: slow)
+        training._warn_of_emulation(config, torch.device("cpu"))
+        assert len(recwarn) == told
+    text = str(recwarn.pop().message)
+    assert text.startswith("this CPU has no bfloat16, which phases (1: segmenter) are to comp")
+    assert not emulates_bfloat16(torch.device("cuda"))
