@@ -144,7 +144,7 @@ sanitize)
     limited "$sanitizer" --tool "$tool" \
       --target-processes application-only --kernel-regex kns=_kernel --error-exitcode 9 \
       "$python" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-      -v -x -p no:cacheprovider "${chosen[@]}" "$@"
+      -v -x -m '' -p no:cacheprovider "${chosen[@]}" "$@"
     code=$?
     say "$tool ended with $code (0: clean, 9: errors found, 124: out of time)"
     ((code == 0)) || status=1
@@ -199,5 +199,5 @@ tune)
   ;;
 esac
 
-((status == 0)) && say "done in $((SECONDS - began)) s" || say "FAILED, see $log"
+((status == 0)) && say "done in $((SECONDS - began)) s, log: $log" || say "FAILED, see $log"
 exit $status

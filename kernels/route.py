@@ -74,7 +74,7 @@ def route_slices(logits: Tensor, places: Tensor, seen: Tensor, frames: Tensor) -
         logits: [N, R] of the routes; anything where `seen` is 0.
         places: [N, 2], (y, x), logits of the crop's place; likewise.
         seen: Integer [N]: a slice is skipped where it is 0.
-        frames: int32 [R, 4, 2], as `route_call.new_frames` makes them.
+        frames: int32 [R, 4, 2], as `meddanet.kernels.route_call.new_frames` makes them.
 
     Returns:
         A `Routing`; what no slot in use holds is zero.

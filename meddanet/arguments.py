@@ -155,6 +155,9 @@ def _train_parser(recipe: str) -> ArgumentParser:
         help="defaults by name: phases and, of the papers, augmentation, networks and crop",
     )
     parser.add_class_arguments(TrainConfig, skip={"phases", "baseline", "modalities"})
+    for action in parser._actions:
+        # as options and files write it
+        action.help = (action.help or "").replace("None =", "null =") or None
     # a class of their own would merge two lists field by field
     parser.add_argument(
         "--phases", type=list[dict[str, Any]],
@@ -243,9 +246,9 @@ def _phase(name: str, values: dict[str, Any]) -> PhaseConfig:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _Parser(
-        description="Prints Dice, 95th percentile Hausdorff distance and surface Dice (with edt "
-        "installed) and volumes, found / true, of whole tumour, tumour core and enhancing tumour "
-        "or of any groups of labels, per case and on average."
+        description="Prints Dice, 95th percentile Hausdorff distance and surface Dice "
+        "(with the extra train) and volumes, found / true, of whole tumour, tumour core and "
+        "enhancing tumour or of any groups of labels, per case and on average."
     )
     parser.add_argument("predictions", metavar="PRED", help="folder of <case>.nii.gz, or a file")
     parser.add_argument("references", metavar="REF", help="folder of labelled cases, or a file")

@@ -145,6 +145,9 @@ class QuantizedInput(nn.Module):
 class QuantConv2d(QuantizedInput, nn.Conv2d):
     """`nn.Conv2d` with fake-quantised weights and input.
 
+    The input's range is learnt in `train()` and used in `eval()`; a `state_dict` does not hold it
+    (docs/kernels.md says how to keep it).
+
     Args:
         *args, **kwargs: As for `nn.Conv2d`.
         num_bits: Width of the weights.

@@ -1,5 +1,8 @@
 """The dynamic model; each test named d1..d13 holds a defect of the official code at bay."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -314,3 +317,13 @@ def test_the_decision_networks_see_squares_averaged():
     assert torch.allclose(model.locate(slices), model.position(means).sigmoid(), atol=1e-5)
     with pytest.raises(ValueError, match="must divide the stride 8"):
         build_med_danet_v2("unet-12", decision_scale=3)
+
+
+def test_the_segmenter_of_ones_own_that_the_readme_shows(capsys):
+    """It is routed, and every slice is labelled."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "Mine" in part]
+    found: dict = {"__name__": "readme"}
+    exec(code, found)
+    assert found["result"].labels.shape == (2, 240, 240)
+    assert capsys.readouterr().out.startswith("eager ")
