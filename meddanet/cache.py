@@ -28,7 +28,7 @@ from .data import (
 from .data.lock import hold
 from .data.phantom import make_phantom
 from .data.slices import is_cached, write_cache
-from .data.storage import read_record, write_bytes
+from .data.storage import read_errors, read_record, write_bytes
 from .recipe import TrainConfig
 
 # what all rows of a table were made with, and what each of them holds
@@ -121,11 +121,17 @@ def fill_cache(
 
 
 def _fingerprint(case: Case) -> list[list[Any]]:
-    """Returns name, size and time of change of a case's files."""
-    return [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for path in (*case.paths, case.label) if path is not None
-    ]
+    """Returns name, size and time of change of a case's files.
+
+    Raises:
+        VolumeError: If one is not there, as where a link leads nowhere.
+    """
+    rows: list[list[Any]] = []
+    for path in (*case.paths, case.label):
+        if path is not None:
+            with read_errors(path):
+                rows.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
+    return rows
 
 
 def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, object]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
-from .data import MODALITIES, Case, VolumeError
+from .data import MODALITIES, VolumeError
 from .data.conventions import Survey, some, survey
 from .data.slices import CachedCase, folds, read_cache
 from .distributed import first_alone, rank
@@ -86,7 +86,7 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     """
     cache = Path(config.cache or Path(config.out) / "cache")
     there = survey(config.data)
-    found = {case.name: case for case in there.cases if case.label and not _is_away(case)}
+    found = {case.name: case for case in there.cases if case.label is not None}
     if not found:
         raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
     training, held_out = folds(list(found), config.folds, config.fold, config.patient)
@@ -117,18 +117,10 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     )
 
 
-def _is_away(case: Case) -> bool:
-    """Tells whether a file of a case is a link that leads nowhere, as of data not fetched yet."""
-    return not all(path.exists() for path in (*case.paths, case.label) if path)
-
-
 def _left_out(there: Survey, root: Path) -> str:
     """Says what of a folder is in no split, and why; empty if everything is in one."""
     groups = {
         "cases without labels": [case.name for case in there.cases if case.label is None],
-        "cases with links to what is not there": [
-            case.name for case in there.cases if case.label and _is_away(case)
-        ],
         **there.unused(root),
     }
     return ", ".join(f"{why} ({some(names)})" for why, names in groups.items() if names)

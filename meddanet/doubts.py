@@ -74,6 +74,8 @@ def _odd_forms(header: Any) -> Iterator[str]:
         sizes = [np.linalg.norm(form[:3, :3], axis=0) for form in forms]
         if turned(*forms) > _OTHER_AXES or not np.allclose(sizes[0], sizes[1], rtol=0.03):
             used, other = map("{}, {}".format, codes, map(_size, sizes))
+            if (angle := turned(*forms)) > _OTHER_AXES:
+                other = f"{other}, turned by {angle:.0f} degrees"
             yield (
                 f"its header's sform ({used}), which is used, and qform ({other}) are two "
                 "geometries; set the wrong one's code to 0"

@@ -138,10 +138,11 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
             known[name] = (paths, Case(stem(paths[0]), paths[0], "files"))
     known = {**_by_name(_without_scans(found, folder, predictions)), **known}
     if apart := [path for path in _apart(found, predictions) if labelled_case(path) not in known]:
-        names = some([labelled_case(path) for path in apart])
+        there = apart[0].parent
+        names = some(sorted({labelled_case(path) for path in apart if path.parent == there}))
         told = (
-            f"{folder}: labels of {names} lie in {apart[0].parent}, apart from the scans; name "
-            "that folder as references to score against them"
+            f"{folder}: labels of {names} lie in {there}, apart from the scans; if they are "
+            "references, name that folder"
         )
         if not known:
             raise VolumeError(told)

@@ -18,7 +18,7 @@ import pytest
 from meddanet import cases, cohort, finished
 from meddanet.cases import ReadAhead
 from meddanet.cohort import segment_case, segment_cases
-from meddanet.data import Case, Volume, VolumeError, storage
+from meddanet.data import Case, Volume, VolumeError, lock, storage
 from meddanet.predictor import Prediction
 
 MRI = ("flair", "t1ce", "t1", "t2")
@@ -324,7 +324,7 @@ def test_a_file_of_others_that_appears_meanwhile_is_kept(volumes, tmp_path):
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
 
 
-def test_results_appear_alone_in_their_folder(volumes, tmp_path):
+def test_results_appear_alone_in_their_folder(volumes, tmp_path, monkeypatch):
     """They wait for another process that is about to write, but not for ever."""
     fcntl = pytest.importorskip("fcntl")
     handle = os.open(tmp_path, os.O_RDONLY)
@@ -338,6 +338,7 @@ def test_results_appear_alone_in_their_folder(volumes, tmp_path):
     threading.Timer(0.5, let_go).start()
     segment_case(case("a"), Predictor(), tmp_path, weights="")
     assert free.is_set() and labels.exists()
+    monkeypatch.setattr(lock, "_PATIENCE", 0.1)
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     segment_case(case("b"), Predictor(), tmp_path, weights="")

@@ -186,7 +186,7 @@ def test_labels_that_may_be_predictions_are_no_references(tmp_path):
         for name in "ab":
             write(root / folder / f"{name}_seg.nii.gz", {(1, 1, 1): 4})
     write(root / "new" / "c_seg.nii.gz", {(1, 1, 1): 4})
-    apart = f"{root}: labels of b lie in {root}/old, apart from the scans; name that folder"
+    apart = f"{root}: labels of b lie in {root}/old, apart from the scans; if they are"
     with pytest.warns(UserWarning, match=re.escape(apart)):
         (pair,) = pairs = find_pairs(root / "new", root)
     assert pair.reference == root / "a" / "a_seg.nii.gz"
@@ -202,7 +202,7 @@ def test_labels_in_a_folder_of_their_own_are_told(tmp_path):
     write_scan(root / "volumes" / "volume-0.nii.gz")
     write(root / "segmentations" / "segmentation-0.nii.gz", {(1, 1, 1): 1})
     ours = write(tmp_path / "out" / "volume-0.nii.gz", {(1, 1, 1): 1})
-    told = f"{root}: labels of volume-0 lie in {root}/segmentations, apart from the scans; name"
+    told = f"{root}: labels of volume-0 lie in {root}/segmentations, apart from the scans; if"
     with pytest.raises(VolumeError, match=re.escape(told)):
         find_pairs(ours.parent, root)
     (pair,) = find_pairs(ours.parent, root / "segmentations")

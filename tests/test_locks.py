@@ -115,10 +115,12 @@ def test_runs_that_fill_one_cache_lose_no_case(decathlon, tmp_path):
 
 def test_only_a_runs_own_leftovers_are_cleared(tmp_path):
     ours = [
-        ".a.nii.gz.3c.partial", ".config.json.7.partial", ".disc_000.images.npy.0f3.partial",
-        ".0-static.pt.7.partial",
+        ".config.json.7.partial", ".disc_000.images.npy.0f3.partial", ".0-static.pt.7.partial",
+    ]
+    others = [
+        ".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.g.partial",
+        ".a.nii.gz.3c.partial",
     ]  # fmt: skip
-    others = [".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.g.partial"]
     for name in (*ours, *others):
         (tmp_path / name).touch()
     with hold(tmp_path / "run.lock"):

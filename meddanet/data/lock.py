@@ -19,8 +19,10 @@ except ImportError:  # Windows
 _PARTIAL = re.compile(
     r"\..+\.(json|jsonl|npy|pt|safetensors|nii\.gz|png|unfinished)\.[0-9a-f]+\.partial"
 )
-# in seconds; what is done alone in a folder takes milliseconds, and who holds it longer is no run
-_PATIENCE = 2.0
+# what `segment` writes, which holds no such lock, may be at work
+_RESULT = re.compile(r".+\.(nii\.gz|png|unfinished)\.[0-9a-f]+\.partial")
+# in seconds; what is done alone in a folder takes a fraction, and who holds it longer is no run
+_PATIENCE = 30.0
 _DAY = 86400.0
 
 
@@ -60,13 +62,14 @@ def clear_leftovers(folder: Path, days: float = 0) -> None:
         # another run may be as far as to remove it, too
         with suppress(OSError):
             old = time.time() - leftover.stat().st_mtime >= days * _DAY
-            if old and _PARTIAL.fullmatch(leftover.name):
+            ours = _PARTIAL.fullmatch(leftover.name) is not None
+            if old and ours and (days or not _RESULT.fullmatch(leftover.name)):
                 leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lets one process at a time into its context, for a folder; others wait, for two seconds.
+    """Lets one process at a time into its context, for a folder; others wait, but not for ever.
 
     No file is made. Where the platform or the file system, such as NFS, has no locks of folders,
     nobody waits.
@@ -81,14 +84,20 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _locked(folder: Path) -> int | None:
     """Returns a handle that holds a folder's lock, if it is to be had; None if there is none."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
     until = time.monotonic() + _PATIENCE
-    handle = None
-    with suppress(OSError):
-        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
-        while handle is not None and time.monotonic() < until:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.005)
-    return handle
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return handle
+            time.sleep(0.005)
+        except OSError:
+            return handle
