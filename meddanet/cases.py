@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .data import Case, Volume, VolumeError, case_from_files, load_volume
-from .data.conventions import Survey, cases_among, stem, survey
+from .data.conventions import cases_among, stem
 from .data.results import check_kept, digest, result_paths
 from .data.sources import unnamed_channels
 from .data.storage import read_errors, write_errors
+from .data.survey import Survey, survey
 from .heap import return_freed_volumes
 
 

@@ -14,8 +14,8 @@ import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
 from .data import MODALITIES, VolumeError
-from .data.conventions import Survey, some, survey
 from .data.slices import CachedCase, folds, read_cache
+from .data.survey import Survey, some, survey
 from .distributed import first_alone, rank
 from .frame import STEP, middle_of
 from .recipe import TrainConfig

@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import (
-    Survey,
-    is_nifti,
-    labelled_case,
-    labels_among,
-    listing,
-    look_through,
-    some,
-    stem,
-    with_unique_names,
-)
+from .data.conventions import is_nifti, labelled_case, labels_among, stem
+from .data.survey import listing, look_through, some, with_unique_names
 
 # the label files of each case, one unless it is there twice
 Files = dict[str, list[Path]]
@@ -136,29 +127,27 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
     if not known:
         for name, paths in _label_files(folder).items():
             known[name] = (paths, Case(stem(paths[0]), paths[0], "files"))
-    known = {**_by_name(_without_scans(found, folder, predictions)), **known}
-    if apart := [path for path in _apart(found, predictions) if labelled_case(path) not in known]:
-        there = apart[0].parent
-        names = some(sorted({labelled_case(path) for path in apart if path.parent == there}))
-        told = (
-            f"{folder}: labels of {names} lie in {there}, apart from the scans; if they are "
-            "references, name that folder"
-        )
+    predicted = {path.resolve() for paths in predictions.values() for path in paths}
+    lone = [path for path in found.lone_labels if path.resolve() not in predicted]
+    scanned = {case.name for case in found.cases}
+    # of a case with images, labels that lie elsewhere may be anybody's
+    without = [path for path in lone if labelled_case(path) not in scanned]
+    known = {**_by_name(_without_scans(without, folder)), **known}
+    unclear = scanned.intersection(predictions).difference(known)
+    if apart := [path for path in lone if labelled_case(path) in unclear]:
         if not known:
-            raise VolumeError(told)
-        warnings.warn(told, stacklevel=1)
+            raise VolumeError(_lie_apart(folder, apart))
+        warnings.warn(_lie_apart(folder, apart), stacklevel=1)
     return known
 
 
-def _apart(found: Survey, predictions: Files) -> list[Path]:
-    """Returns labels of predicted cases whose scans lie elsewhere: they may be anybody's."""
-    predicted = {path.resolve() for paths in predictions.values() for path in paths}
-    scanned = {case.name for case in found.cases}
-    return [
-        path for path in found.lone_labels
-        if labelled_case(path) in scanned.intersection(predictions)
-        and path.resolve() not in predicted
-    ]
+def _lie_apart(folder: Path, labels: list[Path]) -> str:
+    there = labels[0].parent
+    names = some(sorted({labelled_case(path) for path in labels if path.parent == there}))
+    return (
+        f"{folder}: labels of {names} lie in {there}, apart from the scans; if they are "
+        "references, name that folder"
+    )
 
 
 def _by_name(cases: list[Case]) -> dict[str, tuple[list[Path], Case]]:
@@ -169,15 +158,11 @@ def _by_name(cases: list[Case]) -> dict[str, tuple[list[Path], Case]]:
     }
 
 
-def _without_scans(found: Survey, folder: Path, predictions: Files) -> list[Case]:
-    """Makes cases of labels alone, but of predictions that lie among the references."""
-    predicted = {path.resolve() for paths in predictions.values() for path in paths}
-    # of a case with images, labels that lie elsewhere may be anybody's
-    scanned = {case.name for case in found.cases}
+def _without_scans(labels: list[Path], folder: Path) -> list[Case]:
+    """Makes cases of label files alone."""
     groups: dict[tuple[Path, str], list[Path]] = {}
-    for path in found.lone_labels:
-        if labelled_case(path) not in scanned and path.resolve() not in predicted:
-            groups.setdefault((path.parent, labelled_case(path)), []).append(path)
+    for path in labels:
+        groups.setdefault((path.parent, labelled_case(path)), []).append(path)
     return with_unique_names([
         Case(name, paths[0], "files", (), paths[0], tuple(paths[:2]) if paths[1:] else ())
         for (_, name), paths in groups.items()

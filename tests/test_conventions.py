@@ -20,8 +20,8 @@ from meddanet.data import (
     load_volume,
     to_classes,
 )
-from meddanet.data.conventions import survey
 from meddanet.data.sources import unnamed_channels
+from meddanet.data.survey import survey
 
 MRI = ("flair", "t1ce", "t1", "t2")
 

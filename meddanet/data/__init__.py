@@ -1,8 +1,9 @@
 """Volumes on disk and in memory. Nothing here imports torch; `slices` (training) does."""
 
-from .conventions import MODALITIES, Case, canonical_modality, case_from_files, find_cases
+from .conventions import MODALITIES, Case, canonical_modality, case_from_files
 from .labels import LABELS, detect_label_convention, from_classes, to_classes
 from .nifti import load_labels, load_volume, save_image, save_volume
+from .survey import find_cases
 from .volume import (
     Volume,
     VolumeError,

@@ -12,9 +12,9 @@ from .conventions import (
     Case,
     canonical_modality,
     case_from_files,
-    find_cases,
     is_label_name,
 )
+from .survey import find_cases
 from .volume import VolumeError
 
 
