@@ -15,12 +15,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-# as `storage.Staged` names what a run writes into such folders: no other program's files
-_PARTIAL = re.compile(
-    r"\..+\.(json|jsonl|npy|pt|safetensors|nii\.gz|png|unfinished)\.[0-9a-f]+\.partial"
-)
-# what `segment` writes, which holds no such lock, may be at work
-_RESULT = re.compile(r".+\.(nii\.gz|png|unfinished)\.[0-9a-f]+\.partial")
+# as `storage.Staged` names what a run writes: no other program's files
+_PARTIAL = r"\..+\.({})\.[0-9a-f]+\.partial"
+_TRAINING = "json", "jsonl", "npy", "pt", "safetensors"
+_SEGMENTING = r"nii\.gz", "png", "unfinished"
 # in seconds; what is done alone in a folder takes a fraction, and who holds it longer is no run
 _PATIENCE = 30.0
 _DAY = 86400.0
@@ -52,18 +50,23 @@ def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
     except OSError:
         stream.close()
         return nullcontext()
-    clear_leftovers(lock.parent)
+    # what `segment` writes, which holds no such lock, may be at work
+    _clear(lock.parent, _TRAINING, 0)
     return stream
 
 
-def clear_leftovers(folder: Path, days: float = 0) -> None:
-    """Removes from a folder what killed runs had begun to write, so many days ago or longer."""
+def clear_leftovers(folder: Path, days: float) -> None:
+    """Removes from a folder what killed runs had begun to write so many days ago, or longer."""
+    _clear(folder, (*_TRAINING, *_SEGMENTING), days)
+
+
+def _clear(folder: Path, endings: tuple[str, ...], days: float) -> None:
+    wanted = re.compile(_PARTIAL.format("|".join(endings)))
     for leftover in folder.glob(".*.partial"):
         # another run may be as far as to remove it, too
         with suppress(OSError):
             old = time.time() - leftover.stat().st_mtime >= days * _DAY
-            ours = _PARTIAL.fullmatch(leftover.name) is not None
-            if old and ours and (days or not _RESULT.fullmatch(leftover.name)):
+            if old and wanted.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
 
 
@@ -74,30 +77,23 @@ def alone_in(folder: Path) -> Iterator[None]:
     No file is made. Where the platform or the file system, such as NFS, has no locks of folders,
     nobody waits.
     """
-    handle = _locked(folder)
+    handle = None
     try:
+        # one that may not be listed has no lock, either
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            _wait_for(handle)
         yield
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _locked(folder: Path) -> int | None:
-    """Returns a handle that holds a folder's lock, if it is to be had; None if there is none."""
-    if fcntl is None:
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
+def _wait_for(handle: int) -> None:
+    """Takes a lock that is to be had before the patience ends; raises OSError of those without."""
     until = time.monotonic() + _PATIENCE
-    while True:
+    while fcntl is not None and time.monotonic() < until:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > until:
-                return handle
             time.sleep(0.005)
-        except OSError:
-            return handle
