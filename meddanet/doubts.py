@@ -7,9 +7,11 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import aff2axcodes
 
 from .data import Volume, has_hounsfield_values
-from .data.axes import SLIGHT_SKEW, axis_codes, skew, tilt, turned
+from .data.axes import SLIGHT_SKEW, skew, tilt, turned
 from .data.nifti import both_forms
 from .frame import Frame
 
@@ -70,14 +72,13 @@ def _odd_forms(header: Any) -> Iterator[str]:
             "labels of a body that lies otherwise"
         )
     if forms := both_forms(header):
-        codes = [axis_codes(form) for form in forms]
-        sizes = [np.linalg.norm(form[:3, :3], axis=0) for form in forms]
-        if turned(*forms) > _OTHER_AXES or not np.allclose(sizes[0], sizes[1], rtol=0.03):
+        angle, sizes = turned(*forms), [voxel_sizes(form) for form in forms]
+        if angle > _OTHER_AXES or not np.allclose(sizes[0], sizes[1], rtol=0.03):
+            codes = ["".join(aff2axcodes(form)) for form in forms]
             used, other = map("{}, {}".format, codes, map(_size, sizes))
-            if (angle := turned(*forms)) > _OTHER_AXES:
-                other = f"{other}, turned by {angle:.0f} degrees"
+            apart = f", turned by {angle:.0f} degrees" if angle > _OTHER_AXES else ""
             yield (
-                f"its header's sform ({used}), which is used, and qform ({other}) are two "
+                f"its header's sform ({used}), which is used, and qform ({other}{apart}) are two "
                 "geometries; set the wrong one's code to 0"
             )
 

@@ -20,7 +20,7 @@ from meddanet.data import (
     to_slices,
     window_origins,
 )
-from meddanet.data.axes import axis_codes, skew, tilt
+from meddanet.data.axes import skew, tilt
 
 CODES = [
     "".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)
@@ -58,7 +58,7 @@ def test_every_orientation_becomes_lps_as_nibabel_says_and_comes_back(
     result = canonical(array, affine)
     np.testing.assert_array_equal(result, expected)
     np.testing.assert_array_equal(from_canonical(result, affine), array)
-    assert axis_codes(affine) == codes == "".join(orientations.aff2axcodes(affine))
+    assert codes == "".join(orientations.aff2axcodes(affine))
 
 
 def test_the_48_orientations_are_48() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .volume import lps_axes
+from .volume import directions, lps_axes
 
 # in degrees: lengths and angles that are taken from voxel sizes are right to 2 %
 SLIGHT_SKEW = 2.0
@@ -16,9 +16,9 @@ def skew(affine: np.ndarray) -> float:
     Args:
         affine: [4, 4], voxels to world space.
     """
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    axes = directions(affine)
     # of each pair
-    cosines = np.abs(np.triu(directions.T @ directions, 1))
+    cosines = np.abs(np.triu(axes.T @ axes, 1))
     return float(np.degrees(np.arcsin(cosines.max().clip(max=1))))
 
 
@@ -29,8 +29,7 @@ def tilt(affine: np.ndarray) -> float:
         affine: [4, 4], voxels to RAS+ world space.
     """
     axes, _ = lps_axes(affine)
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = np.abs(directions[np.arange(3), list(axes)])
+    cosines = np.abs(directions(affine)[np.arange(3), list(axes)])
     return float(np.degrees(np.arccos(cosines.min().clip(max=1))))
 
 
@@ -40,16 +39,5 @@ def turned(affine: np.ndarray, other: np.ndarray) -> float:
     Args:
         affine, other: [4, 4], voxels to world space.
     """
-    one, two = (form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (affine, other))
-    return float(np.degrees(np.arccos((one * two).sum(0).min().clip(-1, 1))))
-
-
-def axis_codes(affine: np.ndarray) -> str:
-    """Returns where the voxel axes run to, such as "LPS": Left, Posterior, Superior.
-
-    Args:
-        affine: [4, 4], voxels to RAS+ world space; oblique axes go to the nearest world axis.
-    """
-    axes, signs = lps_axes(affine)
-    ends = ["LPS"[world] if sign > 0 else "RAI"[world] for world, sign in enumerate(signs)]
-    return "".join(ends[axes.index(voxel)] for voxel in range(3))
+    cosines = (directions(affine) * directions(other)).sum(0)
+    return float(np.degrees(np.arccos(cosines.min().clip(-1, 1))))

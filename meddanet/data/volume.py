@@ -119,11 +119,15 @@ def in_millimetres(affine: np.ndarray, header: Any) -> np.ndarray:
     return affine * np.array([[_MILLIMETRES.get(unit, 1.0)]] * 3 + [[1.0]])
 
 
+def directions(affine: np.ndarray) -> np.ndarray:
+    """Returns unit vectors along an affine's voxel axes, the columns of [3, 3]."""
+    return affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+
+
 def lps_axes(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """Returns (the voxel axis along each axis of LPS order, the direction of each: +1 or -1)."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     # the closest rotation, so that sheared axes are matched by what remains after unshearing
-    left, _, right = np.linalg.svd(directions)
+    left, _, right = np.linalg.svd(directions(affine))
     rotation = left @ right
     world = np.arange(3)
     axes = max(permutations(range(3)), key=lambda p: np.abs(rotation[world, list(p)]).sum())
