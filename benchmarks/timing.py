@@ -141,11 +141,14 @@ class Stopwatch:
         for _ in range(3):
             function()
         finish()
-        self.graph = _captured(function) if capture and DEVICE.type == "cuda" else None
-        # a capture gives the allocator's memory back
-        function()
-        finish()
-        self.facts = {"queued": queue_holds(function)} if DEVICE.type == "cuda" else {}
+        self.graph, self.facts = None, dict[str, Any]()
+        if DEVICE.type == "cuda":
+            if capture:
+                self.graph = _captured(function)
+                # which has given the allocator's memory back
+                function()
+                finish()
+            self.facts["queued"] = queue_holds(function)
         self.peak_mb = self._peak()
 
     def _peak(self) -> float | None:

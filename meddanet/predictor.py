@@ -108,14 +108,15 @@ class VolumePredictor:
         check_routed(model)
         if labels is not None:
             label_facts(labels, None, (), model.num_classes)
-        if window is not None and not isinstance(window, int | Integral):
-            raise ValueError(f"window is {window!r}, expected None or a whole number of pixels")
-        window = None if window is None else int(window)
-        if window is not None and (window % model.stride or window < model.smallest_side):
-            raise ValueError(
-                f"window is {window}, expected a multiple of {model.stride} that is at least "
-                f"{model.smallest_side}"
-            )
+        if window is not None:
+            if not isinstance(window, Integral):
+                raise ValueError(f"window is {window!r}, expected None or a whole number of pixels")
+            window = int(window)
+            if window % model.stride or window < model.smallest_side:
+                raise ValueError(
+                    f"window is {window}, expected a multiple of {model.stride} that is at least "
+                    f"{model.smallest_side}"
+                )
         if window is not None and executor not in ("auto", "eager"):
             raise ValueError(f"executor {executor} runs no windows; use auto or eager with them")
         self.device = resolve_device(device)
