@@ -75,6 +75,24 @@ def gpu_network(results: Results) -> str:
     )
 
 
+def gpu_bench(results: Results) -> str:
+    """What `meddanet bench` took on each GPU, a column for each of its contestants."""
+    contents = results.named("gpu_bench_*").values()
+    peers = dict.fromkeys(name for content in contents for name in content["times"]
+                          if name not in ("engine", "predict"))  # fmt: skip
+    rows = []
+    for content in contents:
+        ms = {name: 1e3 * found["seconds"] for name, found in content["times"].items()}
+        others = [f"{ms[name]:.0f} ({ms[name] / ms['engine']:.0f}x)" if name in ms else "not run"
+                  for name in peers]  # fmt: skip
+        number = int(content["device"].partition(":")[2] or 0)
+        plan = f"{1e3 * content['plan']['seconds']:.2f}" if content["plan"] else "not run"
+        rows.append((content["machine"]["gpus"][number], short(content["case"]), plan,
+                     f"**{ms['engine']:.1f}**", f"{ms['predict']:.0f}", *others))  # fmt: skip
+    header = ["ms", "case", "the plan's GPU time", "**engine**", "`predict`", *peers]
+    return markdown(header, rows)
+
+
 def _bound(ours: dict, peer: dict) -> str:
     """Returns what a ratio of GPU times, peer over ours, is where waiting may be in either."""
     return {(True, True): "", (True, False): "≤ ", (False, True): "≥ ", (False, False): "~ "}[

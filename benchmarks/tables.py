@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from committed import Cases, Content, Results, markdown, mean, routes, short
 from gpu_tables import (
+    gpu_bench,
     gpu_bounds,
     gpu_kernels,
     gpu_launches,
@@ -328,6 +329,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "scaling": scaling, "memory": memory, "context": context,
     "training-step": training_step,
     "prediction": prediction, "simulation": simulation, "simulation-check": simulation_check,
-    "ablations": ablations, "gpu-network": gpu_network,
+    "ablations": ablations, "gpu-bench": gpu_bench, "gpu-network": gpu_network,
     "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
 }  # fmt: skip

@@ -228,6 +228,25 @@ def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
     assert gpu_tables.gpu_kernels(committed.Results(RESULTS)) == "None has been measured yet."
 
 
+def test_files_that_owners_of_cards_send_are_rows_of_one_table(tmp_path):
+    """The second card's engine has no recorded plan, and no contestant was compiled there."""
+
+    def write(name: str, device: str, plan: dict, **seconds: float) -> None:
+        content = {
+            "machine": {"gpus": ["Small", "Large"]}, "device": device, "case": "BraTS2021_00007",
+            "plan": plan, "times": {name: {"seconds": found} for name, found in seconds.items()},
+        }  # fmt: skip
+        (tmp_path / f"gpu_bench_{name}.json").write_text(json.dumps(content))
+
+    write("a", "cuda:1", {"seconds": 0.0015}, eager=0.6, compiled=0.25, engine=0.005, predict=0.03)
+    write("b", "cuda", {}, eager=0.9, engine=0.01, predict=0.04)
+    table = gpu_tables.gpu_bench(committed.Results(tmp_path))
+    assert cells(table, 0)[5:] == ["eager", "compiled"]
+    large, small = cells(table, 2), cells(table, 3)
+    assert large == ["Large", "00007", "1.50", "**5.0**", "30", "600 (120x)", "250 (50x)"]
+    assert small == ["Small", "00007", "not run", "**10.0**", "40", "900 (90x)", "not run"]
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_a_queue_holds_if_the_first_launch_is_still_waiting(held, monkeypatch):
     timing = pytest.importorskip("timing")
