@@ -130,7 +130,9 @@ def _write(
         save_volume(prediction.labels, labels, volume, staged.write)
         seconds += time.perf_counter() - began
         if preview:
-            write_preview(volume, prediction, picture, write=staged.write)
+            write_preview(
+                volume, prediction, picture, write=staged.write, window_hu=predictor.window_hu
+            )
         content = case_report(
             volume, prediction, seconds,
             **run, device=str(predictor.device), executor=predictor.engine.executor,

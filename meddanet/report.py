@@ -103,7 +103,7 @@ def case_report(
 
 def write_preview(
     volume: Volume, prediction: Prediction, path: Path, columns: int = 4,
-    write: Writer = write_bytes,
+    write: Writer = write_bytes, window_hu: tuple[float, float] | None = None,
 ) -> None:
     """Draws labelled slices through the lesion, the crops, and a strip of all decisions.
 
@@ -113,6 +113,8 @@ def write_preview(
         path: PNG to write.
         columns: Slices per row, two rows.
         write: What writes the bytes.
+        window_hu: The model's Hounsfield window, which the picture shows; None: from 0 up to the
+            brightest.
 
     Raises:
         VolumeError: If the file cannot be written.
@@ -123,10 +125,13 @@ def write_preview(
     for k, value in class_values(prediction).items():
         classes[prediction.labels == value] = k
     classes = canonical(classes, volume.affine)
-    white = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1.0
+    black, white = window_hu or (0.0, _brightest(image))
     tile_size = _tile_size(volume)
     tiles = [
-        _tile(image[:, :, index] / white, classes[:, :, index], prediction, index, tile_size)
+        _tile(
+            (image[:, :, index] - black) / (white - black), classes[:, :, index], prediction,
+            index, tile_size,
+        )
         for index in _slices_to_show(classes, 2 * columns)
     ]
     width, height = tiles[0].size
@@ -145,6 +150,11 @@ def write_preview(
     content = io.BytesIO()
     sheet.save(content, "PNG")
     write(path, content.getvalue())
+
+
+def _brightest(image: np.ndarray) -> float:
+    """Returns what is white in a picture that is black at 0; a few voxels are brighter."""
+    return float(np.percentile(image[image > 0], 99.5)) if (image > 0).any() else 1.0
 
 
 def _slices_to_show(classes: np.ndarray, count: int) -> list[int]:

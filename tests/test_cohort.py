@@ -37,7 +37,7 @@ class Engine:
 class Predictor:
     """Labels everything alike; refuses the cases it is told to."""
 
-    device, engine = "cpu", Engine()
+    device, engine, window_hu = "cpu", Engine(), None
 
     def __init__(
         self, bad: tuple[str, ...] = (), error: Exception | None = None, label: int = 0

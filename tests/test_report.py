@@ -139,6 +139,20 @@ def test_the_picture_shows_labels_crop_and_grey_values(lesion, tmp_path):
     assert framed[84, 138].max() < 5 and framed[42, 129].max() < 5
 
 
+def test_a_ct_is_shown_in_the_models_window(tmp_path):
+    """Fat, liver and tumour in one slice with air below them and bone far above them."""
+    hounsfield = {-1000: 0, -100: 38, 40: 127, 100: 165, 240: 255, 1200: 255}
+    scan = Volume(np.zeros((1, *SHAPE), np.float32), LPS, None, ("ct",), "lits", "patient")
+    for index, value in enumerate(hounsfield):
+        scan.data[0, 8 * index : 8 * index + 8] = value
+    path = tmp_path / "ct.png"
+    nothing = prediction(np.zeros(SHAPE, np.uint8), [2] * 20)
+    write_preview(scan, nothing, path, window_hu=(-160, 240))
+    # below the label
+    greys = voxels(np.asarray(Image.open(path)), 0)[4:48:8, 40]
+    assert greys.tolist() == [[grey] * 3 for grey in hounsfield.values()]
+
+
 @pytest.mark.parametrize(("name", "shown"), [
     ("M\u00fcller 3", "Muller 3"), ("Mu\u0308ller 3", "Muller 3"), ("\u8133-1", r"\u8133-1"),
     ("c\u00f8d\udcff", r"c\xf8d\udcff"),
