@@ -19,6 +19,7 @@ from .data import (
     canonical,
     detect_label_convention,
     has_hounsfield_values,
+    lacks_hounsfield_values,
     load_labels,
     load_volume,
     normalize,
@@ -29,6 +30,7 @@ from .data.lock import hold
 from .data.phantom import make_phantom
 from .data.slices import is_cached, write_cache
 from .data.storage import read_errors, read_record, write_bytes
+from .doubts import no_hounsfield_values
 from .recipe import TrainConfig
 
 # what all rows of a table were made with, and what each of them holds
@@ -142,6 +144,8 @@ def _cache_case(case: Case, config: TrainConfig, cache: Path) -> dict[str, objec
             f"{case.name}: is a CT with negative values, which without a window count as background"
             "; name the Hounsfield values that become 0 and 1, such as --window_hu '[-160, 240]'"
         )
+    if config.window_hu is not None and lacks_hounsfield_values(volume, config.window_hu):
+        warnings.warn(f"{case.name}: {no_hounsfield_values(volume)}", stacklevel=2)
     labels = load_labels(str(case.label), like=volume)
     values = np.unique(labels)
     # one T1 or T2 may be of anything

@@ -10,7 +10,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
-from .data import Volume, has_hounsfield_values
+from .data import Volume, has_hounsfield_values, lacks_hounsfield_values
 from .data.axes import SLIGHT_SKEW, skew, tilt, turned
 from .data.nifti import both_forms
 from .frame import Frame
@@ -43,6 +43,16 @@ def doubts_about(
     yield from _same_scans(volume)
     if window_hu is None:
         yield from _negative_scans(volume)
+    elif lacks_hounsfield_values(volume, window_hu):
+        yield f"{no_hounsfield_values(volume)}, or expect worse labels"
+
+
+def no_hounsfield_values(volume: Volume) -> str:
+    """Says what is odd about a CT that `lacks_hounsfield_values`."""
+    return (
+        f"its values begin at {volume.data.min():g}, while air has -1000 Hounsfield units; where "
+        "the scanner's offset is missing, such as 1024, subtract it or set scl_inter"
+    )
 
 
 def _size(spacing: Sequence[float]) -> str:

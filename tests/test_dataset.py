@@ -116,6 +116,19 @@ def test_a_ct_without_negative_values_may_be_z_scored(decathlon, tmp_path):
     assert data.modalities == ("ct",) and "normalisation" not in data.facts
 
 
+def test_a_ct_with_an_offset_is_a_warning(decathlon, tmp_path):
+    """In one case alone, whose windowed values are no anatomy: all are at the window's top."""
+    make_ct(decathlon, -300)
+    path = decathlon / "imagesTr" / "disc_003.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32) + 1024, image.affine), path)
+    with pytest.warns(UserWarning, match="Hounsfield") as caught:
+        data = prepare_dataset(config(decathlon, tmp_path / "run", window_hu=(-300, 240)))
+    (message,) = [str(warning.message) for warning in caught]
+    assert re.match(r"disc_003: its values begin at 7\d\d\.?\d*, while air", message)
+    assert all((case.images[:].min() == 1) == (case.name == "disc_003") for case in data.training)
+
+
 def write_labels(task, number, change):
     """Changes one label file of the Decathlon task in place."""
     path = task / "labelsTr" / f"disc_{number:03d}.nii.gz"

@@ -515,6 +515,24 @@ def test_a_ct_without_a_window_is_a_warning():
         predict(positive - 100, "ct")
 
 
+def test_a_ct_with_an_offset_is_a_warning():
+    """As it lies in a file whose rescale intercept got lost; a window above 0 asks for no air."""
+    one = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
+    hounsfield = np.random.default_rng(0).integers(-1000, 900, (1, 32, 32, 12)).astype(np.float32)
+
+    def told(data, *window_hu):
+        one.metadata = {"modalities": ["ct"], "window_hu": window_hu}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Predictor(one, "cpu").predict(Volume(data, LPS, None, ("ct",), "lits", "case"))
+        return [str(warning.message) for warning in caught]
+
+    assert not told(hounsfield, -160, 240) and not told(hounsfield + 1000, 0, 80)
+    assert not told(hounsfield.clip(-160, 240), -160, 240)
+    (message,) = told(hounsfield + 1024, -160, 240)
+    assert message.startswith("case: its values begin at 24, while air has -1000 Hounsfield units")
+
+
 def test_defaults_of_pytorch_change_nothing(model):
     """A device and a dtype, as a program of one's own sets them."""
     scan = volume(noise(24, 32, 5))

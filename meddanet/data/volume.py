@@ -214,6 +214,11 @@ def has_hounsfield_values(volume: Volume) -> bool:
     return volume.modalities == ("ct",) and bool(volume.data.min() < 0)
 
 
+def lacks_hounsfield_values(volume: Volume, window_hu: tuple[float, float]) -> bool:
+    """Tells whether nothing lies below 0, as air and fat do, though the window begins there."""
+    return window_hu[0] < 0 <= volume.data.min() < volume.data.max()
+
+
 def hounsfield_window(data: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Clips to a window of Hounsfield values and scales it to 0..1, float32, same shape.
 
