@@ -14,6 +14,7 @@ import torch
 
 from .cache import cache_phantoms, fill_cache, read_table
 from .data import MODALITIES, VolumeError
+from .data.conventions import LABELLED
 from .data.slices import CachedCase, folds, read_cache
 from .data.survey import Survey, some, survey
 from .distributed import first_alone, rank
@@ -88,7 +89,10 @@ def prepare_dataset(config: TrainConfig) -> Dataset:
     there = survey(config.data)
     found = {case.name: case for case in there.cases if case.label is not None}
     if not found:
-        raise VolumeError(f"{config.data}: no case has a label file; expected labelled cases")
+        raise VolumeError(
+            f"{config.data}: no case has a label file, named {LABELLED}; there are "
+            f"{_left_out(there, Path(config.data))}"
+        )
     training, held_out = folds(list(found), config.folds, config.fold, config.patient)
     if config.label_map is not None:
         _check_map(config.label_map)

@@ -129,6 +129,22 @@ def test_a_ct_with_an_offset_is_a_warning(decathlon, tmp_path):
     assert all((case.images[:].min() == 1) == (case.name == "disc_003") for case in data.training)
 
 
+def test_labels_of_another_name_are_named(real_data, tmp_path):
+    (folder := tmp_path / "ct").mkdir()
+    for name, there in (("volume-0", "example_ct_sm"), ("liver-0", "example_seg")):
+        shutil.copy(real_data / "ct" / f"{there}.nii.gz", folder / f"{name}.nii.gz")
+    settings = config(folder, tmp_path / "run", folds=0, label_map={5: 1}, window_hu=(-160, 240))
+    with pytest.raises(VolumeError) as refused:
+        prepare_dataset(settings)
+    assert str(refused.value) == (
+        f"{folder}: no case has a label file, named x_seg, x-seg, labelsTr/x or, beside volume-0, "
+        "segmentation-0; there are cases without labels (volume-0), NIfTI files that belong to no "
+        "case (liver-0.nii.gz)"
+    )
+    (folder / "liver-0.nii.gz").rename(folder / "segmentation-0.nii.gz")
+    assert [case.name for case in prepare_dataset(settings).training] == ["volume-0"]
+
+
 def write_labels(task, number, change):
     """Changes one label file of the Decathlon task in place."""
     path = task / "labelsTr" / f"disc_{number:03d}.nii.gz"

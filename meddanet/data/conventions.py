@@ -16,6 +16,7 @@ RECOGNISED = (
     "BraTS 2017-2021 (_flair _t1ce _t1 _t2), BraTS 2023+ (-t2f -t1c -t1n -t2w), "
     "MSD (imagesTr/BRATS_001), nnU-Net (_0000 _0001 ...) and LiTS (volume-0), .nii or .nii.gz"
 )
+LABELLED = "x_seg, x-seg, labelsTr/x or, beside volume-0, segmentation-0"
 
 _ALIASES = {
     **dict.fromkeys(("flair", "t2f", "t2-flair", "t2_flair", "t2flair"), "flair"),
