@@ -200,10 +200,12 @@ class _Run:
             here = ", ".join(self.data.modalities)
             notes.append(f"was trained on {', '.join(theirs)}; the channels here are {here}")
         own = json.loads(json.dumps(self.data.facts))  # as a file has them
-        for name, label in (("label_values", "label values"), ("window_hu", "a window of")):
-            before, here = facts.get(name), own.get(name)
-            if before != here and (name == "window_hu" or None not in (before, here)):
-                notes.append(f"was trained on {label} {before}; here it is {here}")
+        values = [its.get("label_values") for its in (facts, own)]
+        if values[0] != values[1] and None not in values:
+            notes.append(f"was trained on label values {values[0]}; here it is {values[1]}")
+        kinds = [_intensities(its.get("window_hu")) for its in (facts, own)]
+        if kinds[0] != kinds[1]:
+            notes.append(f"was trained on {kinds[0]}; here it is {kinds[1]}")
         known = set(self.data.split["held_out"]).intersection(facts.get("trained_on", ()))
         if known:
             notes.append(
@@ -357,6 +359,13 @@ def _check_phase(model: Any, phase: PhaseConfig, known: dict[str, Objective]) ->
     check_parts(model, phase.parts)
     if phase.objective == "bank":
         member_shares(phase, len(model.bank))
+
+
+def _intensities(window_hu: list[float] | None) -> str:
+    """Says how images are normalised."""
+    if window_hu is None:
+        return "z-scores"
+    return f"a window of {window_hu[0]:g} to {window_hu[1]:g} HU"
 
 
 def _objectives(model: Any, config: TrainConfig) -> dict[str, Objective]:

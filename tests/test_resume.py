@@ -292,6 +292,18 @@ def test_a_run_that_starts_from_other_labels_says_so(config, tmp_path):
         train(swapped)
 
 
+def test_a_run_that_starts_from_other_intensities_says_so(config, tmp_path):
+    config.phases = [PhaseConfig("static", 1, batch=2)]
+    start, windows = str(train(config)), [(-20.5, 300), (0, 300)]
+    told = ["z-scores; here it is a window of -20.5 to 300 HU",
+            "a window of -20.5 to 300 HU; here it is a window of 0 to 300 HU"]
+    for number, (window, message) in enumerate(zip(windows, told, strict=True)):
+        out = str(tmp_path / str(number))
+        other = replace(config, start=start, window_hu=window, out=out, cache=None)
+        with pytest.warns(UserWarning, match=f"{start}: was trained on {message}$"):
+            start = str(train(other))
+
+
 def stages_of(path):
     """The weights of the whole slice's last stage, and of every crop's."""
     model = load_model(path)
