@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.augment import Draws, augment, change_contrast, change_texture, transplant
+from .data.augment import Draws, augment, change_contrast, change_texture, spread, transplant
 from .data.slices import CachedCase, SliceSampler
 from .distributed import rank, world
 from .recipe import PAPERS_AUGMENTATION, AugmentConfig
@@ -35,6 +35,8 @@ class Batches:
         canvas: Height and width that whole slices are padded to.
         device: Where batches lie; augmentation runs there.
         dtype: Of the images.
+        z_scores: Whether images have mean 0 and standard deviation 1, as those in a Hounsfield
+            window have not: their intensities are varied by as many of their own.
         drawn: Case and slice of every sample of the current step, donors of lesions included.
     """
 
@@ -49,6 +51,7 @@ class Batches:
     canvas: tuple[int, int] = (0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    z_scores: bool = True
     drawn: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -103,11 +106,13 @@ class Batches:
             images, labels = transplant(images, labels, donors, draws, config.transplant)
         if config.contrast and windows:
             images = change_contrast(images, labels, draws, config.contrast)
+        mean, deviation = (0.0, 1.0) if self.z_scores else spread(images)
         if config.texture and windows:
-            images = change_texture(images, draws, config.texture)
+            images = change_texture(images, draws, config.texture, deviation)
         images, labels = augment(
             images, labels, draws, rotation=config.rotation, scale=config.zoom,
             shift=0.0 if windows else config.shift, intensity=config.intensity,
+            mean=mean, deviation=deviation,
         )
         return images.to(self.dtype), labels
 

@@ -214,7 +214,8 @@ class AugmentConfig:
         rotation: Largest angle in degrees.
         zoom: Largest relative change of size.
         shift: Largest shift of a whole slice, as a share of its side; windows lie at random anyway.
-        intensity: Largest relative change and shift of a modality's intensities.
+        intensity: Largest relative change of a modality's distances from its mean, and largest
+            shift in standard deviations: of the whole scan, or of a CT's slice in its window.
         transplant: Chance of a window to get another one's lesion.
         contrast: Chance of a slice's lesion to be made fainter, or a little stronger.
         texture: Chance of a slice to be blurred, and of one to be roughened; where it is not 0,
@@ -287,7 +288,8 @@ class TrainConfig:
         cache: Folder for the uncompressed slices; None = `<out>/cache`.
         modalities: What the channels are, in file order, where the naming does not tell.
         label_map: Label file's values and the classes 1, 2, ... they become; others are background,
-            as is what becomes 0.
+            as is what becomes 0. Where several become one class, predictions have the first of
+            them, so score it with `meddanet evaluate --groups 'kidneys=2,3'`.
             None = the convention of the naming where the four modalities of a glioma are there, of
             other cases the values themselves.
         window_hu: Hounsfield values that become 0 and 1 (CT, which is refused without where values

@@ -242,6 +242,7 @@ class _Run:
             self.data.training, self.data.phantoms, (self.config.seed, number),
             self.config.bit_weight, self.config.augment, self.config.margin, self.config.window,
             self.config.lesion_share, self.canvas, self.device,
+            z_scores=self.config.window_hu is None,
         )
         run_phase(
             model, objective, phase, batches, file, self.monitor,

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from meddanet.data.augment import Draws, augment, change_contrast, change_texture, transplant
+from meddanet.data.augment import (
+    Draws,
+    augment,
+    change_contrast,
+    change_texture,
+    spread,
+    transplant,
+)
 
 
 def draws(count: int, rank: int = 0, world: int = 1) -> Draws:
@@ -97,6 +104,38 @@ def test_texture_keeps_the_background_and_the_order_of_grey_values():
     # away from edges blurring hardly moves a smooth curve: what is left is noise
     noise = (rough - changed)[:, :, 10:-2, 2:-2]
     assert noise.abs().max() < 0.6 and noise.std() > 0.01
+
+
+def test_spread_is_that_of_the_signal_alone(slices):
+    images = slices[0] * torch.linspace(0.1, 0.9, 32)[:, None, None, None]
+    mean, deviation = spread(images)
+    for image, its_mean, its_deviation in zip(images, mean, deviation, strict=True):
+        signal = image[1][image[1] != 0].double()
+        assert its_mean[1].item() == pytest.approx(signal.mean().item(), rel=1e-5)
+        assert its_deviation[1].item() == pytest.approx(signal.std(correction=0).item(), rel=1e-5)
+    assert [part.abs().max() for part in spread(torch.zeros(1, 2, 4, 4))] == [0, 0]
+
+
+def test_a_hounsfield_window_is_varied_as_its_z_scores_would_be():
+    """By a quarter of a standard deviation, not by a quarter of the whole window."""
+    window = 0.3 + 0.4 * torch.rand(32, 2, 24, 24)
+    mean, deviation = spread(window)
+
+    def varied(images: torch.Tensor, mean, deviation) -> torch.Tensor:
+        random, labels = draws(32), torch.zeros(32, 24, 24, dtype=torch.long)
+        images = change_texture(images, random, 1.0, deviation)
+        return augment(
+            images, labels, random, rotation=0, scale=0, intensity=0.25, mean=mean,
+            deviation=deviation,
+        )[0]  # fmt: skip
+
+    changed = varied(window, mean, deviation)
+    like = varied((window - mean) / deviation, 0.0, 1.0)
+    # at the border blurring takes in zeros, which are another height
+    inside = (..., slice(1, -1), slice(1, -1))
+    expected = mean + deviation * like
+    torch.testing.assert_close(changed[inside], expected[inside], rtol=0, atol=1e-5)
+    assert (changed.mean((2, 3)) - 0.5).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("share", [transplant, change_contrast, change_texture, augment])

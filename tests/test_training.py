@@ -175,6 +175,21 @@ def test_decisions_see_lesions_as_they_are(cases):
     assert not torch.equal(plain.window_batch(4)[0], varied.window_batch(4)[0])
 
 
+def test_a_ct_is_shifted_by_standard_deviations_of_its_own(tmp_path):
+    """Values 0..1 as a Hounsfield window leaves them, where 0.25 are 100 of 400 units."""
+    images = 0.5 + 0.02 * np.random.default_rng(0).normal(size=(6, 1, 64, 64)).astype(np.float32)
+    write_cache("a", images, np.zeros((6, 64, 64), np.uint8), tmp_path)
+    alone = AugmentConfig(rotation=0, zoom=0, shift=0, transplant=0, contrast=0, texture=0)
+
+    def farthest(z_scores: bool) -> float:
+        batches = Batches([read_cache("a", tmp_path)], augment=alone, z_scores=z_scores)
+        batches.seek(0)
+        return (batches.slice_batch(16)[0].mean((2, 3)) - 0.5).abs().max().item()
+
+    # by a quarter of 0.02 at most, and the mean of a slice's noise
+    assert 0.001 < farthest(z_scores=False) < 0.25 * 0.02 + 0.002 and farthest(z_scores=True) > 0.1
+
+
 def test_inside_crop_keeps_the_crop_alone():
     labels = torch.ones(1, 8, 8, dtype=torch.long)
     kept = inside_crop(labels, torch.tensor([[2.0, 3.0]]), 4)

@@ -99,16 +99,31 @@ def change_contrast(images: Tensor, labels: Tensor, draws: Draws, share: float) 
 _MOST_CLASSES = 8
 
 
-def change_texture(images: Tensor, draws: Draws, share: float) -> Tensor:
+def spread(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation [N, C, 1, 1] of what is not background.
+
+    Args:
+        images: [N, C, H, W]; background is exactly 0.
+    """
+    signal = (images != 0).to(images.dtype)
+    pixels = signal.sum((2, 3), keepdim=True).clamp_min(1)
+    mean = images.sum((2, 3), keepdim=True) / pixels
+    return mean, (((images - mean) * signal).square().sum((2, 3), keepdim=True) / pixels).sqrt()
+
+
+def change_texture(
+    images: Tensor, draws: Draws, share: float, deviation: Tensor | float = 1.0
+) -> Tensor:
     """Bends the grey values of half of the modalities, blurs and roughens a share of the slices.
 
     Gamma 0.7 to 1.4 over each modality's range, a box of three pixels mixed in by 0.3 to 0.8, noise
     of up to a tenth of a standard deviation; the background stays 0.
 
     Args:
-        images: [N, C, H, W] in standard deviations; background is exactly 0.
+        images: [N, C, H, W]; background is exactly 0.
         draws: Random numbers.
         share: Chance of a slice to be blurred, and of one to be roughened.
+        deviation: Standard deviation of the images, 1 for z-scores, or [N, C, 1, 1].
     """
     channels = images.shape[1]
     signal = images != 0
@@ -121,13 +136,14 @@ def change_texture(images: Tensor, draws: Draws, share: float) -> Tensor:
     mix = draws.uniform(0.3, 0.8, 1, 1, 1) * draws.chance(share, 1, 1, 1)
     images = torch.lerp(images, F.avg_pool2d(images, 3, 1, 1), mix)
     strength = draws.uniform(0, 0.1, 1, 1, 1) * draws.chance(share, 1, 1, 1)
-    images = images + strength * draws.normal(*images.shape[1:])
+    images = images + strength * deviation * draws.normal(*images.shape[1:])
     return images * signal
 
 
 def augment(
     images: Tensor, labels: Tensor, draws: Draws, *, rotation: float = 15.0, scale: float = 0.15,
     shift: float = 0.0, intensity: float = 0.1,
+    mean: Tensor | float = 0.0, deviation: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Flips, turns, scales, shifts and re-tints a batch.
 
@@ -142,11 +158,14 @@ def augment(
         rotation: Largest angle in degrees.
         scale: Largest relative change of size.
         shift: Largest shift as a share of the side.
-        intensity: Largest relative change and shift of intensity.
+        intensity: Largest relative change of a modality's distance from its mean, and largest shift
+            in standard deviations.
+        mean: Of the images, 0 for z-scores, or [N, C, 1, 1] as from `spread`.
+        deviation: Standard deviation of the images likewise, 1 for z-scores.
     """
     batch, channels, height, width = images.shape
     gain, offset = draws.uniform(-1, 1, channels, 1, 1), draws.uniform(-1, 1, channels, 1, 1)
-    tinted = images * (1 + intensity * gain) + intensity * offset
+    tinted = mean + (images - mean) * (1 + intensity * gain) + intensity * deviation * offset
     images = torch.where(images != 0, tinted, images)
     angle = draws.uniform(-1, 1) * math.radians(rotation)
     zoom = 1 + scale * draws.uniform(-1, 1)
