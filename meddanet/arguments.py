@@ -289,8 +289,12 @@ def _bench_parser() -> ArgumentParser:
 
 def _info_parser() -> ArgumentParser:
     parser = _Parser(
-        description="Shows versions, devices and weights, what a model costs, or which GPU kernels "
-        "are compiled ahead of time."
+        description="Shows versions, devices and weights, what weights say of themselves, what a "
+        "model costs, or which GPU kernels are compiled ahead of time."
+    )
+    parser.add_argument(
+        "--weights", metavar="NAME",
+        help="say what shipped weights, or a file of one's own, take and were trained on",
     )
     parser.add_argument(
         "--cost", metavar="NAME",

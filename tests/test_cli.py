@@ -22,6 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from meddanet import engine, predictor
@@ -1037,6 +1038,24 @@ def test_info(capsys):
     assert main(["info", "--cost", "unet-16", "--size", "100"]) == 1
     captured = capsys.readouterr()
     assert "multiples of 8" in captured.err and captured.out == ""
+
+
+def test_info_of_weights(tmp_path, capsys):
+    """Read back as YAML; the hash as sha256sum makes it."""
+    model = build_med_danet_v2("unet-4", 1, 3, crop_sizes=(24,))
+    path = tmp_path / "leber_ü.safetensors"
+    own = {"label_values": {"1": 1, "2": 6}, "window_hu": [-160.0, 240.0], "held_out": ["é-1", "2"]}
+    save_model(model, path, modalities=("ct",), **own)
+    assert main(["info", "--weights", str(path)]) == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["file"] == str(path) and told["modalities"] == ["ct"]
+    assert told["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {name: told[name] for name in own} == own
+    assert told["architecture"]["crop_sizes"] == [24] and told["model"] == "MedDANetV2"
+    for wrong, message in (("nix", "nix: no such weights"), (__file__, "not a meddanet weights")):
+        assert main(["info", "--weights", wrong]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 @pytest.mark.parametrize(

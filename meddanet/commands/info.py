@@ -7,20 +7,24 @@ import sys
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from tqdm import tqdm
 
 from ..build import MODELS, build_segmenter
 from ..cost import cost_tables
+from ..data.results import digest
 from ..kernels.aot import build, listing, parse_archs
 from ..messages import say
 from ..version import __version__
-from ..weight_files import pretrained_names
+from ..weight_files import locate, pretrained_names, read_facts
 from ..weights import load_model
 
 
 def run(options: Namespace) -> int:
     """Says what is asked for, by default what is installed."""
+    if options.weights:
+        return _info_weights(options.weights)
     if options.cost:
         return _info_cost(options.cost, options.size)
     if options.kernels or options.build is not None:
@@ -31,6 +35,16 @@ def run(options: Namespace) -> int:
     say(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
     say(f"gpu       {', '.join(gpus) or 'none'}")
     say(f"weights   {', '.join(pretrained_names()) or 'none'}")
+    return 0
+
+
+def _info_weights(name: str) -> int:
+    path = locate(name)
+    facts = {"file": str(path), "sha256": digest(path), **dict(sorted(read_facts(path).items()))}
+    told = yaml.safe_dump(
+        facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
+    )
+    say(told.rstrip())
     return 0
 
 
