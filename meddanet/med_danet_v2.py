@@ -46,7 +46,7 @@ class MedDANetV2(RoutedSegmenter):
     Args:
         segmenter: Has `features(input, choose_bits)`, `last_stage`, `stride`, `in_channels`,
             `num_classes`; its own last stage serves whole slices. Executors of `compile_engine`
-            other than eager need the parts of `UNet`, too.
+            other than eager need the parts, `features` and `encode` of `UNet`.
         policy: Maps [N, C, H, W] to route logits [N, 2 + len(crop_sizes)].
         position: Maps [N, C, H, W] to [N, 2] logits of the crop's place.
         bit_selectors: One `BitSelector` per encoder stage, of which `features` asks

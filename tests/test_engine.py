@@ -45,6 +45,7 @@ from meddanet.layers import (
 )
 from meddanet.med_danet import MedDANet
 from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.networks.unet import UNet
 from meddanet.routing import channels_last
 from meddanet.weights import load_model
 
@@ -905,6 +906,44 @@ def test_a_segmenter_of_ones_own():
             compile_engine(model, "cpu", executor)
     with pytest.raises(ValueError, match=r"executor triton runs unet-\* segmenters only"):
         PackedUNet(model, torch.device("cpu"))
+
+
+class Negated(UNet):
+    """A U-Net with something after its parts."""
+
+    def features(self, input, choose_bits=None):
+        return -super().features(input, choose_bits)
+
+
+class NegatedSkips(UNet):
+    """A U-Net with something between its parts."""
+
+    def encode(self, input, choose_bits=None):
+        x, skips = super().encode(input, choose_bits)
+        return x, [-skip for skip in skips]
+
+
+@pytest.mark.parametrize(("made", "own"), [(Negated, "features"), (NegatedSkips, "encode")])
+@pytest.mark.parametrize("on_the_instance", [False, True])
+def test_a_u_net_whose_parts_are_not_all_of_it(made, own, on_the_instance):
+    """Executors that run the parts would leave out what it does between or after them."""
+    model = build()
+    parts_alone = model.segment(slices_for([1, 2, 3])).labels
+    if on_the_instance:
+        other = deepcopy(model.segmenter)
+        other.__class__ = made
+        setattr(model.segmenter, own, getattr(other, own))
+    else:
+        model.segmenter.__class__ = made
+    engine = compile_engine(model, "cpu")
+    labels = engine.segment(slices_for([1, 2, 3])).labels
+    assert torch.equal(labels, model.segment(slices_for([1, 2, 3])).labels)
+    assert not torch.equal(labels, parts_alone)
+    refused = f"runs the parts of UNet, not a segmenter's own {own}"
+    assert (engine.executor, engine.passed_over) == ("eager", f"any other executor {refused}")
+    for executor in ("openvino", "torch", "triton"):
+        with pytest.raises(ValueError, match=f"executor {executor} {refused}; use auto or eager"):
+            compile_engine(model, "cpu", executor)
 
 
 def test_a_plan_runs_v2_alone():

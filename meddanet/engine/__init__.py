@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import resolve_device
 from ..kernels.backend import chosen_backend, import_fault, triton_fault
@@ -26,6 +26,8 @@ EXECUTORS = ("auto", "openvino", "torch", "triton", "eager")
 CHUNK = 16
 # what executors other than eager run one by one: see `networks.unet.UNet`
 SEGMENTER_PARTS = ("init", "dropout", "encoder", "decode", "stage_channels")
+# and what they run in place of
+PARTED = ("features", "encode")
 
 
 class Engine(Protocol):
@@ -84,9 +86,9 @@ def compile_engine(
             and model allow. On a GPU "triton" (a recorded plan of this package's integer kernels;
             compute capability 8.0, V2 with U-Net segmenters, every layer of theirs quantised),
             "eager", or "auto", likewise. V2 with a segmenter without the
-            parts of `UNet`, V1 with members other than `UNet` and `TransBTS`, V1 on a GPU and
-            subclasses of either run in "eager" alone. Under TRITON_INTERPRET=1 "triton" runs on the
-            CPU too, very slowly, for tests.
+            parts of `UNet` or with `features` or `encode` of its own, V1 with members other than
+            `UNet` and `TransBTS`, V1 on a GPU and subclasses of either run in "eager" alone. Under
+            TRITON_INTERPRET=1 "triton" runs on the CPU too, very slowly, for tests.
 
     What `use_backend` says is read here by "torch", which takes oneDNN's int8 under "auto" and
     "onednn" alone, and by "triton", which runs under "auto" and "triton" alone; by "eager" whenever
@@ -151,7 +153,15 @@ def _misfit(model: RoutedSegmenter, in_plan: bool) -> str:
     if type(model) is not MedDANetV2:
         return f"runs {'' if in_plan else 'MedDANet and '}MedDANetV2 only"
     missing = [name for name in SEGMENTER_PARTS if not hasattr(model.segmenter, name)]
-    return f"needs a segmenter with {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"needs a segmenter with {', '.join(missing)}"
+    own = [name for name in PARTED if not _is_unets(model.segmenter, name)]
+    return f"runs the parts of UNet, not a segmenter's own {' and '.join(own)}" if own else ""
+
+
+def _is_unets(segmenter: nn.Module, method: str) -> bool:
+    """Tells whether a method is UNet's, neither overridden nor replaced on the instance."""
+    return getattr(getattr(segmenter, method, None), "__func__", None) is getattr(UNet, method)
 
 
 def _misfit_in_bank(model: MedDANet) -> str:
