@@ -352,6 +352,19 @@ def test_the_last_stages_of_the_package():
     assert halo(model.crop_last_stages[0]) == 2
 
 
+@pytest.mark.parametrize("executor", [pytest.param("openvino", marks=needs_openvino), "torch"])
+def test_a_crops_last_stage_runs_on_its_tile(model, executor, monkeypatch):
+    """It sees the patch and twice the two pixels that its convolutions reach, on each side."""
+    engine, seen = compile_engine(model, "cpu", executor), []
+    last = engine._networks.last
+    monkeypatch.setattr(
+        engine._networks, "last", lambda index, map: (seen.append(map.shape), last(index, map))[1]
+    )
+    labels = np.zeros((48, 64), np.uint8)
+    engine._paste(labels, np.ones((16, 16, 8), np.float32), (20, 24), 0)
+    assert seen == [(48, 64, 8), (24, 24, 8)]  # the empty canvas, once, and the tile
+
+
 def test_a_last_stage_that_sees_the_whole_map(model):
     """It sees the whole canvas, not the patch and two halos."""
     model.crop_last_stages[0] = LastStage(8, 3, Gated)

@@ -22,6 +22,7 @@ from ..networks.transbts import PostActivationBlock
 from ..networks.unet import LastStage, ResidualBlock
 from ..routing import Segmentation
 from .slices import Array, Deciding, SliceEngine
+from .torch_networks import Frozen
 
 # an uninterrupted run saves a seventh of the way, a wrong guess costs all of it
 _SURE = 0.9
@@ -29,9 +30,9 @@ _SURE = 0.9
 EVERYWHERE = 2**30
 # what computes every pixel from the same pixel of its input, or from what its own modules say
 _PIXELWISE = (
-    LastStage, ResidualBlock, PostActivationBlock, nn.Sequential, nn.ModuleList, nn.BatchNorm2d,
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout,
-    nn.Dropout2d,
+    LastStage, ResidualBlock, PostActivationBlock, Frozen, nn.Sequential, nn.ModuleList,
+    nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.PReLU, nn.Identity,
+    nn.Dropout, nn.Dropout2d,
 )
 # labels of empty canvases that are kept: one per crop size and size of slices
 _BACKGROUNDS = 16

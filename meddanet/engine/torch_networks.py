@@ -135,7 +135,7 @@ def _freeze(model: nn.Module) -> nn.Module:
     for name, layer in quantized_layers(model).items():
         if layer.quantize and _as_made(layer):
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, _Frozen(layer, integer))
+            setattr(model.get_submodule(parent), own, Frozen(layer, integer))
     return to_memory_format(model, torch.channels_last)
 
 
@@ -146,7 +146,7 @@ def _as_made(layer: Any) -> bool:
     return not hooked and getattr(layer.forward, "__func__", None) in [k.forward for k in kinds]
 
 
-class _Frozen(nn.Module):
+class Frozen(nn.Module):
     """A quantised layer with its weights and its input range fixed.
 
     Args:
