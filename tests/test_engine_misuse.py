@@ -340,7 +340,7 @@ def test_how_far_a_convolution_looks(padding, dilation, expected):
 @pytest.mark.parametrize("layer", [
     QuantConv2d(2, 2, 3, stride=2, padding=1),
     QuantConv2d(2, 2, 3, padding=1, padding_mode="circular"),
-    nn.InstanceNorm2d(2), nn.AvgPool2d(3, 1, 1), LastStage(2, 2, Gated),
+    nn.InstanceNorm2d(2), nn.AvgPool2d(3, 1, 1), LastStage(2, 2, Gated), Centred(2, 2, 1),
 ])  # fmt: skip
 def test_what_may_look_anywhere(layer):
     assert halo(nn.Sequential(layer)) == EVERYWHERE
@@ -365,9 +365,25 @@ def test_a_crops_last_stage_runs_on_its_tile(model, executor, monkeypatch):
     assert seen == [(48, 64, 8), (24, 24, 8)]  # the empty canvas, once, and the tile
 
 
-def test_a_last_stage_that_sees_the_whole_map(model):
+def centred_last_stage() -> nn.Module:
+    stage = LastStage(8, 3)
+    stage.end.__class__ = Centred
+    return stage
+
+
+def hooked_last_stage() -> nn.Module:
+    stage = LastStage(8, 3)
+    stage.block.register_forward_hook(lambda _, given, map: map - map.mean((2, 3), keepdim=True))
+    return stage
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: LastStage(8, 3, Gated), centred_last_stage, hooked_last_stage],
+    ids=["gated", "centred", "hooked"],
+)
+def test_a_last_stage_that_sees_the_whole_map(model, made):
     """It sees the whole canvas, not the patch and two halos."""
-    model.crop_last_stages[0] = LastStage(8, 3, Gated)
+    model.crop_last_stages[0] = made()
     for layer in quantized_layers(model.crop_last_stages).values():
         layer.input_amax.fill_(4.0)
     set_quantization(model, quantize=True, update_range=False)

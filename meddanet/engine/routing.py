@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..layers import QuantConv2d
 from ..med_danet_v2 import MedDANetV2, place
 from ..networks.transbts import PostActivationBlock
 from ..networks.unet import LastStage, ResidualBlock
@@ -34,6 +35,8 @@ _PIXELWISE = (
     nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.PReLU, nn.Identity,
     nn.Dropout, nn.Dropout2d,
 )
+# the forward passes, not the types: a subclass may do more
+_CONVOLVING = nn.Conv2d.forward, QuantConv2d.forward
 # labels of empty canvases that are kept: one per crop size and size of slices
 _BACKGROUNDS = 16
 
@@ -243,11 +246,14 @@ def halo(stage: nn.Module) -> int:
     """Returns how many pixels away a last stage looks: more than any slice has if that is unknown.
 
     It is the sum over its convolutions, where these keep the size and are all that looks beyond a
-    pixel, as in the package's own blocks; any other module may look at the whole map.
+    pixel, as in the package's own blocks; any other module, and one with hooks or a forward of
+    its own, may look at the whole map.
     """
     reach = 0
     for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return EVERYWHERE
+        if isinstance(module, nn.Conv2d) and type(module).forward in _CONVOLVING:
             found = _reach(module)
             if found is None:
                 return EVERYWHERE
