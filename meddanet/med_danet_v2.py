@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .kernels import affine_paste, bilinear_crop
 from .layers import image_gradients
-from .routing import RoutedSegmenter, channels_last
+from .routing import RoutedSegmenter, channels_last, check_shape
 
 
 class TrainingOutput(NamedTuple):
@@ -55,6 +55,10 @@ class MedDANetV2(RoutedSegmenter):
         crop_sizes: Sides P of the crops in pixels, multiples of the segmenter's stride.
         decision_scale: Policy and position network see the slice averaged over squares of this
             many pixels; 1 as in the papers, 2 for a quarter of their cost.
+
+    Raises:
+        ValueError: If the crop sizes are no multiples of the stride, or not one last stage each.
+            When it runs, likewise: if what a network returns is of another shape than told here.
     """
 
     def __init__(
@@ -79,6 +83,13 @@ class MedDANetV2(RoutedSegmenter):
         self.routes = ("skip", *(f"crop-{size}" for size in crop_sizes), "whole")
         self.in_channels, self.num_classes = segmenter.in_channels, segmenter.num_classes
         self.stride = segmenter.stride
+        if any(size < 1 or size % self.stride for size in crop_sizes):
+            raise ValueError(f"crop_sizes must be multiples of {self.stride}, got {crop_sizes}")
+        if len(self.crop_last_stages) != len(crop_sizes):
+            raise ValueError(
+                f"crop_last_stages must be one for each of {len(crop_sizes)} crop_sizes, got "
+                f"{len(self.crop_last_stages)}"
+            )
         self.smallest_crop = min(crop_sizes, default=0)
         self.smallest_side = max(crop_sizes, default=self.stride)
         self.num_stages = len(self.bit_selectors)
@@ -87,14 +98,18 @@ class MedDANetV2(RoutedSegmenter):
 
     def decide(self, slices: Tensor) -> Tensor:
         """Returns route logits [N, R] of slices [N, C, H, W]."""
-        return self.policy(self.at_a_glance(slices))
+        logits = self.policy(self.at_a_glance(slices))
+        check_shape("policy", logits, (len(slices), len(self.routes)))
+        return logits
 
     def locate(self, slices: Tensor) -> Tensor:
         """Returns where crops go, [N, 2] in [0, 1]: (y, x) share of the free play H - P, W - P.
 
         P is the smallest crop's side; larger ones have the same centre, as far as the slice goes.
         """
-        return self.position(self.at_a_glance(slices)).sigmoid()
+        logits = self.position(self.at_a_glance(slices))
+        check_shape("position", logits, (len(slices), 2))
+        return logits.sigmoid()
 
     def at_a_glance(self, slices: Tensor) -> Tensor:
         """Returns slices [N, C, H, W] as policy and position network see them."""
@@ -120,6 +135,13 @@ class MedDANetV2(RoutedSegmenter):
             return chosen[-1]
 
         features = self.segmenter.features(input, choose_bits)
+        size = input.shape[2:]
+        check_shape("segmenter.features", features, (len(input), features.shape[1], *size))
+        if len(chosen) != self.num_stages:
+            raise ValueError(
+                f"segmenter.features must ask choose_bits once for each of {self.num_stages} "
+                f"bit_selectors, asked {len(chosen)} times"
+            )
         return features, torch.stack(chosen, 1) if chosen else input.new_zeros(len(input), 0)
 
     def crop_branch(self, slices: Tensor, offset: Tensor, index: int) -> tuple[Tensor, Tensor]:

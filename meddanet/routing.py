@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -170,6 +171,12 @@ def check_routed(model: object) -> None:
             f"model is a {type(model).__name__}, which routes no slices; expected a MedDANet, "
             "whose bank takes any segmenter, or a MedDANetV2"
         )
+
+
+def check_shape(name: str, output: Tensor | np.ndarray, expected: tuple[int, ...]) -> None:
+    """Raises ValueError unless a network's answer has its shape, which broadcasting would hide."""
+    if tuple(output.shape) != expected:
+        raise ValueError(f"{name} must return shape {list(expected)}, got {list(output.shape)}")
 
 
 def window_corners(height: int, width: int, window: int) -> tuple[tuple[int, int], ...]:

@@ -908,6 +908,15 @@ def test_a_segmenter_of_ones_own():
         PackedUNet(model, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("routes", [3, 5])
+def test_a_policy_of_other_routes(executor, routes):
+    model = build()
+    model.policy = MeanPolicy(2, routes)
+    with pytest.raises(ValueError, match=rf"must return shape \[2, 4\], got \[2, {routes}\]"):
+        compile_engine(model, "cpu", executor).segment(slices_for([1, 2]))
+
+
 class Negated(UNet):
     """A U-Net with something after its parts."""
 

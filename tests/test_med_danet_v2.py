@@ -45,6 +45,13 @@ class AlwaysWhole(nn.Module):
         return torch.eye(3)[[2] * len(slices)]
 
 
+class Shares(nn.Module):
+    """A position network: the mean of each of two channels."""
+
+    def forward(self, slices):
+        return slices.mean((2, 3))
+
+
 class Own(nn.Module):
     """A segmenter of another make, with an `encoder` of its own kind."""
 
@@ -67,7 +74,7 @@ def test_a_segmenter_of_another_make_without_widths():
     """It segments whole volumes, and its cost is told by its own parts."""
     torch.manual_seed(0)
     model = MedDANetV2(
-        segmenter=Own(), policy=AlwaysWhole(), position=nn.AdaptiveAvgPool2d(1),
+        segmenter=Own(), policy=AlwaysWhole(), position=Shares(),
         bit_selectors=[], crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
     )  # fmt: skip
     data = np.random.default_rng(0).uniform(1, 9, (2, 24, 32, 5)).astype(np.float32)
@@ -107,7 +114,7 @@ class Listed(Own):
 @pytest.mark.parametrize("name", ["encoder", "levels"])
 def test_stages_of_another_make_are_no_selectors(name):
     model = MedDANetV2(
-        segmenter=Listed(name), policy=AlwaysWhole(), position=nn.AdaptiveAvgPool2d(1),
+        segmenter=Listed(name), policy=AlwaysWhole(), position=Shares(),
         bit_selectors=[BitSelector(6, 2), BitSelector(6, 2)],
         crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
     )  # fmt: skip
@@ -121,6 +128,72 @@ def test_stages_of_another_make_are_no_selectors(name):
     assert table.parts["whole"]["selectors"] == 2 * 2 * (6 + 4) + 4 * 9 * pixels
     staged = sum(table.staged["whole"].values())
     assert staged == (72 * pixels if name == "encoder" else 0)
+
+
+class Halved(Own):
+    """One that leaves its features at half of the size, for its last stage to enlarge."""
+
+    def features(self, input, choose_bits=None):
+        return F.avg_pool2d(super().features(input), 2)
+
+
+class Answer(nn.Module):
+    """A network that answers each slice with as many numbers."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, slices):
+        return slices.new_ones(len(slices), *self.shape).cumsum(1)
+
+
+def made_by_hand(**changes) -> MedDANetV2:
+    parts = {
+        "segmenter": Own(), "policy": Answer(3), "position": Shares(), "bit_selectors": [],
+        "crop_last_stages": [nn.Conv2d(6, 3, 1)], "crop_sizes": (16,),
+    }  # fmt: skip
+    return MedDANetV2(**{**parts, **changes}).eval()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [({"crop_sizes": (18,)}, r"crop_sizes must be multiples of 4, got \(18,\)"),
+     ({"crop_sizes": (0,)}, r"crop_sizes must be multiples of 4, got \(0,\)"),
+     ({"crop_sizes": (16, 24)}, "one for each of 2 crop_sizes, got 1"),
+     ({"crop_sizes": ()}, "one for each of 0 crop_sizes, got 1")],
+)  # fmt: skip
+def test_parts_that_do_not_belong_together(parts, message):
+    with pytest.raises(ValueError, match=message):
+        made_by_hand(**parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [({"policy": Answer(1)}, r"policy must return shape \[2, 3\], got \[2, 1\]"),
+     ({"policy": Answer(4)}, r"policy must return shape \[2, 3\], got \[2, 4\]"),
+     ({"position": Answer(1)}, r"position must return shape \[2, 2\], got \[2, 1\]"),
+     ({"position": Answer(2, 1, 1)}, r"shape \[2, 2\], got \[2, 2, 1, 1\]"),
+     ({"segmenter": Halved()}, r"features must return shape \[2, 6, 16, 16\], got \[2, 6, 8, 8\]"),
+     ({"bit_selectors": [BitSelector(6, 2)]}, "once for each of 1 bit_selectors, asked 0 times")],
+)  # fmt: skip
+def test_answers_of_another_shape_are_refused(parts, message):
+    """Broadcast or pasted they would be a route that is none, one share for two, a smaller crop."""
+    model = made_by_hand(**parts)
+    slices = torch.rand(2, 2, 24, 32)
+    with pytest.raises(ValueError, match=message):
+        model(slices)
+    if "policy" not in parts:
+        model.policy = Crop()
+    with pytest.raises(ValueError, match=message):
+        model.segment(slices)
+
+
+class Crop(nn.Module):
+    """A policy that has every slice cropped."""
+
+    def forward(self, slices):
+        return torch.eye(3)[[1] * len(slices)]
 
 
 def slices_for(decisions: list[int], side: tuple[int, int] = (40, 48)) -> torch.Tensor:

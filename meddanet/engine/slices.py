@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..routing import RoutedSegmenter, Segmentation
+from ..routing import RoutedSegmenter, Segmentation, check_shape
 from .immovable import Immovable
 
 Array = np.ndarray
@@ -96,7 +96,9 @@ class SliceEngine(Immovable, ABC):
         if not len(seen):
             return result
         views = self._views(images, seen)
-        routes = self._in_batches(self._networks.decide, views, np.arange(len(seen))).argmax(1)
+        logits = self._in_batches(self._networks.decide, views, np.arange(len(seen)))
+        check_shape("the deciding network", logits, (len(seen), len(self._model.routes)))
+        routes = logits.argmax(1)
         result.decisions[seen] = torch.from_numpy(routes)
         self._locate(views, routes, seen, result)
         parts = [part.numpy() for part in result]
