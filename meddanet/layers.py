@@ -128,6 +128,21 @@ class QuantizedInput(nn.Module):
             return torch.where(unset, own, self.input_amax)
         return None if unset.is_meta or bool(unset) else self.input_amax
 
+    def check_input(self, input: Tensor, channels: int, axis: int) -> None:
+        """Raises ValueError where a layer cannot take an input, before its range is learnt from it.
+
+        Args:
+            input: As given to `forward`.
+            channels: How many it has to have.
+            axis: Where, counted from the end.
+        """
+        if input.dim() < -axis or input.shape[axis] != channels:
+            axes = ("...", str(channels), "H", "W")[: 1 - axis]
+            raise ValueError(f"input must be [{', '.join(axes)}], got shape {list(input.shape)}")
+        alike = input.dtype == self.weight.dtype or torch.is_autocast_enabled(input.device.type)
+        if not (alike and input.is_floating_point()):
+            raise ValueError(f"input is {input.dtype}, the layer's weights are {self.weight.dtype}")
+
     def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
         """Fake-quantises `input` [N, ...] by the layer's range and width."""
         width = self.input_num_bits if input_num_bits is None else input_num_bits
@@ -178,6 +193,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         """Convolves [N, Cin, H, W] or [Cin, H, W]; widths per call or per sample, [N], override."""
         if not self.quantize:
             return super().forward(input)
+        self.check_input(input, self.in_channels, -3)
         if input.dim() == 3:
             return self.forward(input[None], num_bits, input_num_bits)[0]
         padding = self.padding
@@ -258,6 +274,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
             num_bits, output_size = None, num_bits
         if not self.quantize:
             return super().forward(input, None if output_size is None else list(output_size))
+        self.check_input(input, self.in_channels, -3)
         if input.dim() == 3:
             return self.forward(input[None], num_bits, input_num_bits, output_size)[0]
         output_padding = self.output_padding_for(input, output_size)
@@ -297,6 +314,7 @@ class QuantLinear(QuantizedInput, nn.Linear):
         """Maps [N, ..., Cin] to [N, ..., Cout], or [Cin] to [Cout]; widths override the layer's."""
         if not self.quantize:
             return super().forward(input)
+        self.check_input(input, self.in_features, -1)
         if input.dim() == 1:
             return self.forward(input[None], num_bits, input_num_bits)[0]
         width = self.num_bits if num_bits is None else num_bits

@@ -189,6 +189,29 @@ def test_a_batch_that_is_not_finite_teaches_no_range(bad):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_an_input_that_is_refused_teaches_no_range(name):
+    """PyTorch's own layers refuse each of them, too, in words of their own."""
+    quantised, plain, args, kwargs, shape = CASES[name]
+    layer, parent = quantised(*args, **kwargs), plain(*args, **kwargs)
+    axis = -1 if quantised is QuantLinear else -3
+    wider = list(shape)
+    wider[axis] += 1
+    refused = {
+        r"^input must be \[\.\.\., 6(, H, W)?\], got shape": [torch.ones(wider), torch.ones(())],
+        r"^input is torch\.(float64|int64), the layer's weights are torch\.float32$": [
+            torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.int64)
+        ],
+    }  # fmt: skip
+    for message, inputs in refused.items():
+        for input in inputs:
+            with pytest.raises((RuntimeError, ValueError)):
+                parent(input)
+            with pytest.raises(ValueError, match=message):
+                layer(input)
+    assert layer.input_amax == 0
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_range_that_is_nan_gives_nan(name):
     quantised, _, args, kwargs, shape = CASES[name]
     layer = quantised(*args, **kwargs).eval()
