@@ -64,6 +64,17 @@ def test_truncated_gzip(scans, tmp_path: Path, kept: float) -> None:
     assert message.startswith(f"{path}: the gzip data is truncated")
 
 
+@pytest.mark.parametrize("form", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_file_that_ends_within_its_header(scans, tmp_path: Path, form: type) -> None:
+    nib.save(form(scans.image(), scans.AFFINE), tmp_path / "whole.nii")
+    content, path = (tmp_path / "whole.nii").read_bytes(), tmp_path / "cut.nii"
+    for kept in (0, 3, 166, 347, 539):
+        path.write_bytes(content[: min(kept, form.header_class.sizeof_hdr - 1)])
+        message = scans.error(lambda: load_volume(path, modalities=("ct",)))
+        assert message.startswith(f"{path}: ")
+        assert "is not a NIfTI file" in message or "header is invalid" in message
+
+
 @pytest.mark.parametrize("junk", [b"j", b"junk", b"\r\n", bytes(9) + b"x", b"<html>" * 9999])
 @pytest.mark.parametrize("members", [1, 2])
 def test_bytes_after_the_gzip_data(scans, tmp_path: Path, junk: bytes, members: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
@@ -223,7 +224,7 @@ def _header(path: Path) -> tuple[Any, np.ndarray, np.dtype, tuple[int, ...]]:
         dtype, shape = header.get_data_dtype(), tuple(map(int, header.get_data_shape()))
         affine, _ = header.get_best_affine(), header.get_slope_inter()
         int(header["vox_offset"])
-    except (HeaderDataError, ValueError, OverflowError) as error:
+    except (HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
         problem = " ".join(str(error).split())
         raise VolumeError(
             f"{path}: the NIfTI header is invalid ({problem}); expected a valid one"
