@@ -135,7 +135,7 @@ class VolumePredictor:
         self.spacing = facts.get("spacing_mm")
         self.window_hu = facts.get("window_hu")
         # windows go over whatever there is
-        self.canvas = tuple(facts["canvas"]) if "canvas" in facts and not window else None
+        self.canvas = tuple(canvas) if (canvas := facts.get("canvas")) and not window else None
         self.centre = facts.get("centre")
         told = facts.get("label_convention"), facts.get("label_values")
         # what nobody has told hangs on the volume's modalities

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from safetensors import SafetensorError, safe_open
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 ENDING = ".safetensors"
+# facts: how many numbers of which kind, each above
+_NUMBERS = {
+    "window_hu": (2, int | float, -math.inf), "spacing_mm": (3, int | float, 0),
+    "canvas": (2, int, 0), "centre": (2, int | float, -math.inf),
+}  # fmt: skip
+_TOO_LARGE = 2**31
 
 
 def pretrained_names() -> list[str]:
@@ -34,6 +41,32 @@ def locate(path_or_name: str | Path) -> Path:
     return shipped
 
 
+def check_facts(facts: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what the package goes by has the form that it reads."""
+    for name, (count, kind, least) in _NUMBERS.items():
+        given = facts.get(name)
+        if given is not None and not _are_numbers(given, count, kind, least):
+            what = "whole numbers" if kind is int else "numbers"
+            bound = "" if least == -math.inf else f" above {least:g}"
+            raise ValueError(f"{name} is {given}, expected {count} {what}{bound}")
+    low, high = facts.get("window_hu") or (0, 1)
+    if low >= high:
+        raise ValueError(f"window_hu is {low}, {high}, expected the lower value first")
+    names = facts.get("modalities", [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modalities are {names}, expected a list of names")
+    values = facts.get("label_values", {})
+    if not isinstance(values, Mapping):
+        raise ValueError(f"label_values are {values}, expected class -> value")
+
+
+def _are_numbers(given: Any, count: int, kind: Any, least: float) -> bool:
+    return isinstance(given, list | tuple) and len(given) == count and all(
+        isinstance(number, kind) and not isinstance(number, bool) and least < number < _TOO_LARGE
+        for number in given
+    )
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """Returns what a weights file says of its model.
 
@@ -41,12 +74,17 @@ def read_facts(path: Path) -> dict[str, Any]:
         ValueError: If it is not one of ours.
     """
     with weight_errors(path), safe_open(path, framework="np") as file:
-        return facts_in(file)
+        return facts_in(file, path)
 
 
-def facts_in(file: Any) -> dict[str, Any]:
+def facts_in(file: Any, path: Path) -> dict[str, Any]:
     """Returns the facts of an open safetensors file."""
-    return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    try:
+        check_facts(facts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; save it anew by save_model") from error
+    return facts
 
 
 @contextmanager

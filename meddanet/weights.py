@@ -19,7 +19,7 @@ from .data.storage import write_bytes
 from .layers import quantized_layers
 from .routing import RoutedSegmenter, to_memory_format
 from .version import __version__
-from .weight_files import ENDING, facts_in, locate, weight_errors
+from .weight_files import ENDING, check_facts, facts_in, locate, weight_errors
 
 _BUILDERS: dict[str, Callable[..., RoutedSegmenter]] = {
     "MedDANet": build_med_danet, "MedDANetV2": build_med_danet_v2,
@@ -53,8 +53,9 @@ def save_model(
 
     Raises:
         ValueError: If the name's ending, the number of modalities or what the labels are does not
-            fit, a note has no JSON or a name that the file uses itself, neither builder has made
-            the model, or a part of it has been replaced by one that its `config` does not build.
+            fit, a note has no JSON, another form than told here or a name that the file uses
+            itself, neither builder has made the model, or a part of it has been replaced by one
+            that its `config` does not build.
         VolumeError: If the file cannot be written.
     """
     path = Path(path)
@@ -92,6 +93,7 @@ def save_model(
         texts = {key: json.dumps(value) for key, value in facts.items()}
     except TypeError as error:
         raise ValueError(f"notes: {error}; expected what JSON has") from error
+    check_facts(facts)
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     write_bytes(path, _in_order(save(tensors, texts)))
 
@@ -169,8 +171,9 @@ def load_model(path_or_name: str | Path = "brats2021") -> RoutedSegmenter:
         # older files name no model; they are of V2
         model = _built(metadata.get("model", "MedDANetV2"), metadata["architecture"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: its architecture is not one that meddanet {__version__} builds ({error}); "
+            f"{path}: its architecture is not one that meddanet {__version__} builds ({problem}); "
             "expected a file written by save_model"
         ) from error
     own = _tensors(model)
@@ -257,4 +260,4 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor], names: Iterable[
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with weight_errors(path), safe_open(path, framework="pt") as file:
-        return facts_in(file), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return facts_in(file, path), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +18,7 @@ from meddanet.build import build_med_danet, build_med_danet_v2, build_segmenter
 from meddanet.layers import quantized_layers
 from meddanet.med_danet import MedDANet
 from meddanet.med_danet_v2 import MedDANetV2
-from meddanet.weight_files import PRETRAINED, pretrained_names
+from meddanet.weight_files import PRETRAINED, pretrained_names, read_facts
 from meddanet.weights import load_model, save_model, take_weights
 
 
@@ -193,6 +194,22 @@ def test_classes_of_which_nobody_has_told(tmp_path, num_classes, modalities, exp
     assert (facts["label_convention"], facts.get("label_values")) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("window_hu", [1]), ("canvas", "a"), ("modalities", [7]),
+                        ("label_values", [1, 2]), ("spacing_mm", {"x": 1})],
+)  # fmt: skip
+def test_a_file_whose_facts_cannot_be_read_is_named(model, tmp_path, name, value):
+    """As another program, or an earlier version, may have written them."""
+    path = tmp_path / "a.safetensors"
+    save_model(model, path, modalities=("t1", "t2"))
+    with safe_open(path, "np") as file:
+        facts = file.metadata() | {name: json.dumps(value)}
+    save_file(load_file(path), path, facts)
+    for read in (load_model, read_facts):
+        with pytest.raises(ValueError, match=f"^{path}: {name} (is|are) .*; save it anew by save_"):
+            read(path)
+
+
 def test_an_interrupted_save_leaves_the_old_file(model, path, monkeypatch):
     before = path.read_bytes()
 
@@ -222,6 +239,14 @@ def test_what_cannot_be_saved(model, tmp_path):
         ({"label_values": {1: 1, 2: 2}, "label_convention": "msd"}, "give one of them"),
         ({"label_values": {"one": 1, 1: 1, 2: 2}}, "are of one, expected classes 1 to 2"),
         ({"note": np.float32(1)}, "notes: Object of type float32 is not JSON serializable"),
+        ({"spacing_mm": 1.0}, "spacing_mm is 1.0, expected 3 numbers above 0"),
+        ({"spacing_mm": [1, 1, 0]}, r"spacing_mm is \[1, 1, 0\], expected 3 numbers above 0"),
+        ({"window_hu": "-160,240"}, "window_hu is -160,240, expected 2 numbers$"),
+        ({"window_hu": (240, -160)}, "window_hu is 240, -160, expected the lower value first"),
+        ({"centre": [math.nan, 1]}, r"centre is \[nan, 1\], expected 2 numbers$"),
+        ({"centre": [10**40, 1]}, "expected 2 numbers$"),
+        ({"canvas": [True, 48]}, r"canvas is \[True, 48\], expected 2 whole numbers above 0"),
+        ({"canvas": [48.5, 48]}, r"canvas is \[48.5, 48\], expected 2 whole numbers above 0"),
         ({"meddanet": "9", "architecture": "mine"}, "called architecture, meddanet, which is what"),
     ):
         with pytest.raises(ValueError, match=message):
