@@ -107,7 +107,7 @@ def test_d11_every_foreign_import_is_declared():
     """No module that a user lacks: all is Python's own or named in pyproject.toml."""
     declared = re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?(?:>=|;)', PROJECT)
     declared = {name.replace("-", "_") for name in declared}
-    distribution = {"cc3d": "connected_components_3d", "PIL": "pillow", "yaml": "pyyaml"}
+    distribution = {"PIL": "pillow", "yaml": "pyyaml"}
     roots = {n.split(".")[0] for name in FILES for n in imported(name)}
     foreign = {distribution.get(n, n) for n in roots - sys.stdlib_module_names} - {"meddanet"}
     assert {"torch", "numpy", "nibabel"} <= foreign <= declared

@@ -146,7 +146,7 @@ def test_wheel_metadata(wheel):
         pytest.param((), id="all-installed"),
         pytest.param(("triton",), id="no-triton"),
         pytest.param(
-            ("edt", "cc3d", "scipy", "tensorboard", "openvino", "matplotlib", "monai", "pytest"),
+            ("edt", "scipy", "tensorboard", "openvino", "matplotlib", "monai", "pytest"),
             id="no-extras",
         ),
     ],
