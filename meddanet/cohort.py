@@ -45,7 +45,7 @@ def segment_case(
         VolumeError: As for `read_case`.
     """
     outcome = _predict(predictor, read_case(case, out))
-    return _write(case, predictor, out, run, preview, None, *outcome)
+    return _write(case, predictor, out, run, preview, None, outcome)
 
 
 def segment_cases(
@@ -77,7 +77,7 @@ def segment_cases(
             if written is not None:
                 yield written[0], _outcome(written[1])
             written = case, writer.submit(
-                _write_or_raise, case, predictor, readings.out, run, preview, asked, outcome
+                _write, case, predictor, readings.out, run, preview, asked, outcome
             )
             del outcome
         if written is not None:
@@ -88,20 +88,6 @@ def _predict(predictor: VolumePredictor, reading: Reading) -> _Predicted:
     began = time.perf_counter()
     prediction = predictor.predict(reading.volume)
     return reading, prediction, reading.seconds + time.perf_counter() - began
-
-
-def _write_or_raise(
-    case: Case,
-    predictor: VolumePredictor,
-    out: Path,
-    run: Mapping[str, object],
-    preview: bool,
-    asked: Request | None,
-    outcome: _Predicted | Exception,
-) -> dict:
-    if isinstance(outcome, Exception):
-        raise outcome
-    return _write(case, predictor, out, run, preview, asked, *outcome)
 
 
 def _outcome(writing: Future) -> dict | Exception:
@@ -118,11 +104,16 @@ def _write(
     run: Mapping[str, object],
     preview: bool,
     asked: Request | None,
-    reading: Reading,
-    prediction: Prediction,
-    seconds: float,
+    outcome: _Predicted | Exception,
 ) -> dict:
-    """Writes labels, picture and report, which replace earlier ones at once; returns the report."""
+    """Writes labels, picture and report, which replace earlier ones at once; returns the report.
+
+    Raises:
+        Exception: The outcome, if it is one.
+    """
+    if isinstance(outcome, Exception):
+        raise outcome
+    reading, prediction, seconds = outcome
     volume = reading.volume
     labels, report, picture = results = result_paths(case.name, out)
     with Staged() as staged:
