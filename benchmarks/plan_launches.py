@@ -43,7 +43,7 @@ def slices_of(case: Path | None) -> tuple[str, Tensor, np.ndarray]:
     """
     if case is None:
         phantom = make_phantom(0, (240, 240, 155))
-        images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+        images = normalize(phantom.data).transpose(3, 0, 1, 2)
         lesion = phantom.labels.transpose(2, 0, 1) > 0
         return "phantom", torch.from_numpy(images.copy()), lesion
     predictor = VolumePredictor(load_model(), "cpu", executor="eager")

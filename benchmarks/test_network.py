@@ -57,7 +57,7 @@ def volume_slices() -> tuple[str, Tensor, np.ndarray]:
         case = os.environ.get("MEDDANET_CASE")
         return slices_of(Path(case) if case else None)
     phantom = make_phantom(0, SHAPE)
-    images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)[8:10]
+    images = normalize(phantom.data).transpose(3, 0, 1, 2)[8:10]
     return "phantom", torch.from_numpy(images.copy()), phantom.labels.transpose(2, 0, 1)[8:10] > 0
 
 

@@ -185,5 +185,5 @@ def cache_phantoms(names: list[str], cache: Path) -> None:
     with _hold(cache) if missing else nullcontext():
         for name in missing:
             phantom = make_phantom(int(name.removeprefix("phantom-")))
-            images = normalize(np.round(phantom.data).clip(0)).transpose(3, 0, 1, 2)
+            images = normalize(phantom.data).transpose(3, 0, 1, 2)
             write_cache(name, images, phantom.labels.transpose(2, 0, 1), cache)
