@@ -136,32 +136,27 @@ def scored(cases: Cases, row: str) -> list[Content]:
 
 def accuracy(cases: Cases) -> str:
     """Means over the held-out cases, Med-DANet V2's Table 3a."""
-    rows = []
-    for row in present_rows(cases):
-        found = scored(cases, row)
-        dice = [f"{mean(c['dice'][r] for c in found):.3f}" for r in ("WT", "TC", "ET")]
-        hd95 = [f"{mean(c['hd95_mm'][r] for c in found):.1f}" for r in ("WT", "TC", "ET")]
-        cost = [f"{mean(c[kind] for c in found) / 1e9:.1f}" for kind in COSTS]
-        rows.append((row, *dice, *hd95, *cost))
-    return markdown(
-        [f"mean of {len(cases)} held-out cases", "WT", "TC", "ET", "HD95 WT", "TC", "ET",
-         *COSTS.values()], rows
-    )  # fmt: skip
+    return _means(cases, {row: row for row in ROWS}, distances=True)
 
 
 def headline(cases: Cases) -> str:
     """Med-DANet V2 and its static rivals, means over the held-out cases."""
-    rows = []
-    for row, name in NAMES.items():
-        if row not in present_rows(cases):
-            continue
+    return _means(cases, NAMES, distances=False)
+
+
+def _means(cases: Cases, names: dict[str, str], distances: bool) -> str:
+    """Means of those rows that every case has, row -> what to call it."""
+    rows, regions = [], ("WT", "TC", "ET")
+    for row in [row for row in names if row in present_rows(cases)]:
         found = scored(cases, row)
-        dice = [f"{mean(c['dice'][r] for c in found):.3f}" for r in ("WT", "TC", "ET")]
-        cost = [f"{mean(c[kind] for c in found) / 1e9:.1f}" for kind in COSTS]
-        rows.append((name, *dice, *cost))
-    return markdown(
-        [f"mean of {len(cases)} held-out cases", "WT", "TC", "ET", *COSTS.values()], rows
-    )
+        cells = [f"{mean(c['dice'][r] for c in found):.3f}" for r in regions]
+        if distances:
+            cells += [f"{mean(c['hd95_mm'][r] for c in found):.1f}" for r in regions]
+        cells += [f"{mean(c[kind] for c in found) / 1e9:.1f}" for kind in COSTS]
+        rows.append((names[row], *cells))
+    hd95 = ("HD95 WT", "TC", "ET") if distances else ()
+    header = [f"mean of {len(cases)} held-out cases", *regions, *hd95, *COSTS.values()]
+    return markdown(header, rows)
 
 
 def accuracy_cases(cases: Cases) -> str:
