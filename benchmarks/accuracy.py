@@ -17,7 +17,6 @@ Each RUN is the output folder of `meddanet train`, usually one per fold: `model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from meddanet.build import build_segmenter
 from meddanet.cost import CONVENTIONS, cost_table, count_macs
 from meddanet.data import find_cases, from_slices, load_labels, load_volume, to_classes, to_slices
+from meddanet.data.results import digest
 from meddanet.layers import set_quantization
 from meddanet.machine import machine
 from meddanet.metrics import brats_regions, dice_score, hausdorff_distance_95
@@ -175,11 +175,6 @@ def training_seconds(run: Path) -> dict[str, float]:
     """CPU seconds per phase, as the log of the run says."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {line["phase"]: line["cpu_seconds"] for line in lines}
-
-
-def digest(path: Path) -> str:
-    """Names a file by its content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> None:

@@ -14,12 +14,10 @@ import pytest
 import runtimes
 import torch
 from torch import Tensor
-from volumes import cases, write_results
+from volumes import cases, folder_run, write_results
 
 from meddanet.bench import time_interleaved
 from meddanet.build import build_med_danet_v2
-from meddanet.cases import ReadAhead
-from meddanet.cohort import segment_cases
 from meddanet.data import Case, load_volume, to_slices
 from meddanet.layers import quantized_layers
 from meddanet.predictor import VolumePredictor
@@ -116,14 +114,8 @@ def test_base_channels(benchmark, slices):
 
 def test_cases_of_a_folder(benchmark, case, predictor, tmp_path):
     """Seconds per case from files to files, 1 to 8 cases in one run."""
-
-    def folder_run(count: int) -> None:
-        copies = [replace(case, name=f"copy_{index}") for index in range(count)]
-        with ReadAhead(copies, tmp_path) as readings:
-            for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
-                assert isinstance(outcome, dict), outcome
-
-    runs = {str(n): lambda n=n: folder_run(n) for n in COHORTS}
+    copies = [replace(case, name=f"copy_{index}") for index in range(max(COHORTS))]
+    runs = {str(n): lambda n=n: folder_run(copies[:n], tmp_path, predictor) for n in COHORTS}
     times = time_interleaved(runs, ROUNDS)
     benchmark.pedantic(runs["1"], rounds=1)
     points = {n: times[str(n)]["seconds"] / n for n in COHORTS}

@@ -19,11 +19,9 @@ import numpy as np
 import pytest
 import runtimes
 import torch
-from volumes import cases, label_dice, lesion_dice, write_results
+from volumes import cases, folder_run, label_dice, lesion_dice, write_results
 
 from meddanet.bench import ratios, slice_by_slice, static_network, time_interleaved, torch_peers
-from meddanet.cases import ReadAhead
-from meddanet.cohort import segment_cases
 from meddanet.data import Case, from_classes, load_labels, load_volume, to_slices
 from meddanet.heap import keep_freed_memory
 from meddanet.layers import set_quantization
@@ -180,19 +178,14 @@ def test_end_to_end(benchmark, held_out, tmp_path):
     plain = static_network(load_model()).to(memory_format=torch.contiguous_format)
     copies = [replace(case, name=f"copy_{index}") for index in range(COPIES)]
 
-    def folder_run(cohort: list[Case], out: Path) -> None:
-        with ReadAhead(cohort, out) as readings:
-            for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
-                assert isinstance(outcome, dict), outcome
-
     def script(network: Callable, out: Path) -> None:
         keep_freed_memory()  # a folder run has set other bounds
         runtimes.by_nibabel(case, network, out)
 
     contestants: dict[str, Callable[[Path], None]] = {
         "nibabel + eager slice by slice": partial(script, partial(slice_by_slice, plain)),
-        "meddanet, one case": lambda out: folder_run(copies[:1], out),
-        f"meddanet, {COPIES} cases": lambda out: folder_run(copies, out),
+        "meddanet, one case": lambda out: folder_run(copies[:1], out, predictor),
+        f"meddanet, {COPIES} cases": lambda out: folder_run(copies, out, predictor),
     }
     try:
         # made for the shape; what it segments is what the script has read

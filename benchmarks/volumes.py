@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 from timing import environment
 
+from meddanet.cases import ReadAhead
+from meddanet.cohort import segment_cases
 from meddanet.data import Case, find_cases
 from meddanet.data.phantom import write_phantom
 from meddanet.machine import machine
 from meddanet.metrics import dice_score
+from meddanet.predictor import VolumePredictor
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats2021"
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +26,13 @@ def cases(folder: Path) -> list[Case]:
     """Returns the real cases that no shipped weight has seen, or a phantom written to `folder`."""
     real = [DATA / name for name in HELD_OUT if (DATA / name).is_dir()]
     return [find_cases(path)[0] for path in real or [write_phantom(folder)]]
+
+
+def folder_run(cohort: list[Case], out: Path, predictor: VolumePredictor) -> None:
+    """Segments cases from files to files, as `meddanet segment` does; an error ends it."""
+    with ReadAhead(cohort, out) as readings:
+        for _, outcome in segment_cases(readings, predictor, weights="brats2021"):
+            assert isinstance(outcome, dict), outcome
 
 
 def lesion_dice(first: np.ndarray, second: np.ndarray) -> float:
