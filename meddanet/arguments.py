@@ -13,14 +13,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import restricted_string_type
 
-from .recipe import (
-    RECIPES,
-    AugmentConfig,
-    DecisionConfig,
-    PhaseConfig,
-    TrainConfig,
-    recipe_settings,
-)
+from .recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
+from .schedules import RECIPES, recipe_settings
 from .version import __version__
 
 # `data.LABELS` has the meanings; importing it would cost more than showing the help

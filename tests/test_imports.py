@@ -12,11 +12,11 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FLOORS = (
     {
         "kernels", "data", "cases", "devices", "distributed", "macs", "cost", "metrics", "surfaces",
-        "recipe", "bounds", "activation", "frame", "machine", "version", "finished", "weight_files",
-        "doubts", "heap",
+        "recipe", "schedules", "bounds", "activation", "frame", "machine", "version", "finished",
+        "weight_files", "doubts", "heap",
     },
     {"layers", "losses", "choice"},
-    {"networks", "routing", "med_danet", "med_danet_v2", "quantization", "engine", "predictor"},
+    {"networks", "routing", "med_danet", "med_danet_v2", "engine", "predictor"},
     {"build", "report"},
     {
         "bench", "training", "objectives_v1", "phase", "objectives", "batches", "checkpoint",

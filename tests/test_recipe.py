@@ -24,7 +24,8 @@ from meddanet.losses import papers_dice_loss
 from meddanet.monitor import Monitor, dice_per_class, swallowed_background
 from meddanet.objectives import OBJECTIVES, joint, route_costs
 from meddanet.phase import phase_share, run_phase, segmenter_loss, train_parts
-from meddanet.recipe import RECIPES, AugmentConfig, PhaseConfig, TrainConfig
+from meddanet.recipe import AugmentConfig, PhaseConfig, TrainConfig
+from meddanet.schedules import RECIPES
 
 
 def test_the_papers_epochs_share_one_schedule():
