@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from .data import LABELS, Volume, canonical
+from .data.axes import lps_axes
 from .data.storage import Writer, write_bytes
-from .data.volume import lps_axes
 from .predictor import Prediction
 from .version import __version__
 

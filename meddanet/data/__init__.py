@@ -1,5 +1,6 @@
 """Volumes on disk and in memory. Nothing here imports torch; `slices` (training) does."""
 
+from .axes import canonical, from_canonical
 from .conventions import MODALITIES, Case, canonical_modality, case_from_files
 from .labels import LABELS, detect_label_convention, from_classes, to_classes
 from .nifti import load_labels, load_volume, save_image, save_volume
@@ -7,8 +8,6 @@ from .survey import find_cases
 from .volume import (
     Volume,
     VolumeError,
-    canonical,
-    from_canonical,
     from_slices,
     has_hounsfield_values,
     lacks_hounsfield_values,

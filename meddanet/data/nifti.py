@@ -17,10 +17,11 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from .axes import in_order_of
 from .conventions import Case, canonical_modality
 from .sources import as_case, channel_sources, usual_order
 from .storage import Writer, compress, read_bytes, read_head, write_bytes
-from .volume import Volume, VolumeError, check_axes, in_millimetres, in_order_of
+from .volume import Volume, VolumeError, check_axes, in_millimetres
 
 # relative to the voxel size; exports of one scan differ by 1e-8
 _AFFINE_TOLERANCE = 1e-3

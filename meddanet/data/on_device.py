@@ -9,14 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .volume import (
-    NOT_FINITE,
-    Volume,
-    VolumeError,
-    check_window,
-    lps_axes,
-    memory_order,
-)
+from .axes import lps_axes
+from .volume import NOT_FINITE, Volume, VolumeError, check_window, memory_order
 
 # what is copied into pinned memory while the piece before is uploaded
 _PIECE = 1 << 22  # values

@@ -1,4 +1,4 @@
-"""Volumes in memory: orientation, normalisation, axial slices."""
+"""Volumes in memory: normalisation, axial slices."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 import numpy as np
 
-# the sign of each world axis (+x right, +y anterior, +z superior) along the voxel axes of "LPS"
-_LPS = np.array([-1, -1, 1])
+from .axes import canonical, from_canonical
+
 # of NIfTI's codes for metre and micrometre
 _MILLIMETRES = {1: 1000.0, 3: 0.001}
 NOT_FINITE = "voxels are NaN or infinite; expected finite ones"
@@ -117,73 +116,6 @@ def in_millimetres(affine: np.ndarray, header: Any) -> np.ndarray:
     # the three lowest bits; 0 says nothing
     unit = 0 if header is None else int(header["xyzt_units"]) & 7
     return affine * np.array([[_MILLIMETRES.get(unit, 1.0)]] * 3 + [[1.0]])
-
-
-def directions(affine: np.ndarray) -> np.ndarray:
-    """Returns unit vectors along an affine's voxel axes, the columns of [3, 3]."""
-    return affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-
-
-def lps_axes(affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Returns (the voxel axis along each axis of LPS order, the direction of each: +1 or -1)."""
-    # the closest rotation, so that sheared axes are matched by what remains after unshearing
-    left, _, right = np.linalg.svd(directions(affine))
-    rotation = left @ right
-    world = np.arange(3)
-    axes = max(permutations(range(3)), key=lambda p: np.abs(rotation[world, list(p)]).sum())
-    return axes, np.where(rotation[world, list(axes)] < 0, -1, 1) * _LPS
-
-
-def _flip(array: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    h, w, d = (slice(None, None, int(sign)) for sign in signs)
-    return array[..., h, w, d]
-
-
-def canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Views the last three axes of an array in LPS voxel order, the order of BraTS files.
-
-    Args:
-        array: [..., H, W, D] in the voxel order that `affine` describes.
-        affine: [4, 4], voxels to RAS+ world space; oblique axes go to the nearest world axis.
-
-    Returns:
-        A view whose last three indices grow toward Left, Posterior and Superior.
-    """
-    axes, signs = lps_axes(affine)
-    lead = array.ndim - 3
-    moved = array.transpose(*range(lead), *(lead + axis for axis in axes))
-    return _flip(moved, signs)
-
-
-def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Undoes `canonical`: views an LPS array [..., H, W, D] in the voxel order of `affine`."""
-    axes, signs = lps_axes(affine)
-    lead = array.ndim - 3
-    flipped = _flip(array, signs)
-    return flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(axes)))
-
-
-def in_order_of(
-    array: np.ndarray, affine: np.ndarray, like: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Views the last three axes of an array in the voxel order that is nearest to another affine's.
-
-    Args:
-        array: [..., H, W, D] in the voxel order that `affine` describes.
-        affine: [4, 4], voxels to RAS+ world space.
-        like: The affine [4, 4] whose order is wanted.
-
-    Returns:
-        The view and the affine [4, 4] of its voxels, which lie where they did.
-    """
-    axes, signs = lps_axes(affine)
-    wanted, senses = lps_axes(like)
-    turn = np.zeros((4, 4))
-    turn[3, 3] = 1
-    for axis, target, sign in zip(axes, wanted, signs * senses, strict=True):
-        turn[axis, target] = sign
-        turn[axis, 3] = array.shape[axis - 3] - 1 if sign < 0 else 0
-    return from_canonical(canonical(array, affine), like), affine @ turn
 
 
 def normalize(data: np.ndarray, threads: int = 1) -> np.ndarray:
