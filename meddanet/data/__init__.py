@@ -3,7 +3,8 @@
 from .axes import canonical, from_canonical
 from .conventions import MODALITIES, Case, canonical_modality, case_from_files
 from .labels import LABELS, detect_label_convention, from_classes, to_classes
-from .nifti import load_labels, load_volume, save_image, save_volume
+from .nifti import load_labels, load_volume
+from .nifti_writer import save_image, save_volume
 from .survey import find_cases
 from .volume import (
     Volume,

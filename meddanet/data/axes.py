@@ -10,6 +10,8 @@ import numpy as np
 _LPS = np.array([-1, -1, 1])
 # in degrees: lengths and angles that are taken from voxel sizes are right to 2 %
 SLIGHT_SKEW = 2.0
+# of two affines, relative to the voxel size; exports of one scan differ by 1e-8
+AFFINE_TOLERANCE = 1e-3
 
 
 def directions(affine: np.ndarray) -> np.ndarray:

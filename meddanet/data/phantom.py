@@ -13,7 +13,7 @@ import numpy as np
 
 from .conventions import MODALITIES
 from .labels import from_classes
-from .nifti import save_image
+from .nifti_writer import save_image
 from .phantom_anatomy import FIELD_OF_VIEW, Anatomy, Grid, Noise, Point, draw_anatomy, inside
 
 _BRAIN_BOX = ((42, 198), (36, 226), (0, 151))  # mm, no voxel outside it belongs to the brain
