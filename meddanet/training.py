@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batches
-from .build import build_med_danet, build_med_danet_v2, build_segmenter
+from .build import build_segmenter
 from .cases import output_folder
 from .checkpoint import (
     check_config,
@@ -28,19 +28,18 @@ from .checkpoint import (
     load_part,
 )
 from .dataset import Dataset, prepare_dataset
-from .devices import emulates_bfloat16
 from .distributed import first_alone, process_group, rank, world
 from .layers import quantized_layers, set_quantization
 from .med_danet import MedDANet
 from .med_danet_v2 import MedDANetV2
-from .monitor import Monitor, Predict, summary_writer
+from .monitor import Monitor, Predict
 from .networks.heatmap import HeatmapLocator
-from .objectives import OBJECTIVES, Objective
-from .objectives_v1 import DecisionObjective, bank, member_shares
-from .phase import check_parts, run_phase
+from .objectives import Objective
+from .objectives_v1 import DecisionObjective
+from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .routing import to_memory_format
-from .weight_files import locate
+from .run_checks import check_run, objectives_of, untrained_model, warn_of_emulation
 from .weights import part_of, save_model, take_weights
 
 # quantised?, ranges still learnt?
@@ -129,10 +128,10 @@ class _Run:
         with first_alone() as first:
             if first:
                 check_config(config)
-                _warn_of_emulation(config, device)
+                warn_of_emulation(config, device)
         self.data: Dataset = prepare_dataset(config)
         torch.manual_seed(config.seed)
-        self.model = _build(config, len(self.data.modalities), self.data.num_classes)
+        self.model = untrained_model(config, len(self.data.modalities), self.data.num_classes)
         if starts:
             self._start()
         self.model = self._place(self.model)
@@ -219,7 +218,7 @@ class _Run:
     def _phase(
         self, model: nn.Module, phase: PhaseConfig, number: int, file: Path, later: list[Path]
     ) -> Objective:
-        objective = _objectives(model, self.config)[phase.objective]
+        objective = objectives_of(model, self.config)[phase.objective]
         slices = sum(len(case.brain) for case in self.data.training)
         phase = phase.in_steps(max(round(slices / phase.batch), 1))
         if phase.cost_weight is None:
@@ -261,18 +260,6 @@ class _Run:
         return model
 
 
-def _warn_of_emulation(config: TrainConfig, device: torch.device) -> None:
-    """Warns of phases that this machine computes in a number format that it has not."""
-    phases = [*config.phases, *filter(None, [config.baseline])]
-    slow = [phase.objective for phase in phases if phase.autocast == "bfloat16"]
-    if slow and emulates_bfloat16(device):
-        kinds = ", ".join(dict.fromkeys(slow))
-        warnings.warn(
-            f"this CPU has no bfloat16, which phases ({len(slow)}: {kinds}) are to compute in; "
-            "their steps take several times as long as with autocast: none", stacklevel=2,
-        )
-
-
 def _warn_of_ranges(model: MedDANet | MedDANetV2, path: Path) -> None:
     """Warns where weights lack what all executors but one need; a bank is loaded in float."""
     unset = [
@@ -286,94 +273,11 @@ def _warn_of_ranges(model: MedDANet | MedDANetV2, path: Path) -> None:
         )
 
 
-def _build(config: TrainConfig, channels: int, classes: int) -> MedDANet | MedDANetV2:
-    """Builds the untrained model."""
-    if config.bank:
-        return build_med_danet(config.bank, channels, classes, config.decision_network)
-    return build_med_danet_v2(
-        config.segmenter, channels, classes, config.crop_sizes, config.num_bits,
-        config.decision_network, config.decision_scale, config.quantize_decisions,
-        config.position_network,
-    )
-
-
-def check_run(config: TrainConfig, starts: bool) -> None:
-    """Sees, before any data is read, what can be seen without it.
-
-    Args:
-        config: Of the run.
-        starts: Whether weights to start from will be read.
-
-    Raises:
-        ValueError: If a phase cannot be trained, or the window does not fit; it is named. If there
-            are no weights to start from.
-        ImportError: If TensorBoard is asked for and not installed.
-    """
-    model = _build(config, channels=1, classes=2)
-    stride, largest = model.stride, model.smallest_side
-    if config.window is not None and (config.window % stride or config.window < largest):
-        raise ValueError(
-            f"window is {config.window}, expected a multiple of {stride} that is at least "
-            f"{largest}, or null for whole slices"
-        )
-    check_phases(model, config)
-    check_parts(model, config.start_parts, "start_parts")
-    if config.start is not None and starts:
-        locate(config.start)
-    if config.tensorboard:
-        summary_writer()
-
-
-def check_phases(model: Any, config: TrainConfig) -> None:
-    """Sees, before anything is trained, that every phase can be.
-
-    Raises:
-        ValueError: If one has an objective, parts or shares that the model does not; it is named.
-    """
-    known = _objectives(model, config)
-    for number, phase in enumerate(config.phases):
-        try:
-            _check_phase(model, phase, known)
-        except ValueError as error:
-            raise ValueError(f"phases.{number}.{error}") from error
-    if config.baseline is not None and config.baseline.objective != "static":
-        raise ValueError(
-            f"baseline.objective is {config.baseline.objective!r}, expected static: it is a plain "
-            "segmenter"
-        )
-    if config.cost_weight != TrainConfig.cost_weight and "joint" not in [
-        phase.objective for phase in config.phases
-    ]:
-        warnings.warn(
-            "cost_weight acts in phases `joint` alone and there is none; bit_weight is that of "
-            "phases `quantised`", stacklevel=2,
-        )
-
-
-def _check_phase(model: Any, phase: PhaseConfig, known: dict[str, Objective]) -> None:
-    if phase.objective not in known:
-        cure = "" if hasattr(model, "bank") else "; Med-DANet (V1) is trained where a bank is named"
-        raise ValueError(
-            f"objective is {phase.objective!r}, expected one of {', '.join(known)} for a "
-            f"{type(model).__name__}{cure}"
-        )
-    check_parts(model, phase.parts)
-    if phase.objective == "bank":
-        member_shares(phase, len(model.bank))
-
-
 def _intensities(window_hu: list[float] | None) -> str:
     """Says how images are normalised."""
     if window_hu is None:
         return "z-scores"
     return f"a window of {window_hu[0]:g} to {window_hu[1]:g} HU"
-
-
-def _objectives(model: Any, config: TrainConfig) -> dict[str, Objective]:
-    """Returns what a phase of this model may minimise, by name."""
-    if isinstance(model, MedDANet):
-        return {"bank": bank, "decision": DecisionObjective(model, config.decision)}
-    return {**OBJECTIVES}
 
 
 def _prediction(model: Any, phase: PhaseConfig) -> Predict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meddanet import training
+from meddanet import run_checks
 from meddanet.batches import Batches
 from meddanet.build import build_med_danet_v2
 from meddanet.cost import cost_table
@@ -457,8 +457,8 @@ def test_bfloat16_on_a_cpu_that_has_none_is_a_warning(monkeypatch, recwarn):
     phases = [PhaseConfig("static", 1), PhaseConfig("segmenter", 1, autocast="bfloat16")]
     config = TrainConfig("", "", phases=phases, baseline=None)
     for slow, told in ((False, 0), (True, 1)):
-        monkeypatch.setattr(training, "emulates_bfloat16", lambda _, slow=slow: slow)
-        training._warn_of_emulation(config, torch.device("cpu"))
+        monkeypatch.setattr(run_checks, "emulates_bfloat16", lambda _, slow=slow: slow)
+        run_checks.warn_of_emulation(config, torch.device("cpu"))
         assert len(recwarn) == told
     text = str(recwarn.pop().message)
     assert text.startswith("this CPU has no bfloat16, which phases (1: segmenter) are to comp")
