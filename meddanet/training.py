@@ -91,7 +91,9 @@ def _settings(config: TrainConfig) -> Iterator[None]:
         )
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic, workspace = torch.get_deterministic_debug_mode(), os.environ.get(_WORKSPACE)
+    dtype = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(torch.float32)
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.deterministic:
@@ -100,6 +102,7 @@ def _settings(config: TrainConfig) -> Iterator[None]:
             torch.backends.cudnn.benchmark = False
         yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(deterministic)
         torch.backends.cudnn.benchmark = benchmark

@@ -614,11 +614,16 @@ def test_what_a_run_sets_for_its_process_ends_with_it(config, tmp_path, monkeypa
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_device_as_default_changes_nothing(config, tmp_path):
-    """As torch.set_default_device sets it: whatever would be made on "meta" has no values."""
+def test_defaults_of_pytorch_change_nothing(config, tmp_path):
+    """A device as torch.set_default_device sets it, on which nothing has values, and a dtype."""
     train(config)
-    with torch.device("meta"):
-        train(replace(config, out=str(tmp_path / "other")))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            train(replace(config, out=str(tmp_path / "other")))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert_same_bits(result(tmp_path / "run"), result(tmp_path / "other"))
 
 
