@@ -53,7 +53,7 @@ CARDS = {
     "H200": Card("sm_90", 132, 1.83, 4800, 1979,
                  "NVIDIA H200 datasheet; clock and SMs: NVIDIA H100 Architecture, whitepaper",
                  ("NVIDIA H200",)),
-}  # fmt: skip
+}
 
 
 def known_card(device: str) -> Card | None:

@@ -77,7 +77,7 @@ def fresh_process(code: str, arch: int, way: str, home: Path) -> dict[str, float
         run = subprocess.run(
             [sys.executable, "-c", code, str(arch), way],
             env=os.environ | variables, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        )
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(), "torch": torch.__version__,
         "triton": triton.__version__,
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
         aot.build([arch], Path(home) / "meddanet" / "kernels")
         for done in range(1, options.rounds + 1):

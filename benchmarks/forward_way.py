@@ -30,7 +30,7 @@ CONVOLUTIONS = (
     (3, 1, 4, 16, 0), (3, 1, 16, 16, 0), (3, 1, 32, 32, 1), (3, 1, 64, 64, 2), (3, 1, 128, 128, 3),
     (3, 2, 16, 32, 0), (3, 2, 32, 64, 1), (3, 2, 64, 128, 2),
     (1, 1, 32, 16, 0), (1, 1, 64, 32, 1), (1, 1, 128, 64, 2),
-)  # fmt: skip
+)
 BATCH, SIDE = (16, 240) if DEVICE.type == "cuda" else (2, 16) if DRY_RUN else (8, 128)
 ROUNDS, KIND = 3 if DRY_RUN else 15, "wall_ms" if DEVICE.type == "cuda" else "cpu_ms"
 
@@ -63,7 +63,7 @@ def measure(kernel: int, stride: int, c_in: int, c_out: int, halved: int, bits: 
     def ours(on_codes: bool) -> Tensor:
         with forced(found, on_codes):
             return fake_quant_conv2d(x, weight, None, stride, padding, num_bits=bits,
-                                     input_num_bits=bits, input_amax=amax)  # fmt: skip
+                                     input_num_bits=bits, input_amax=amax)
 
     def eager() -> Tensor:
         ranges = weight.detach().abs().amax()
@@ -90,7 +90,7 @@ def measure(kernel: int, stride: int, c_in: int, c_out: int, halved: int, bits: 
     return {
         "class": list(found), "shape": list(x.shape), "out_channels": c_out,
         "difference": float(difference), **timed,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

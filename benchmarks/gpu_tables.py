@@ -8,7 +8,7 @@ from committed import Results, markdown, routes, short
 def prediction(results: Results) -> str:
     """Least milliseconds per volume: least, middle and most work, and the static network."""
     ran = {name: sum(list(case["decisions"]["routes"].values())[1:])
-           for name, case in results.accuracy.items()}  # fmt: skip
+           for name, case in results.accuracy.items()}
     ordered = sorted(ran, key=lambda name: ran[name])
     shown = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
     heads = [f"{short(name)}, {ran[name]} slices run" for name in shown]
@@ -46,7 +46,7 @@ def simulation_check(results: Results) -> str:
             rows.append((
                 content["device"], content["commit"], row["kernel"], row["times"],
                 row["measured_us"], row["simulated_us"], f"{row['simulated_of_measured']:.0%}",
-            ))  # fmt: skip
+            ))
     header = ["GPU", "commit", "convolution", "launches", "measured, us", "simulated, us", "share"]
     return markdown(header, rows)
 
@@ -79,16 +79,16 @@ def gpu_bench(results: Results) -> str:
     """What `meddanet bench` took on each GPU, a column for each of its contestants."""
     contents = results.named("gpu_bench_*").values()
     peers = dict.fromkeys(name for content in contents for name in content["times"]
-                          if name not in ("engine", "predict"))  # fmt: skip
+                          if name not in ("engine", "predict"))
     rows = []
     for content in contents:
         ms = {name: 1e3 * found["seconds"] for name, found in content["times"].items()}
         others = [f"{ms[name]:.0f} ({ms[name] / ms['engine']:.0f}x)" if name in ms else "not run"
-                  for name in peers]  # fmt: skip
+                  for name in peers]
         number = int(content["device"].partition(":")[2] or 0)
         plan = f"{1e3 * content['plan']['seconds']:.2f}" if content["plan"] else "not run"
         rows.append((content["machine"]["gpus"][number], short(content["case"]), plan,
-                     f"**{ms['engine']:.1f}**", f"{ms['predict']:.0f}", *others))  # fmt: skip
+                     f"**{ms['engine']:.1f}**", f"{ms['predict']:.0f}", *others))
     header = ["ms", "case", "the plan's GPU time", "**engine**", "`predict`", *peers]
     return markdown(header, rows)
 
@@ -125,7 +125,7 @@ def gpu_kernels(results: Results) -> str:
             ))
     return markdown(
         ["GPU", "case", "ours, GPU us", "share of the roof", "peers' GPU time over ours"], rows
-    ) if rows else "None has been measured yet."  # fmt: skip
+    ) if rows else "None has been measured yet."
 
 
 def gpu_launches(results: Results) -> str:
@@ -138,11 +138,11 @@ def gpu_launches(results: Results) -> str:
          *(f"{content['parts_us'].get(part, 0):.0f}" for part in parts),
          f"{content['replay_us']:.0f}", f"{content['every_slice_whole_us']:.0f}")
         for content in contents
-    ]  # fmt: skip
+    ]
     return markdown(
         ["GPU", "commit", "case", "slices", *(f"{part}, us" for part in parts),
          "the graph, us", "every slice whole, us"], rows
-    )  # fmt: skip
+    )
 
 
 def gpu_bounds(results: Results) -> str:
@@ -161,8 +161,8 @@ def gpu_bounds(results: Results) -> str:
             (facts["device"], facts["commit"], short(content["case"]), part, f"{time:.0f}",
              f"{1e3 * least[part]:.0f}", f"{time / least[part] / 1e3:.1f}x")
             for part, time in times.items()
-        ]  # fmt: skip
+        ]
     return markdown(
         ["GPU", "commit", "case", "", "measured, us", "predicted lower bound, us",
          "measured / bound"], rows
-    )  # fmt: skip
+    )

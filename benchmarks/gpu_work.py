@@ -242,4 +242,4 @@ def one_launch(name: str, parts: Iterable[Work]) -> Work:
     return Work(
         name, sum(part.bytes for part in parts), sum(part.operations for part in parts),
         sum(part.shared_bytes for part in parts), sum(part.instructions for part in parts),
-    )  # fmt: skip
+    )

@@ -29,7 +29,7 @@ SHARED_LIMIT = 99 * 1024
 # tensor cores, integer and half precision; global, shared and local memory; asynchronous copies
 COUNTED = (
     "IMMA", "IGMMA", "HMMA", "HGMMA", "LDG", "STG", "LDS", "STS", "LDSM", "LDL", "STL", "LDGSTS",
-)  # fmt: skip
+)
 
 # two per clock and multiprocessor on a GPU made for graphics, where float32 has 128
 _SLOW = re.compile(

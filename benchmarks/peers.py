@@ -74,7 +74,7 @@ def cudnn_fused(
 def quantized_conv(
     codes: Tensor, step: float, weight: Tensor, bias: Tensor, out_step: float, stride: int,
     padding: int,
-) -> Callable[[], Tensor]:  # fmt: skip
+) -> Callable[[], Tensor]:
     """PyTorch's `quantized::conv2d_relu`: per-tensor int8 in and out, bias in float.
 
     On a CPU activations are unsigned: codes are moved by 128, and so is what stands for zero.
@@ -86,7 +86,7 @@ def quantized_conv(
     packed = torch.ops.quantized.conv2d_prepack(
         torch.quantize_per_tensor(weight.float(), weight_step, 0, torch.qint8), bias.float(),
         [stride] * 2, [padding] * 2, [1, 1], 1,
-    )  # fmt: skip
+    )
     return lambda: torch.ops.quantized.conv2d_relu(x, packed, out_step, 0)
 
 

@@ -161,7 +161,7 @@ def measure(slices: Tensor, rounds: int) -> dict[str, Any]:
         "sum_of_launches_us": round(sum(parts.values()), 1),
         "parts_us": {name: round(time, 1) for name, time in parts.items()},
         "networks_us": networks, "launches_us": [[name, round(time, 2)] for name, time in launches],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
     found = {
         "command": "python benchmarks/plan_launches.py RESULT.json --case CASE",
         "environment": environment(), "case": name, **measure(slices, options.rounds),
-    }  # fmt: skip
+    }
     options.result.write_text(json.dumps(found, indent=1) + "\n")
     for name, time in sorted(found["launches_us"], key=lambda row: -row[1])[:40]:
         print(f"{time:9.2f} us  {name}")

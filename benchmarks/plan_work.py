@@ -191,7 +191,7 @@ def _route(plan: Plan) -> Work:
 SHARED: dict[str, Callable[[Plan], Work]] = {
     "view": _view, "decide": partial(_network, "policy"), "locate": partial(_network, "position"),
     "route": _route,
-}  # fmt: skip
+}
 
 
 def _size(tensor: Tensor) -> int:
@@ -217,7 +217,7 @@ def _stage(kernel: str) -> int:
 def _convolution(
     kernel: str, slots: Slots, call: ConvCall, stream: Tensor | None, codes: Tensor | None,
     skip: Tensor | None, moments: Tensor | None,
-) -> Work:  # fmt: skip
+) -> Work:
     conv, residual = call.conv, call.residual is not None
     # what is stored before its width is known has 8 bits
     guessed = moments is not None and codes is not None
@@ -226,7 +226,7 @@ def _convolution(
         conv.kernel_size[0], call.input.shape[3], conv.stride[0],
         residual=residual, stream=stream is not None, codes=codes is not None and not guessed,
         skip=skip is not None or guessed, moments=moments is not None,
-    )  # fmt: skip
+    )
     chosen = isinstance(call.num_bits, Tensor)
     widths = slots.widths[_stage(kernel)] if chosen else {8: slots.used}
     parts = [found.work(n, bits, slots.tiles(found)) for bits, n in widths.items() if n]
@@ -287,4 +287,4 @@ MODELS: dict[Callable, Callable[..., Work]] = {
     lowering.conv_kernel.run: _convolution, lowering.encode_kernel.run: _codes,
     lowering.way_up_kernel.run: _way_up, lowering.selector_kernel.gradients: _gradients,
     lowering.selector_kernel.select: _select, lowering.head_kernel.run: _labels,
-}  # fmt: skip
+}

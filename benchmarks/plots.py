@@ -21,13 +21,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 # Okabe and Ito's palette, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#7f7f7f"
-)  # fmt: skip
+)
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e3e3e3", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8, "figure.constrained_layout.use": True,
     "svg.hashsalt": "meddanet", "svg.fonttype": "none", "savefig.facecolor": "white",
-}  # fmt: skip
+}
 # row: what it is, colour, marker
 MARKS = {
     "static": ("plain U-Net, every slice whole", GREY, "s"),
@@ -59,12 +59,12 @@ def time_per_volume(results: Results) -> Figure:
     left.barh(
         [_plain_name(name) for name in names], [times[name] for name in names], height=0.7,
         color=[RED if name in ("engine", "predict") else GREY for name in names],
-    )  # fmt: skip
+    )
     for row, name in enumerate(names):
         left.text(times[name], row, f" {times[name]:.2f}", va="center", fontsize=8)
     left.set(xlabel="seconds per volume, slices in memory to labels",
              xlim=(0, 1.12 * max(times.values())),
-             title=f"case {short(full['case'])}, {results.speed_machine}")  # fmt: skip
+             title=f"case {short(full['case'])}, {results.speed_machine}")
     left.grid(axis="y", visible=False)
     pairs = {
         "static eager slice by slice / engine": ("eager slice by slice", "engine", GREY),
@@ -84,7 +84,7 @@ def time_per_volume(results: Results) -> Figure:
     right.set_xticks(places, [
         f"{short(part['case'])}\n{sum(part['decisions'][1:])} of {sum(part['decisions'])} slices"
         for part in results.networks
-    ], fontsize=8)  # fmt: skip
+    ], fontsize=8)
     right.set(ylabel="times as long", title="each timed case, and its slices that run")
     right.set_ylim(top=1.75 * right.get_ylim()[1])
     right.grid(axis="x", visible=False)
@@ -148,7 +148,7 @@ def accuracy_against_cost(results: Results) -> Figure:
                     marker, color=colour, markersize=13 if star else 7, linestyle="none",
                     markerfacecolor=colour if star or marker == "x" else "none",
                     markeredgewidth=1.5, label=label, zorder=2 if star else 3,
-                )  # fmt: skip
+                )
             axis.set(xscale="log", xlabel=xlabel, xlim=(25, 900))
             axis.set_xticks([30, 100, 300])
             plain_numbers(axis.xaxis)
@@ -166,7 +166,7 @@ def hippocampus(results: Results) -> Figure:
     marks = {
         "M1": ("M1 on every slice", GREY, "s"), "M2": ("M2 on every slice", BLUE, "o"),
         "decided": ("Med-DANet", RED, "*"), "oracle": ("oracle: labels known", GREEN, "^"),
-    }  # fmt: skip
+    }
     cases = len(next(iter(rows["M2"].values()))["dice"])
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
     counts = {"mac": "true multiply-adds of a slice, M", "scaled_paper": "as the papers count, M"}
@@ -195,7 +195,7 @@ def training_curves(results: Results) -> Figure | None:
     figure, axes = plt.subplots(
         1 + looked, len(phases), figsize=(2.4 * len(phases) + 0.4, 2.6 * (1 + looked)),
         squeeze=False,
-    )  # fmt: skip
+    )
     colours = [BLUE, RED, GREEN, ORANGE, PURPLE, SKY, "black", GREY]
     styles = ["-", "--", ":"]
     for number, (run, found) in enumerate(runs.items()):
@@ -234,17 +234,17 @@ def roofline(results: Results) -> Figure | None:
         axis.text(6, 1.1 * peaks["tera_ops"], f"{peaks['tera_ops']:g} int8 TOPS", fontsize=8)
         axis.axhline(peaks["tera_ops"], color="black", linewidth=0.6, linestyle=":")
         bounds = {"memory": BLUE, "operations": RED, "shared memory": ORANGE,
-                  "instructions": GREEN, "launch": GREY}  # fmt: skip
+                  "instructions": GREEN, "launch": GREY}
         for row in cards[name]["kernels"]:
             wide = row["kernel"].endswith("16 bit")
             tera = row["operations"] / row["microseconds"] / 1e6
             axis.plot(row["operations"] / row["bytes"], tera, "D" if wide else "o", markersize=5,
-                      color=bounds[row["bound"]], markerfacecolor="none")  # fmt: skip
+                      color=bounds[row["bound"]], markerfacecolor="none")
         for row in measured_kernels(results, name):
             tera = row["operations"] / row["measured_microseconds"] / 1e6
             axis.plot(row["operations"] / row["bytes"], tera, "k*", markersize=8)
         axis.set(xscale="log", yscale="log", ylim=(4, 4000), xlim=(5, 6000),
-                 title=f"{name}, {peaks['gigabytes_per_second']:g} GB/s")  # fmt: skip
+                 title=f"{name}, {peaks['gigabytes_per_second']:g} GB/s")
         plain_numbers(axis.xaxis)
         plain_numbers(axis.yaxis)
     for axis in axes[-1]:
@@ -261,7 +261,7 @@ def roofline(results: Results) -> Figure | None:
                    markerfacecolor="black" if marker == "*" else "none")
         for marker, label in (("o", "8 bit"), ("D", "16 bit"), ("*", "measured"))
         if marker != "*" or stars
-    ]  # fmt: skip
+    ]
     # all in one row would be wider than the figure
     figure.legend(handles=legend, loc="outside lower center", ncols=-(-len(legend) // 2))
     title = "Prediction from published peaks, 16 slices of 240 x 240 per launch"
@@ -285,7 +285,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "time_per_volume": time_per_volume, "accuracy_against_cost": accuracy_against_cost,
     "hippocampus_v1": hippocampus, "scaling": scaling, "roofline": roofline,
     "training_curves": training_curves,
-}  # fmt: skip
+}
 
 
 def draw(results: Results, folder: Path, kind: str = "svg") -> list[Path]:

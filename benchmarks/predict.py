@@ -115,7 +115,7 @@ def predict_volume(work: list[Work], card: Card) -> dict[str, Any]:
         "milliseconds": round(1e3 * seconds, 3), "launches": len(work),
         "milliseconds_by_part": {k: round(1e3 * v, 3) for k, v in by_part.items()},
         "milliseconds_by_bound": {k: round(1e3 * v, 3) for k, v in by_bound.most_common()},
-    }  # fmt: skip
+    }
 
 
 def kernel_rows(card: Card, tiles: Tiles, samples: int = 16) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def predictions(cases: dict[str, Any], variants: list[dict[str, Any]]) -> dict[s
         cards[name] = {
             "peaks": vars(card), "kernels": kernel_rows(card, tiles),
             "volumes": {case: predict_volume(work, card) for case, work in volumes.items()},
-        }  # fmt: skip
+        }
     return cards
 
 

@@ -34,7 +34,7 @@ from meddanet.kernels.variants import Variant, variants
 LIMITS = {
     "sm_80": (64, 32, 164), "sm_86": (48, 16, 100), "sm_89": (48, 24, 100), "sm_90": (64, 32, 228),
     "sm_120": (48, 24, 100),
-}  # fmt: skip
+}
 # slots of a plan for a head, and of them in use
 CAPACITY, SLOTS = 160, 71
 # pixels of the crops, and of the tiles that their last stage sees
@@ -117,7 +117,7 @@ def predicted(card: Card) -> dict[str, Any]:
         {"kernel": one.label, "times": one.times,
          "microseconds": round(microseconds(one, SLOTS, compiled, card), 2)}
         for one in convolutions()
-    ]  # fmt: skip
+    ]
     total = sum(row["times"] * row["microseconds"] for row in rows)
     return {"microseconds": round(total, 1), "kernels": rows}
 
@@ -147,13 +147,13 @@ def checked(measured: dict[str, Any]) -> dict[str, Any]:
             "kernel": one.label, "times": one.times,
             "measured_us": round(statistics.mean(own), 2), "simulated_us": round(simulated, 2),
             "simulated_of_measured": round(simulated / statistics.mean(own), 3),
-        })  # fmt: skip
+        })
     shares = [row["simulated_of_measured"] for row in rows]
     return {
         "device": measured["environment"]["device"], "commit": measured["environment"]["commit"],
         "case": measured["case"], "least": min(shares), "median": statistics.median(shares),
         "most": max(shares), "kernels": rows,
-    }  # fmt: skip
+    }
 
 
 def _launch(one: Convolution) -> str:
@@ -179,13 +179,13 @@ def main() -> None:
 
     content: dict[str, Any] = {
         "simulation": "of machine code on one multiprocessor, nothing measured", "triton": triton,
-    }  # fmt: skip
+    }
     if options.check:
         content["command"] = f"python benchmarks/simulate.py FILE --check {options.check.name}"
         content |= checked(json.loads(options.check.read_text()))
         for row in content["kernels"]:
             print(f"{row['kernel']:60} measured {row['measured_us']:6.1f} us, simulated "
-                  f"{row['simulated_us']:6.1f}: {row['simulated_of_measured']:.0%}")  # fmt: skip
+                  f"{row['simulated_us']:6.1f}: {row['simulated_of_measured']:.0%}")
     else:
         content["command"] = "python benchmarks/simulate.py FILE"
         if options.card != list(CARDS):

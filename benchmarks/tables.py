@@ -71,7 +71,7 @@ def speed_cases(results: Results) -> str:
     return markdown(
         ["case", "slices", "engine, s", "`predict`, s", "eager / engine", "eager / `predict`",
          "OpenVINO int8 / engine", "int8 / `predict`", "Dice with float32"], rows
-    )  # fmt: skip
+    )
 
 
 def _levels(results: Results, prefix: str) -> list[tuple[str, Content]]:
@@ -79,7 +79,7 @@ def _levels(results: Results, prefix: str) -> list[tuple[str, Content]]:
     return [
         (level.removeprefix(prefix), part)
         for level, part in results.speed.items() if level.startswith(prefix)
-    ]  # fmt: skip
+    ]
 
 
 def cpu_kernels(results: Results) -> str:
@@ -89,7 +89,7 @@ def cpu_kernels(results: Results) -> str:
         ours = part["providers"][part["ours"]]["wall_ms"]["median"]
         peers = [f"{name} {ratios['wall_ms']:.1f}x" for name, ratios in part["ratios"].items()]
         peers += [f"{name} did not run" for name, found in part["providers"].items()
-                  if "failed" in found]  # fmt: skip
+                  if "failed" in found]
         rows.append((kernel, part["ours"], f"{ours:.2f}", "; ".join(peers)))
     header = ["eight slices", "ours", "ms", "peers' time over ours"]
     return markdown(header, rows) if rows else "None has been measured yet."
@@ -200,7 +200,7 @@ def decisions(cases: Cases) -> str:
         ["case", "tumour slices skipped", "tumour voxels in them", "empty slices run",
          "tumour inside the crop", "crop at the image's centre", "at the brain's centroid",
          "widths by stage"], rows
-    )  # fmt: skip
+    )
 
 
 def confusion(cases: Cases) -> str:
@@ -224,7 +224,7 @@ def scaling(results: Results) -> str:
         (count, f"{part['times'][str(count)]['seconds']:.3f}",
          f"{part['times'][str(count)]['cpu_seconds']:.3f}")
         for count in part["segmented"]
-    ]  # fmt: skip
+    ]
     return markdown(["slices segmented, of 155", "seconds", "CPU seconds"], rows)
 
 
@@ -252,7 +252,7 @@ def context(results: Results) -> str:
     return markdown(
         ["", "run as", "windows run", "seconds", "CPU seconds", "G MACs of the volume",
          "peak memory, GB", "papers' G per 128^3 block"], rows
-    )  # fmt: skip
+    )
 
 
 def training_step(results: Results) -> str:
@@ -264,7 +264,7 @@ def training_step(results: Results) -> str:
             (kind, name, f"{times['seconds']:.2f}", f"{times['cpu_seconds']:.2f}",
              f"{part['ratio_to_ours'][name]:.2f}x")
             for name, times in part["times"].items()
-        )  # fmt: skip
+        )
     return markdown(
         ["steps", "written", "seconds", "CPU seconds", "time over ours in float32"], rows
     )
@@ -301,7 +301,7 @@ def ablation(results: Content) -> str:
     return markdown(
         ["configuration", "row", "cases", "folds", *dice, "true M MACs per slice",
          "b/32, M per slice"], rows
-    )  # fmt: skip
+    )
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -326,4 +326,4 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "prediction": prediction, "simulation": simulation, "simulation-check": simulation_check,
     "ablations": ablations, "gpu-bench": gpu_bench, "gpu-network": gpu_network,
     "gpu-kernels": gpu_kernels, "gpu-launches": gpu_launches, "gpu-bounds": gpu_bounds,
-}  # fmt: skip
+}

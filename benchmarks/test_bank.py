@@ -87,6 +87,6 @@ def test_member(benchmark, name, tmp_path):
     content = {
         "case": case.name, "shape": list(slices.shape), "executor": full.executor,
         "differing_voxels": differing, "times": times, "ratios": ratios(times, "engine"),
-    }  # fmt: skip
+    }
     benchmark.extra_info.update(content)
     write_results(f"bank {name}", content)

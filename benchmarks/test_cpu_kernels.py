@@ -79,7 +79,7 @@ def test_integer_convolution(keep, channels, side):
     keep(
         f"convolution 3x3, C={channels}, {side}x{side}, 8 bit", "quant_conv2d, oneDNN", providers,
         shape=list(x.shape), deviation=peers.agreeing(expected * out_step, inside, bound=0.1),
-    )  # fmt: skip
+    )
 
 
 def _plain(output: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_head(keep, side):
     }
     assert max(differing.values()) < 1e-3, differing
     keep(f"head, {side}x{side}", "label_head", providers, shape=list(x.shape),
-         differing_labels=differing)  # fmt: skip
+         differing_labels=differing)
 
 
 @pytest.mark.parametrize("operation", ["crop", "paste"])
@@ -126,4 +126,4 @@ def test_crop_and_paste(keep, operation):
     }
     expected = getattr(kernels, f"{op.__name__}_reference")(x.double(), offset.double(), size)
     keep(f"{operation}, N={BATCH}", op.__name__, providers, shape=list(x.shape),
-         deviation=peers.agreeing(expected, providers, bound=1e-3))  # fmt: skip
+         deviation=peers.agreeing(expected, providers, bound=1e-3))

@@ -74,7 +74,7 @@ def test_integer_convolution(measure, channels, side, num_bits):
     codes = kernels.encode(x, amax, num_bits)
     options = {
         "num_bits": num_bits, "relu": True, "output_amax": out_amax, "output_num_bits": num_bits,
-    }  # fmt: skip
+    }
 
     def ours():
         return kernels.quant_conv2d(codes, conv, amax, **options).codes
@@ -118,7 +118,7 @@ def test_integer_convolution(measure, channels, side, num_bits):
         "quant_conv2d", providers, shape=list(x.shape), deviation=deviations,
         timing={}, bytes=2 * item * x.numel() + conv.codes.numel(),
         operations=2 * 9 * channels * x.numel(),
-    )  # fmt: skip
+    )
 
 
 def _half(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
@@ -173,7 +173,7 @@ def test_head(measure, side):
     measure(
         f"head, 16 channels to labels, {side}x{side}", "label_head", providers, timing={},
         shape=list(x.shape), differing_labels=deviations, bytes=17 * BATCH * side**2,
-    )  # fmt: skip
+    )
 
 
 # training ------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_fake_quantised_convolution(measure, channels, side, backward):
 
     def eager(quantize: Callable = peers.eager_fake_quantize):
         return F.conv2d(quantize(x, amax), quantize(weight, weight.detach().abs().amax()),
-                        padding=1)  # fmt: skip
+                        padding=1)
 
     def eager16():
         half = torch.float16 if DEVICE.type == "cuda" else torch.bfloat16
@@ -207,11 +207,11 @@ def test_fake_quantised_convolution(measure, channels, side, backward):
         "fake_quant_conv2d": ours, "fake_quantize operator + cuDNN fp32": eager,
         "fake_quantize operator + cuDNN, autocast": eager16,
         "written out, compiled": written,
-    }  # fmt: skip
+    }
     expected = kernels.fake_quant_conv2d_reference(
         x.double(), weight.double(), None, 1, 1, num_bits=8, input_num_bits=8,
         input_amax=amax.double(),
-    )  # fmt: skip
+    )
     assert peers.deviation(ours(), expected) < 1e-3
     outputs = {name: run for name, run in forward.items() if name != "fake_quant_conv2d"}
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_fake_quantised_convolution(measure, channels, side, backward):
     measure(
         f"{name}, {'step' if backward else 'forward'}", "fake_quant_conv2d", providers,
         shape=list(x.shape), deviation=deviations, timing={"capture": not backward},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
@@ -252,7 +252,7 @@ def test_fake_quantize(measure, backward):
         f"fake_quantize, {'step' if backward else 'forward'}", "fake_quantize", providers,
         shape=list(x.shape), deviation=deviations, timing={"capture": not backward},
         bytes=(16 if backward else 8) * x.numel(),
-    )  # fmt: skip
+    )
 
 
 # crop and paste ------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_crop_and_paste(measure, operation, batch, backward):
     reference = getattr(kernels, f"{op.__name__}_reference")
     expected = reference(x.detach().double(), offset.detach().double(), size)
     torch.testing.assert_close(forward[op.__name__]().detach().double(), expected,
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+                               rtol=1e-4, atol=1e-4)
     deviations = peers.agreeing(expected, dict(list(forward.items())[1:]), bound=1e-3)
     grad = random(*expected.shape)
 
@@ -304,4 +304,4 @@ def test_crop_and_paste(measure, operation, batch, backward):
         f"{operation}, N={batch}, {'step' if backward else 'forward'}", op.__name__, providers,
         shape=list(x.shape), deviation=deviations, timing={"capture": not backward},
         bytes=None if backward else 4 * x.shape[1] * batch * (CROP**2 + size**2),
-    )  # fmt: skip
+    )

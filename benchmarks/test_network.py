@@ -192,7 +192,7 @@ def test_slices_to_labels(measure):
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
         decisions=dict(zip(model.routes, counts.tolist(), strict=True)),
-    )  # fmt: skip
+    )
 
 
 def test_host_to_host(measure):
@@ -205,11 +205,11 @@ def test_host_to_host(measure):
     def through(network: Callable[[Tensor], Tensor]) -> Tensor:
         """Uploads from pinned memory, so that no chunk waits, and fetches labels once."""
         parts = (part.pin_memory() if DEVICE.type == "cuda" else part
-                 for part in images.split(CHUNK))  # fmt: skip
+                 for part in images.split(CHUNK))
         return torch.cat([
             labels_of(network, channels_last(part.to(DEVICE, non_blocking=True).half()), CHUNK)
             for part in parts
-        ]).cpu()  # fmt: skip
+        ]).cpu()
 
     providers = {
         "engine, eager": lambda: eager.segment(images).labels,
@@ -225,7 +225,7 @@ def test_host_to_host(measure):
         "host to host", next(iter(providers)), providers, volume=name, shape=list(images.shape),
         whole_tumour_dice=check_dice(providers, truth),
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
-    )  # fmt: skip
+    )
 
 
 def test_slices_to_labels_tuned(measure):
@@ -243,4 +243,4 @@ def test_slices_to_labels_tuned(measure):
         "slices to labels, tuned", next(iter(providers)), providers, volume=name,
         shape=list(slices.shape), whole_tumour_dice=check_dice(providers, truth), not_run=not_run,
         timing={"capture": False, "rounds": 2 if DRY_RUN else 10},
-    )  # fmt: skip
+    )

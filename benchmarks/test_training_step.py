@@ -75,7 +75,7 @@ def plain_quantize_input(input, num_bits=8, amax=None):
 def plain_conv2d(
     input, weight, bias, stride, padding, dilation, groups, *, num_bits, input_num_bits,
     input_amax, per_channel=False,
-):  # fmt: skip
+):
     """A quantised convolution, sample by sample where the weights' widths are per sample."""
     input = plain_quantize_input(input, input_num_bits, input_amax)
     amax = weight.detach().abs().amax() + 1e-8

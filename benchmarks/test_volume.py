@@ -210,6 +210,6 @@ def test_end_to_end(benchmark, held_out, tmp_path):
     content = {
         "case": case.name, "agreement": agreement, "times": times,
         "ratios": ratios(times, "meddanet, one case"),
-    }  # fmt: skip
+    }
     benchmark.extra_info.update(content)
     write_results("end to end", content)

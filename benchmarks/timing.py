@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "device": f"CPU, {platform.machine()}",
         **versions((*RUNTIMES, "torchvision", "torch-tensorrt", "tensorrt")),
-    }  # fmt: skip
+    }
     if DEVICE.type == "cuda":
         facts |= gpu()
         facts["copy_gb_per_s"] = round(copy_bandwidth(), 1)

@@ -81,7 +81,7 @@ def class_of(launch: Any) -> tuple:
     height, width = call.input.shape[3:] if conv.transposed else call.output_size
     rows, depth = conv.codes.shape[2:]
     return (conv.in_channels, rows, depth, conv.stride[0], conv.transposed, len(call.input) == 2,
-            height * width, call.skip_amax is not None, _moments(launch))  # fmt: skip
+            height * width, call.skip_amax is not None, _moments(launch))
 
 
 class Tuned:
@@ -153,7 +153,7 @@ def compile_part(arch: int, part: int, parts: int, channels: int) -> None:
         if launch.run.func is conv_int_triton.run:
             found.setdefault(class_of(launch), launch)
     listed = [(launch, sizes) for key, launch in found.items() if key[0] >= channels
-              for sizes in candidates(launch)]  # fmt: skip
+              for sizes in candidates(launch)]
     for launch, sizes in listed[part::parts]:
         conv_int_triton.blocks = lambda *arguments, sizes=sizes: sizes
         for variant in variants.record(arch, launch.name, launch.run):
@@ -172,7 +172,7 @@ def compile_beforehand(channels: int) -> None:
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
         for part in range(parts)
-    ]  # fmt: skip
+    ]
     for process in running:
         process.wait()
 
@@ -193,7 +193,7 @@ def main() -> None:
     found = {
         key: launches for key, launches in classes(slices, options.whole).items()
         if key[0] >= options.channels
-    }  # fmt: skip
+    }
     rows, facts = [], environment()
     for key, launches in found.items():
         # made in its turn: it reads what a class before it stored last
@@ -208,14 +208,14 @@ def main() -> None:
             "class": list(key), "launches": [launch.name for launch in launches],
             "now_us": round(now, 2), "now": one.default,
             "best": [[round(time, 2), tried[number]] for time, number in times[:12]],
-        })  # fmt: skip
+        })
         best = times[0]
         print(f"{one.launch.name} {key}: {now:.1f} -> {best[0]:.1f} us x {len(launches)}, "
-              f"{one.default} -> {tried[best[1]]}", flush=True)  # fmt: skip
+              f"{one.default} -> {tried[best[1]]}", flush=True)
         content = {
             "command": "python benchmarks/tune.py RESULT.json --case CASE", "case": name,
             "whole": options.whole, "classes": len(found), "environment": facts, "rows": rows,
-        }  # fmt: skip
+        }
         options.result.write_text(json.dumps(content, indent=1) + "\n")
     conv_int_triton.blocks = original
 

@@ -35,7 +35,7 @@ VARIANTS = [
     (17, 4, None), (16, 4, None), (18, 8, None),
     # fewer than 64 pixels: on sm_90 without wgmma, before which all stores are waited for
     (15, 8, None), (15, 4, None), (15, 2, None),
-]  # fmt: skip
+]
 REPEATS = 10
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     runs = {
         "decide_us": plan._decide, "locate_us": plan._locate,
         "both_us": lambda: plan._side_by_side(*plan._deciding),
-    }  # fmt: skip
+    }
     answers = plan._routes, plan._places
     right = [answer[: len(slices)].clone() for answer in answers]
     held = plan._seen[: len(slices)] != 0
@@ -87,7 +87,7 @@ def main() -> None:
         content = {
             "command": "python benchmarks/tune_stage.py RESULT.json --case CASE", "case": name,
             "environment": facts, "rows": rows,
-        }  # fmt: skip
+        }
         options.result.write_text(json.dumps(content, indent=1) + "\n")
 
 

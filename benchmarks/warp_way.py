@@ -101,7 +101,7 @@ def disassembled(code: str) -> list[Instruction]:
             bool(condition), None if target is None else index.get(int(target[1], 16)),
             _products(name, modifiers + operands), bits & 15, bits >> 5 & 7, bits >> 8 & 7,
             bits >> 11 & 63, int(groups[1], 16) if groups else 0,
-        ))  # fmt: skip
+        ))
     return listed
 
 
@@ -168,7 +168,7 @@ def steps_of(way: list[Instruction], costs: Costs) -> list[Step]:
     codes = [
         place for place, one in enumerate(way[:last])
         if one.name in ("LDG", "LDGSTS") and one.predicated and _bytes(one) >= 4
-    ]  # fmt: skip
+    ]
     # in the order of K: nine taps, three to a row
     taps = {place: 9 * number // len(codes) for number, place in enumerate(codes)}
     return [_step(one, taps.get(place), place, costs) for place, one in enumerate(way)]

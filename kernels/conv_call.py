@@ -131,7 +131,7 @@ def pixel_pitch(image: Tensor) -> int | None:
     if image.numel() == 0:
         return channels
     steps = ((width, image.stride(3), 1), (height, image.stride(2), width),
-             (n, image.stride(0), height * width))  # fmt: skip
+             (n, image.stride(0), height * width))
     # the innermost axis that has a second element tells
     seen = [(stride, pixels) for size, stride, pixels in steps if size > 1]
     pitch = seen[0][0] // seen[0][1] if seen else channels
@@ -234,6 +234,6 @@ def checked_call(
         split_affine(affine, conv.out_channels), relu,
         None if output_amax is None else _range("output_amax", output_amax, samples),
         whole_width(output_num_bits), slots, count,
-    )  # fmt: skip
+    )
     _check_output(call, stream)
     return call

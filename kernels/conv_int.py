@@ -117,7 +117,7 @@ def _quant_conv2d(
         in_channels, kernel_size,
         stride, padding, dilation, groups, transposed, residual, gain, shift, relu, output_amax,
         output_num_bits, output_width, slots, count,
-    )  # fmt: skip
+    )
     outputs = _outputs(call, stream)
     if call.samples:
         _run(call, *outputs)
@@ -134,17 +134,17 @@ def _call(
     input, amax, num_bits, width, codes, scale, bias, packed_widths, in_channels, kernel_size,
     stride, padding, dilation, groups, transposed, residual, gain, shift, relu, output_amax,
     output_num_bits, output_width, slots, count,
-) -> ConvCall:  # fmt: skip
+) -> ConvCall:
     """Puts the operator's flat arguments back together."""
     conv = PackedConv(
         codes, scale, bias, tuple(packed_widths), in_channels, tuple(kernel_size), tuple(stride),
         tuple(padding), tuple(dilation), groups, transposed,
-    )  # fmt: skip
+    )
     return ConvCall(
         input, conv, amax, width if num_bits is None else num_bits, residual,
         None if gain is None else (gain, shift), relu, output_amax,
         output_width if output_num_bits is None else output_num_bits, slots, count,
-    )  # fmt: skip
+    )
 
 
 def flat(call: ConvCall) -> tuple:
@@ -153,7 +153,7 @@ def flat(call: ConvCall) -> tuple:
         call.input, call.amax, *split_width(call.num_bits), *call.conv, call.residual,
         *(call.affine or (None, None)), call.relu, call.output_amax,
         *split_width(call.output_num_bits), call.slots, call.count,
-    )  # fmt: skip
+    )
 
 
 def _outputs(call: ConvCall, stream: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
@@ -193,7 +193,7 @@ def quant_conv2d_reference(
         input, conv, amax, num_bits=num_bits, residual=residual, stream=stream, affine=affine,
         relu=relu, output_amax=output_amax, output_num_bits=output_num_bits, slots=slots,
         count=count,
-    )  # fmt: skip
+    )
     outputs = _outputs(call, stream)
     conv_reference.run(call, *outputs)
     return _named(*outputs)
@@ -250,6 +250,6 @@ def quant_conv2d(
         input, conv, amax, num_bits=num_bits, residual=residual, stream=stream, affine=affine,
         relu=relu, output_amax=output_amax, output_num_bits=output_num_bits, slots=slots,
         count=count,
-    )  # fmt: skip
+    )
     total, codes = _quant_conv2d(*flat(call), stream)
     return _named(None if stream is None else total, None if output_amax is None else codes)

@@ -141,7 +141,7 @@ def _fused(call: ConvCall, group: Group, output_step: float, codes: Tensor) -> N
         step=float(group.step), scale=conv.scale[variant, 0].repeat(repeats),
         bias=conv.bias[0].repeat(repeats), output_step=output_step,
         relu=call.relu, dtype=torch.uint8,
-    )  # fmt: skip
+    )
     # -128 is no code
     output = (output if call.relu else output.clamp_(min=1)).bitwise_xor_(ZERO_POINT)
     codes[0, group.slots] = _spread(conv, output).view(torch.int8)

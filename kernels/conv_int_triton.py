@@ -125,7 +125,7 @@ def new_moments(call: ConvCall) -> tuple[Tensor, int]:
 def run(
     call: ConvCall, stream: Tensor | None, codes: Tensor | None, skip: Tensor | None = None,
     moments: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches the convolution into given outputs, once, without a word from the device.
 
     Args:
@@ -176,7 +176,7 @@ def run(
             NARROW=light, WIDE=wide, RELU=call.relu, MILD=call.mild,
             INDEX=tl.int64 if reach >= 2**31 else tl.int32,
             enable_fp_fusion=False, **sizes,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
@@ -223,7 +223,7 @@ def _launch_meta(
     c_in: int, c_out: int, kernel: int, side: int, *, stride: int = 1, mixed: bool = False,
     mixed_out: bool = False, residual: bool = False, stream: bool = False, affine: bool = False,
     relu: bool = False, codes: bool = True, skip: bool = False, moments: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Launches a convolution whose tensors have no memory."""
     empty = partial(torch.empty, device="meta", dtype=torch.float32)
     planes, depth = 1 + mixed, triton.cdiv(kernel**2 * c_in, K_MULTIPLE) * K_MULTIPLE
@@ -232,7 +232,7 @@ def _launch_meta(
         empty(planes, 2, c_out), empty(2, c_out),
         (8, 16)[:planes], c_in, (kernel, kernel), (stride, stride),
         (kernel // 2, kernel // 2), (1, 1), 1, False,
-    )  # fmt: skip
+    )
     widths, one = empty(2, dtype=torch.int32), empty(1)
     constants = empty(2, c_out)
     call = ConvCall(
@@ -240,7 +240,7 @@ def _launch_meta(
         widths if mixed else 8, None, (constants, constants) if affine else None, relu,
         one if codes else None, widths if mixed_out else 8, None, one.int(), one,
         mild=True,
-    )  # fmt: skip
+    )
     shape = call.output_planes, 2, *call.output_size, c_out
     out = empty(*shape, dtype=torch.int8).permute(0, 1, 4, 2, 3)
     total = empty(2, *call.output_size, c_out, dtype=torch.float16).permute(0, 3, 1, 2)

@@ -21,7 +21,7 @@ from .conv_epilogue_triton import (
     step_of,
     times_plus,
     times_step,
-)  # fmt: skip
+)
 from .within_triton import parted
 
 
@@ -49,7 +49,7 @@ def _load(
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     INSIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Loads BLOCK_K values of K from `start` on: codes and weights, their high bytes if WIDE.
 
     first: where the codes under the first tap lie; taps: which of them are in the image.
@@ -102,7 +102,7 @@ def _integer_sum(
     C_IN: tl.constexpr, PITCH: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+):
     """Sums over taps and channels, as head + tail; first and taps as in `_load`."""
     low_low = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -117,7 +117,7 @@ def _integer_sum(
                 tile = _load(
                     start, low_ptr, high_ptr, weight_ptr, first, taps, rows, width, C_IN, PITCH,
                     KERNEL, K, ROWS, WIDE, BLOCK_N, BLOCK_K, taken >= start + BLOCK_K,
-                )  # fmt: skip
+                )
                 loaded = loaded + (tile,)
             if start >= AHEAD * BLOCK_K:
                 low_low, mixed, high_high = _add_products(
@@ -130,7 +130,7 @@ def _integer_sum(
             tile = _load(
                 tl.multiple_of(start, BLOCK_K), low_ptr, high_ptr, weight_ptr, first, taps, rows,
                 width, C_IN, PITCH, KERNEL, K, ROWS, WIDE, BLOCK_N, BLOCK_K, False,
-            )  # fmt: skip
+            )
             low_low, mixed, high_high = _add_products(tile, low_low, mixed, high_high, WIDE)
 
     if WIDE:
@@ -173,7 +173,7 @@ def _finish(
     skip_bits, pixel, rows, mask, size,
     C_OUT: tl.constexpr, OUT_PITCH: tl.constexpr, SKIP_PITCH: tl.constexpr, RELU: tl.constexpr,
     MILD: tl.constexpr, PRECISE: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
+):
     """Does all that follows the sums of one tile; pointers are those of its slot."""
     channel = rows % C_OUT
     scale, scale_tail = pair_at(scale_ptr, channel, C_OUT)
@@ -222,7 +222,7 @@ def _tile(
     PRECISE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
-):  # fmt: skip
+):
     """Computes BLOCK_M pixels from `start` on by BLOCK_N rows; pointers are those of its slot."""
     ROWS: tl.constexpr = C_OUT * 4 if TRANSPOSED else C_OUT
     TAPS: tl.constexpr = 1 if TRANSPOSED else KERNEL
@@ -241,12 +241,12 @@ def _tile(
         head, tail = _integer_sum(
             low_ptr, high_ptr, weight_ptr, first, taps, rows, width, depth, precise,
             C_IN, PITCH, TAPS, K, ROWS, True, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD,
-        )  # fmt: skip
+        )
     else:
         head, tail = _integer_sum(
             low_ptr, low_ptr, weight_ptr, first, taps, rows, width, depth, precise,
             C_IN, PITCH, TAPS, K, ROWS, False, PRECISE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD,
-        )  # fmt: skip
+        )
 
     size = tl.minimum(pixels - start, BLOCK_M)
     mask = valid[:, None] & (rows < ROWS)[None, :]
@@ -261,14 +261,14 @@ def _tile(
             moments_ptr, out_low_ptr, out_high_ptr, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
             skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, MILD, True,
             INDEX,
-        )  # fmt: skip
+        )
     else:
         _finish(
             head, tail, step, scale_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, stream_ptr,
             moments_ptr, out_low_ptr, None, out_amax_ptr, out_bits, skip_ptr, skip_amax_ptr,
             skip_bits, pixel, rows, mask, size, C_OUT, OUT_PITCH, SKIP_PITCH, RELU, MILD, False,
             INDEX,
-        )  # fmt: skip
+        )
 
 
 # sizes of images change nothing in the machine code
@@ -277,7 +277,7 @@ def _tile(
         "bits", "variant", "amax_stride", "out_bits", "out_amax_stride", "skip_bits", "height",
         "width", "out_height", "out_width", "tiles", "depth",
     ]
-)  # fmt: skip
+)
 def conv_kernel(
     low_ptr, high_ptr, bits_ptr, amax_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, gain_ptr,
     shift_ptr, out_bits_ptr, out_amax_ptr, slots_ptr, count_ptr, stream_ptr, moments_ptr,
@@ -290,7 +290,7 @@ def conv_kernel(
     NARROW: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MILD: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PART_M: tl.constexpr, PART_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+):
     """Computes BLOCK_M neighbouring pixels of one slot by BLOCK_N output channels.
 
     Where codes of more than 8 bits go in or out a value takes several registers: such a tile is
@@ -349,7 +349,7 @@ def conv_kernel(
                 out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K, PITCH,
                 OUT_PITCH, SKIP_PITCH, NARROW, WIDE, PRECISE, RELU, MILD, INDEX, PART_M, PART_N,
                 BLOCK_K, STAGES, AHEAD,
-            )  # fmt: skip
+            )
     else:
         _tile(
             tile * BLOCK_M, column * BLOCK_N, low_ptr, None, step, weight_ptr, scale_ptr, bias_ptr,
@@ -358,4 +358,4 @@ def conv_kernel(
             out_height, out_width, depth, C_IN, C_OUT, KERNEL, STRIDE, PADDING, TRANSPOSED, K,
             PITCH, OUT_PITCH, SKIP_PITCH, True, False, False, RELU, MILD, INDEX, BLOCK_M, BLOCK_N,
             BLOCK_K, STAGES, AHEAD,
-        )  # fmt: skip
+        )

@@ -58,7 +58,7 @@ def conv_on_codes(
         split_floats(torch.zeros_like(scale[0]) if bias is None else bias),
         (weight_num_bits,), weight.shape[1] * groups, (height, width), (stride_y, stride_x),
         (pad_y, pad_x), (dilation_y, dilation_x), groups, False,
-    )  # fmt: skip
+    )
     call = ConvCall(even_planes(planes), conv, amax.float(), num_bits)
     run: Callable[..., None]
     if triton_runs(planes):
@@ -73,7 +73,7 @@ def conv_on_codes(
 def _onednn(
     codes: Tensor, num_bits: int, amax: Tensor, weight: Tensor, weight_num_bits: int,
     weight_ranges: Tensor, bias: Tensor | None, geometry: list[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Convolves codes of one byte; oneDNN scales and adds the bias where one step serves all."""
     step, _, _ = step_size(weight, weight_num_bits, weight_ranges.reshape(-1))
     weight_codes = quantize_codes(weight, step, int(qmax(weight_num_bits))).nan_to_num_(0.0)
@@ -85,7 +85,7 @@ def _onednn(
     ordinary = bool(((scale > 0) & (scale < torch.inf)).all())
     if ordinary and 0 < steps[0] < torch.inf and bool((steps == steps[0]).all()):
         return convolve(codes, packed, *places, step=steps[0].item(), scale=scale.contiguous(),
-                        bias=bias)  # fmt: skip
+                        bias=bias)
     sums = convolve(codes, packed, *places)
     sums *= (steps[:, None] * scale)[:, :, None, None]
     return sums if bias is None else sums.add_(bias[:, None, None])

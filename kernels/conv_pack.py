@@ -206,7 +206,7 @@ def pack_conv(
         weight.shape[0] if transposed else weight.shape[1] * groups,
         (weight.shape[2], weight.shape[3]), as_pair(stride), as_pair(padding), as_pair(dilation),
         groups, transposed,
-    )  # fmt: skip
+    )
 
 
 def unpack_weight(conv: PackedConv, variant: int) -> Tensor:

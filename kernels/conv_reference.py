@@ -62,7 +62,7 @@ def groups(call: ConvCall) -> list[Group]:
             None if call.output_amax is None else step_of(call.output_amax, m, output_num_bits),
         )
         for (num_bits, output_num_bits, n, m), slots in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def integer_sum(call: ConvCall, group: Group) -> Tensor:
@@ -87,7 +87,7 @@ def run(
 def finish(
     call: ConvCall, group: Group, total: Tensor, stream: Tensor | None, codes: Tensor | None,
     skip: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Does all that follows the sums of one group and writes it."""
     conv = call.conv
     precise = codes is not None and group.output_num_bits > 8

@@ -61,7 +61,7 @@ def fake_quant_conv2d_reference(
 def _check(
     input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, num_bits: int | Tensor,
     input_num_bits: int | Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
     if weight.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
@@ -181,4 +181,4 @@ def fake_quant_conv2d(
     return fake_quant_conv2d_op(
         input, weight, bias, *split_width(num_bits), *split_width(input_num_bits), amax, dtype,
         geometry, per_channel, keep, mask,
-    )[0]  # fmt: skip
+    )[0]

@@ -119,7 +119,7 @@ def _nothing_kept(input: Tensor) -> InputCodes:
     return InputCodes(
         input.new_empty(0, dtype=torch.int8), input.new_empty(0),
         input.new_empty(0, dtype=torch.uint8), input.new_empty(0, dtype=wide_dtype(input)),
-    )  # fmt: skip
+    )
 
 
 def _new_output(input: Tensor, weight: Tensor, geometry: list[int], dtype: torch.dtype) -> Tensor:
@@ -133,14 +133,14 @@ def _new_output(input: Tensor, weight: Tensor, geometry: list[int], dtype: torch
     return torch.empty(
         input.shape[0], weight.shape[0], *sizes, dtype=dtype, device=input.device,
         memory_format=memory_format(input),
-    )  # fmt: skip
+    )
 
 
 @fake_quant_conv2d_op.register_fake
 def _(
     input, weight, bias, num_bits, width, input_num_bits, input_width, amax, dtype, geometry,
     per_channel, keep, mask,
-):  # fmt: skip
+):
     output = _new_output(input, weight, geometry, dtype)
     planes, _, packed, ranges = _nothing_kept(input)
     if keep:
@@ -236,7 +236,7 @@ def _backward(ctx, grad, *_):
     by_input, by_weight, by_bits = conv_backward(
         grad, values.to(ctx.dtype), weight, num_bits, ctx.width, ctx.geometry, ctx.per_channel,
         [needs_input or needs_input_bits, needs_weight, needs_bits],
-    )  # fmt: skip
+    )
     by_input_bits = None
     by_input = by_input.to(ctx.input_dtype)
     if needs_input_bits:
@@ -248,7 +248,7 @@ def _backward(ctx, grad, *_):
         by_input if needs_input else None, by_weight if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None, by_bits if needs_bits else None, None,
         by_input_bits, *[None] * 7,
-    )  # fmt: skip
+    )
 
 
 fake_quant_conv2d_op.register_autograd(_backward, setup_context=_save)

@@ -57,7 +57,7 @@ def shift_kernel(
     stride_n, stride_c, stride_h, stride_w,
     PASTE: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Writes BLOCK neighbouring elements of one sample's output."""
     n = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -84,7 +84,7 @@ def shift_kernel(
         value = _tap(
             ptr, row + step * (tap // 2), column + step * (tap % 2),
             rows, width_in, stride_h, stride_w, mask,
-        )  # fmt: skip
+        )
         total += share * value.to(COMPUTE)
 
     tl.store(out_ptr + n * elements + index, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -96,7 +96,7 @@ def offset_gradient_kernel(
     channels, height_image, width_image, height, width, elements, blocks,
     stride_in, stride_ic, stride_ih, stride_iw, stride_pn, stride_pc, stride_ph, stride_pw,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Sums the gradient by (y, x) over BLOCK neighbouring elements of one sample's patch."""
     n = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +106,7 @@ def offset_gradient_kernel(
     patch = tl.load(
         patch_ptr + n * stride_pn + channel * stride_pc + row * stride_ph + column * stride_pw,
         mask=mask, other=0.0,
-    ).to(COMPUTE)  # fmt: skip
+    ).to(COMPUTE)
     base_y, fraction_y = _split(offset_ptr + 2 * n, height_image, height)
     base_x, fraction_x = _split(offset_ptr + 2 * n + 1, width_image, width)
     row, column = row + base_y, column + base_x
@@ -152,7 +152,7 @@ def shift(input: Tensor, offset: Tensor, output: Tensor, paste: bool) -> Tensor:
                 PASTE=paste,
                 CHANNELS_LAST=output.stride(1) == 1,
                 **_constants(offset, input, output),
-            )  # fmt: skip
+            )
     return output
 
 
@@ -169,7 +169,7 @@ def offset_gradient(image: Tensor, patch: Tensor, offset: Tensor) -> Tensor:
                 *image.stride(), *patch.stride(),
                 CHANNELS_LAST=patch.stride(1) == 1,
                 **_constants(offset, image, patch),
-            )  # fmt: skip
+            )
     return sums.sum(1)
 
 

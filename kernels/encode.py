@@ -93,7 +93,7 @@ def _encode(
     call = EncodeCall(
         input, amax, (height, width), one_width if num_bits is None else num_bits,
         None if gain is None or shift is None else (gain, shift), relu, offset, slots, count,
-    )  # fmt: skip
+    )
     codes = call.new_codes()
     if codes.numel():
         if triton_runs(input) and input.dtype != torch.float64:
@@ -118,7 +118,7 @@ def _checked(
     input: Tensor, amax: Tensor, num_bits: int | Tensor, affine: tuple[Tensor, Tensor] | None,
     relu: bool, offset: Tensor | None, size: int | tuple[int, int] | None, slots: Tensor | None,
     count: Tensor | None,
-) -> EncodeCall:  # fmt: skip
+) -> EncodeCall:
     """Checks the arguments of `encode` and brings them in form."""
     if input.dim() != 4 or not input.is_floating_point():
         raise ValueError(
@@ -137,7 +137,7 @@ def _checked(
         input.detach(), amax.detach().to(wide_dtype(input)).reshape(-1),
         (input.shape[2], input.shape[3]) if size is None else as_pair(size),
         whole_width(num_bits), split_affine(affine, channels), relu, offset, slots, count,
-    )  # fmt: skip
+    )
 
 
 def _named(planes: Tensor) -> Tensor:
@@ -203,4 +203,4 @@ def encode(
     return _named(_encode(
         call.input, call.amax, *call.size, *split_width(call.num_bits),
         *(call.affine or (None, None)), call.relu, call.offset, call.slots, call.count,
-    ))  # fmt: skip
+    ))

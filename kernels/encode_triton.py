@@ -42,7 +42,7 @@ def _encode_tile(
     height_in, width_in, height, width,
     CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Encodes BLOCK_M pixels from `start` on; pointers are those of their slot."""
     pixel = start + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_C)[None, :]
@@ -74,14 +74,14 @@ def _encode_tile(
     do_not_specialize=[
         "bits", "done", "amax_stride", "height_in", "width_in", "height", "width", "tiles", "turns",
     ]
-)  # fmt: skip
+)
 def encode_kernel(
     in_ptr, gain_ptr, shift_ptr, amax_ptr, bits_ptr, offset_ptr, slots_ptr, count_ptr, low_ptr,
     high_ptr,
     bits, done, amax_stride, height_in, width_in, height, width, tiles, turns,
     CHANNELS: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Encodes `turns` times BLOCK_M pixels of one slot; PITCH 0: each channel is a plane."""
     slot, first = parted(tl.program_id(0), tl.cdiv(tiles, turns))
     slot = slot.to(tl.int64)
@@ -105,7 +105,7 @@ def encode_kernel(
             tile * BLOCK_M, in_ptr, gain_ptr, shift_ptr, low_ptr, high_ptr, bits, step, largest,
             top, left, height_in, width_in, height, width, CHANNELS, PITCH, OUT_PITCH, RELU,
             BLOCK_M, BLOCK_C,
-        )  # fmt: skip
+        )
 
 
 def run(call: EncodeCall, codes: Tensor) -> None:
@@ -134,7 +134,7 @@ def run(call: EncodeCall, codes: Tensor) -> None:
             *image.shape[2:], height, width, tiles, turns,
             CHANNELS=channels, PITCH=pitch or 0, OUT_PITCH=pixel_pitch(codes[0]), RELU=call.relu,
             BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
@@ -156,7 +156,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
 def _launch_meta(
     channels: int, dtype: torch.dtype = torch.float16, *, image: bool = False,
     mixed: bool = False, affine: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Launches an encoding whose tensors have no memory."""
     empty = partial(torch.empty, device="meta", dtype=torch.int32)
 
@@ -169,7 +169,7 @@ def _launch_meta(
         empty(1, dtype=torch.float32), (96, 96), empty(2) if mixed else 8,
         (constants, constants) if affine else None, affine,
         empty(2, 2) if image else None, empty(2) if image else None, empty(1),
-    )  # fmt: skip
+    )
     codes = torch.stack([last(channels, torch.int8)] * (1 + mixed))
     codes = codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     run(call, codes)

@@ -30,7 +30,7 @@ MAX_CLASSES = 256
 def _scores(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, amax: Tensor | None,
     num_bits: int, slot: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns the float32 class scores of one region, [K, h, w]."""
     feature = input[slot : slot + 1]
     if scale is None or amax is None:
@@ -46,7 +46,7 @@ def _run_reference(
     labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
     amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
     margin: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the regions slot by slot into `labels`."""
     (height, width), corners = input.shape[2:], offset.tolist()
     used = len(input) if count is None else min(int(count), len(input))
@@ -113,7 +113,7 @@ def _checked(
     input: Tensor, weight: Tensor | PackedConv, bias: Tensor | None, offset: Tensor,
     size: int | tuple[int, int], slices: int | None, amax: Tensor | None, num_bits: int,
     slots: Tensor | None, count: Tensor | None, margin: int,
-) -> tuple[tuple, tuple[int, int, int]]:  # fmt: skip
+) -> tuple[tuple, tuple[int, int, int]]:
     """Checks the arguments; returns those of a run, from the input on, and the labels' shape."""
     if input.dim() != 4:
         raise ValueError(f"input must be [M, C, h, w], got shape {list(input.shape)}")
@@ -127,7 +127,7 @@ def _checked(
             )
         if bias is not None or (weight.kernel_size, weight.stride, weight.padding) != (
             (1, 1), (1, 1), (0, 0)
-        ) or weight.groups != 1 or not 2 <= num_bits <= 8:  # fmt: skip
+        ) or weight.groups != 1 or not 2 <= num_bits <= 8:
             raise ValueError("packed weights must be a 1x1, with their own bias, for 2..8 bits")
         variant, inputs = weight.variant(num_bits), weight.in_channels
         rows, scale, bias = weight.codes[variant, 0], weight.scale[variant], weight.bias[0]

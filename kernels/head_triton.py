@@ -30,7 +30,7 @@ def head_kernel(
     bits, amax_stride, height, width, rows, columns, tiles, margin,
     CHANNELS: tl.constexpr, CLASSES: tl.constexpr, PITCH: tl.constexpr, PITCH_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Labels BLOCK_M neighbouring pixels of one slot's region, in a slice of rows x columns."""
     slot = (tl.program_id(0) // tiles).to(tl.int64)
     if count_ptr is not None and slot >= tl.load(count_ptr):
@@ -77,7 +77,7 @@ def run(
     labels: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor,
     amax: Tensor | None, num_bits: int, offset: Tensor, slots: Tensor | None, count: Tensor | None,
     margin: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Launches the head into given labels, once; pixels outside of the regions stay as they are.
 
     Args:
@@ -103,7 +103,7 @@ def run(
             num_bits, 0 if amax is None or len(amax) == 1 else 1, height, width, *labels.shape[1:],
             tiles, margin, CHANNELS=channels, CLASSES=len(weight), PITCH=pixel_pitch(input),
             PITCH_W=weight.stride(0), BLOCK_M=block, BLOCK_C=columns, enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:

@@ -54,7 +54,7 @@ class PackedHeatHead(NamedTuple):
         return self._replace(
             weight=self.weight.to(device), bias=self.bias.to(device),
             map_weight=self.map_weight.to(device), gain=self.gain.to(device),
-        )  # fmt: skip
+        )
 
 
 def pack_heat_head(last: Layer, map_weight: Tensor, gain: Tensor, edge: float) -> PackedHeatHead:
@@ -89,7 +89,7 @@ def pack_heat_head(last: Layer, map_weight: Tensor, gain: Tensor, edge: float) -
 def _run_reference(
     input: Tensor, weight: Tensor, bias: Tensor, map_weight: Tensor, gain: Tensor,
     plays: Sequence[float], edge: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     hidden = pointwise_reference(input, weight, bias)
     heat = (hidden * map_weight[:, None, None]).sum(1)
     share = heat.flatten(1).softmax(1).reshape(heat.shape)
@@ -105,7 +105,7 @@ def _run_reference(
 def _heat_head(
     input: Tensor, weight: Tensor, bias: Tensor, map_weight: Tensor, gain: Tensor,
     plays: Sequence[float], edge: float, seen: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns the output [N, 2]."""
     output = _new_output(input)
     if not output.numel():

@@ -43,7 +43,7 @@ def heat_head_kernel(
     in_ptr, weight_ptr, bias_ptr, map_ptr, gain_ptr, seen_ptr, out_ptr, height, width, play_y,
     play_x, edge, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):  # fmt: skip
+):
     """Computes the place of one sample."""
     sample = tl.program_id(0)
     if seen_ptr is not None and tl.load(seen_ptr + sample) == 0:
@@ -84,7 +84,7 @@ def heat_head_kernel(
 def run(
     output: Tensor, input: Tensor, weight: Tensor, bias: Tensor, map_weight: Tensor, gain: Tensor,
     plays: Sequence[float], edge: float, seen: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches a head into a given output, once.
 
     Args:
@@ -110,7 +110,7 @@ def run(
             input, weight, bias, map_weight, gain, seen, output, *size, *map(float, plays), edge,
             CHANNELS=channels, BLOCK_M=BLOCK_M, BLOCK_K=weight.shape[0], BLOCK_L=weight.shape[1],
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
@@ -129,4 +129,4 @@ def _launch_meta(channels: int, hidden: int, dtype: torch.dtype = torch.float16)
     run(
         empty(2, 2), image, empty(rows, columns, dtype=dtype), empty(columns), empty(columns),
         empty(2), (0.5, 0.5), 1 / 1024, empty(2, dtype=torch.int32),
-    )  # fmt: skip
+    )

@@ -32,7 +32,7 @@ def _block(blocks, length, INDEX: tl.constexpr, BLOCK: tl.constexpr):
 def input_encode_kernel(
     x_ptr, bits_ptr, amax_ptr, low_ptr, high_ptr, value_ptr, packed_ptr, ranges_ptr,
     width, length, blocks, amax_stride, row_bytes, INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Encodes BLOCK elements of one sample; pointers that are None are not written."""
     row, offs, mask, first = _block(blocks, length, INDEX, BLOCK)
 
@@ -65,7 +65,7 @@ def input_encode_kernel(
 def input_decode_kernel(
     low_ptr, high_ptr, bits_ptr, ranges_ptr, value_ptr, width, length, blocks,
     INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Writes the values of BLOCK codes of one sample."""
     row, offs, mask, first = _block(blocks, length, INDEX, BLOCK)
 
@@ -96,7 +96,7 @@ def _widths(num_bits: int | Tensor) -> tuple[Tensor | None, int]:
 def encode(
     input: Tensor, num_bits: int | Tensor, amax: Tensor, planes: Tensor, values: Tensor | None,
     packed: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Launches the encoding of a dense input into what is given; returns the ranges [N]."""
     length, amax = input.shape[1:].numel(), amax.float()
     ranges = amax.expand(len(input)).clone()
@@ -108,7 +108,7 @@ def encode(
             input_encode_kernel[grid](
                 input, bits, amax, low, high, values, packed, ranges, width, length, blocks,
                 0 if len(amax) == 1 else 1, 0 if packed is None else packed.shape[1], **constants,
-            )  # fmt: skip
+            )
     return ranges
 
 
@@ -122,7 +122,7 @@ def decode(planes: Tensor, num_bits: int | Tensor, ranges: Tensor, dtype: torch.
             input_decode_kernel[grid](
                 planes[0], planes[1] if len(planes) > 1 else None, bits, ranges, value,
                 width, length, blocks, **constants,
-            )  # fmt: skip
+            )
     return value
 
 
@@ -146,7 +146,7 @@ def shape_classes() -> dict[str, Callable[[], object]]:
             for what, kept, mask in (
                 ("values alone", planes[:0], None), ("kept", planes, None),
                 ("kept with mask", planes, packed),
-            ):  # fmt: skip
+            ):
                 found[f"encoded input, {kind}, {what}, {name}"] = partial(
                     encode, x, widths, amax, kept, x, mask
                 )

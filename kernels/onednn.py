@@ -19,7 +19,7 @@ def convolve(
     codes: Tensor, weight: Tensor, stride, padding, dilation, groups: int, *,
     step: float = 1.0, scale: Tensor | None = None, bias: Tensor | None = None,
     output_step: float = 1.0, relu: bool = False, dtype: torch.dtype = torch.float32,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Convolves codes with prepacked weights.
 
     Args:
@@ -42,12 +42,12 @@ def convolve(
         codes, step, ZERO_POINT, weight, ones if scale is None else scale, zeros, bias, stride,
         padding, dilation, groups, output_step, 0 if dtype == torch.float32 else ZERO_POINT, dtype,
         "relu" if relu else "none", [], "",
-    )  # fmt: skip
+    )
 
 
 def prepack(
     codes: Tensor, stride, padding, dilation, groups: int, *, shape: Sequence[int]
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Lays out int8 weight codes for inputs of one shape [N, Cin, H, W]; geometry as `convolve`."""
     return torch.ops.onednn.qconv_prepack(
         codes, _ones(len(codes)), 1.0, ZERO_POINT, stride, padding, dilation, groups, list(shape)

@@ -50,7 +50,7 @@ class PackedPooledHead(NamedTuple):
             weight=self.weight.to(device), bias=self.bias.to(device),
             classifier=self.classifier.to(device),
             classifier_bias=None if bias is None else bias.to(device),
-        )  # fmt: skip
+        )
 
 
 def pack_pooled_head(
@@ -89,7 +89,7 @@ def pack_pooled_head(
 def _run_reference(
     input: Tensor, weight: Tensor, bias: Tensor, classifier: Tensor,
     classifier_bias: Tensor | None, outputs: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     pooled = pointwise_reference(input, weight, bias).mean((2, 3))
     # cuBLAS has memory that PyTorch may free while a graph still writes there
     sums = (pooled[:, None] * classifier[:, :outputs].T.to(pooled.dtype)).sum(2)
@@ -100,7 +100,7 @@ def _run_reference(
 def _pooled_head(
     input: Tensor, weight: Tensor, bias: Tensor, classifier: Tensor,
     classifier_bias: Tensor | None, outputs: int, seen: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns the output [N, outputs]."""
     output = _new_output(input, outputs)
     if not output.numel():

@@ -27,7 +27,7 @@ def pooled_head_kernel(
     in_ptr, weight_ptr, bias_ptr, classifier_ptr, classifier_bias_ptr, seen_ptr, out_ptr, pixels,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+):
     """Computes the answers of one sample."""
     sample = tl.program_id(0)
     if seen_ptr is not None and tl.load(seen_ptr + sample) == 0:
@@ -57,7 +57,7 @@ def pooled_head_kernel(
 def run(
     output: Tensor, input: Tensor, weight: Tensor, bias: Tensor, classifier: Tensor,
     classifier_bias: Tensor | None = None, seen: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches a head into a given output, once.
 
     Args:
@@ -83,7 +83,7 @@ def run(
             input, weight, bias, classifier, classifier_bias, seen, output, pixels,
             CHANNELS=channels, COLUMNS=columns, OUTPUTS=output.shape[1], BLOCK_M=BLOCK_M,
             BLOCK_K=inputs, BLOCK_L=block, BLOCK_O=classifier.shape[1], enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
@@ -105,4 +105,4 @@ def _launch_meta(
     run(
         empty(2, outputs), image, empty(rows, columns, dtype=dtype), empty(columns), classifier,
         seen=empty(2, dtype=torch.int32),
-    )  # fmt: skip
+    )

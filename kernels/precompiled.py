@@ -102,7 +102,7 @@ def install(triton: Any) -> None:
             "the kernels were compiled for triton %s, but triton %s runs: they compile on first "
             "use (meddanet info --kernels --build ARCHITECTURES does it once)",
             ", ".join(sorted(versions)), triton.__version__,
-        )  # fmt: skip
+        )
         return
     cache = triton.knobs.cache
     own = cache.manager_class or triton.runtime.cache.FileCacheManager

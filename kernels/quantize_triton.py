@@ -79,7 +79,7 @@ def quantize_kernel(
     x_ptr, bits_ptr, amax_ptr, out_ptr, packed_ptr, width, length, blocks, stride_amax, row_bytes,
     EACH: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Quantises BLOCK elements of one row and packs whether they lie in the range."""
     row, offs, mask = _block(blocks, length, INDEX, BLOCK)
 
@@ -100,7 +100,7 @@ def quantize_kernel(
 def masked_gradient_kernel(
     grad_ptr, packed_ptr, out_ptr, length, blocks, row_bytes,
     INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Copies BLOCK elements of one row of the gradient where the mask's bit is set."""
     row, offs, mask = _block(blocks, length, INDEX, BLOCK)
 
@@ -116,7 +116,7 @@ def masked_gradient_kernel(
 def width_gradient_kernel(
     grad_ptr, x_ptr, bits_ptr, amax_ptr, out_ptr, sum_ptr, length, blocks, stride_amax,
     EACH: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Quantises BLOCK elements of one row again: gradient by the input, sum for the width."""
     row, offs, mask = _block(blocks, length, INDEX, BLOCK)
 
@@ -176,7 +176,7 @@ def quantize(
             quantize_kernel[(rows * blocks,)](
                 input, bits, amax, output, packed, width, length, blocks, stride, packed.shape[1],
                 MASK=packed.numel() > 0, **range_constants, **constants,
-            )  # fmt: skip
+            )
     return output
 
 
@@ -224,7 +224,7 @@ def width_gradient(
             width_gradient_kernel[(rows * blocks,)](
                 grad, input, num_bits.detach().float().contiguous(), amax, output, sums,
                 length, blocks, stride, **range_constants, **constants,
-            )  # fmt: skip
+            )
     return output, sums.sum(1)
 
 

@@ -40,13 +40,13 @@ def new_routing(samples: int, routes: int, device: torch.device | str) -> Routin
         torch.zeros(samples, 2, dtype=torch.float32, device=device),
         integers(pitch)[:, :samples], integers(_ALIGNED)[:, :1],
         *(integers(pitch, 2)[:, :samples] for _ in range(3)),
-    )  # fmt: skip
+    )
 
 
 def new_frames(
     size: tuple[int, int], smallest: int, crops: Sequence[int], reaches: Sequence[int],
     device: torch.device | str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns where views and tiles of each route may lie: skip, crops, whole.
 
     Args:
@@ -65,6 +65,6 @@ def new_frames(
         frames.append([
             (side - smallest, side - crop, reach, side - min(crop + 2 * reach, side))
             for side in size
-        ])  # fmt: skip
+        ])
     frames.append(whole)
     return torch.tensor(frames, dtype=torch.int32, device=device).transpose(1, 2).contiguous()

@@ -48,7 +48,7 @@ def route_kernel(
     corner_ptr, start_ptr, shift_ptr, bits_ptr,
     samples, stages, pitch, count_pitch,
     ROUTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+):
     """Routes all slices, BLOCK after BLOCK in one program, so that groups keep their order."""
     route = tl.arange(0, BLOCK_R)
     axis = tl.arange(0, 2)[None, :]
@@ -91,7 +91,7 @@ def route_kernel(
 def run(
     logits: Tensor, places: Tensor, seen: Tensor, frames: Tensor, routing: Routing,
     num_bits: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches the routing into given outputs, once, without a word from the device.
 
     Args:
@@ -110,7 +110,7 @@ def run(
             routing.slices.stride(0), routing.counts.stride(0),
             ROUTES=routes, BLOCK=BLOCK, BLOCK_R=triton.next_power_of_2(routes),
             num_warps=BLOCK // 32, enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:

@@ -35,7 +35,7 @@ def gradients_reference(image: Tensor) -> Tensor:
 def _run_reference(
     bits: Tensor, image: Tensor, feature: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
     size: tuple[int, int], offset: Tensor | None, slots: Tensor | None, count: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     used = len(bits) if count is None else min(int(count), len(bits))
     for slot in range(used):
         y, x = (0, 0) if offset is None else offset[slot].tolist()
@@ -91,7 +91,7 @@ def _checked(
     image: Tensor, feature: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
     offset: Tensor | None, size: int | tuple[int, int] | None, slots: Tensor | None,
     count: Tensor | None,
-) -> tuple:  # fmt: skip
+) -> tuple:
     """Checks the arguments and returns those of the operator."""
     if image.dim() != 4 or feature.dim() != 4 or not feature.is_floating_point():
         raise ValueError(
@@ -120,7 +120,7 @@ def _checked(
         bias.detach().float(), widths.detach().round().to(torch.int32),
         *((image.shape[2], image.shape[3]) if size is None else as_pair(size)),
         *integers(offset, slots, count),
-    )  # fmt: skip
+    )
 
 
 def select_bits_reference(

@@ -46,7 +46,7 @@ def gradients_kernel(
     image_ptr, offset_ptr, slots_ptr, count_ptr, sums_ptr,
     height_in, width_in, height, width, chunks, length,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Sums the absolute Sobel responses of one chunk of one slot's view of its planar image."""
     slot = (tl.program_id(0) // chunks).to(tl.int64)
     if count_ptr is not None and slot >= tl.load(count_ptr):
@@ -87,7 +87,7 @@ def gradients_kernel(
 def _chunk(
     moments_ptr, begin, channel, pixels, chunks, length,
     CHANNELS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
+):
     """Returns size, mean and squared deviation of MERGED chunks, size 0 beyond the last one."""
     chunk = begin + tl.arange(0, MERGED)[:, None]
     mask = (chunk < chunks) & (channel < CHANNELS)[None, :]
@@ -105,7 +105,7 @@ def select_kernel(
     view_pixels, view_chunks, pixels, chunks, length,
     WIDTHS: tl.constexpr, IMAGE: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
+):
     """Merges one slot's sums and takes the width of the largest logit."""
     slot = tl.program_id(0).to(tl.int64)
     if count_ptr is not None and slot >= tl.load(count_ptr):
@@ -157,7 +157,7 @@ def select_kernel(
 def gradients(
     image: Tensor, sums: Tensor, size: tuple[int, int], offset: Tensor | None,
     slots: Tensor | None, count: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches the sums of |Sobel| over every slot's view of its image.
 
     Args:
@@ -175,14 +175,14 @@ def gradients(
             image, offset, slots, count, sums, *image.shape[2:], height, width, chunks,
             triton.cdiv(height * width, chunks), CHANNELS=channels,
             **_blocks(channels), enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def select(
     bits: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, widths: Tensor,
     size: tuple[int, int], pixels: int, length: int, count: Tensor | None,
     slots: Tensor | None = None, record: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches the decision.
 
     Args:
@@ -208,7 +208,7 @@ def select(
             WIDTHS=len(widths), IMAGE=image, CHANNELS=channels,
             BLOCK_I=triton.next_power_of_2(2 * image), BLOCK_C=triton.next_power_of_2(channels),
             CHUNKS=CHUNKS, MERGED=MERGED, enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def _blocks(channels: int) -> dict[str, int]:
@@ -234,5 +234,5 @@ def shape_classes() -> dict[str, Callable[[], object]]:
         found[f"width, {c} channels"] = partial(
             select, bits, sums, empty(2, 9, 2, c), empty(2, 8 + c), empty(2), bits, size, 96 * 96,
             1024, count, bits, bits,
-        )  # fmt: skip
+        )
     return found

@@ -55,7 +55,7 @@ def _unit(
 def _run_reference(
     input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor], mids: Sequence[int],
     channels: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     output = _unit(input, first[:6], first[6:], mids[0], channels)
     for unit in zip(*rest, strict=True):
         output = _unit(output, unit, (), mids[1], channels)
@@ -66,7 +66,7 @@ def _run_reference(
 def _shuffle_stage(
     input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor], mids: Sequence[int],
     channels: int, seen: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns the output [N, channels, ...], channels last; `first` to `mids`: `PackedStage`."""
     output = _new_output(input, len(first) > 6, channels)
     if not output.numel():

@@ -28,7 +28,7 @@ WARPS = 8
 @triton.jit
 def _store(
     out_ptr, value, pixel, used, PITCH: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr
-):  # fmt: skip
+):
     """Stores [pixels, channels] as the channels FIRST ... END - 1 of the output."""
     channel = FIRST + tl.arange(0, value.shape[1])
     offs = pixel[:, None] * PITCH + channel[None, :]
@@ -51,7 +51,7 @@ def _expand(
     in_ptr, weight_ptr, bias_ptr, hidden_ptr, out_ptr, pixels, HALVED: tl.constexpr,
     CHANNELS: tl.constexpr, MID: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """The first 1x1 convolution; where channels are halved, it has the odd ones, others pass."""
     weight, bias = _weights(weight_ptr, BLOCK_K, BLOCK_H), _row(bias_ptr, BLOCK_H)
     for first in tl.range(0, pixels, BLOCK_M):
@@ -74,7 +74,7 @@ def _expand(
 def _depthwise(
     in_ptr, weight_ptr, bias_ptr, out_ptr, height_in, width_in, height, width, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """A 3x3 convolution per channel."""
     pixels = height * width
     for first in tl.range(0, pixels, BLOCK_M):
@@ -100,7 +100,7 @@ def _depthwise(
 def _mix(
     in_ptr, weight_ptr, bias_ptr, out_ptr, pixels, FIRST: tl.constexpr, END: tl.constexpr,
     PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+):
     """A last 1x1 convolution, to the channels FIRST ... END - 1 of PITCH."""
     weight, bias = _weights(weight_ptr, BLOCK_K, BLOCK_O), _row(bias_ptr, BLOCK_O)
     for first in tl.range(0, pixels, BLOCK_M):
@@ -117,7 +117,7 @@ def _unit(
     side_mix_bias_ptr, height_in, width_in, height, width,
     CHANNELS: tl.constexpr, MID: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+):
     """Takes one sample through a unit; hidden, summed and side are for what lies in between."""
     SIDE: tl.constexpr = side_mix_ptr is not None
     STRIDE: tl.constexpr = 2 if SIDE else 1
@@ -126,27 +126,27 @@ def _unit(
     _expand(
         in_ptr, expand_ptr, expand_bias_ptr, hidden_ptr, out_ptr, height_in * width_in, not SIDE,
         CHANNELS, MID, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H,
-    )  # fmt: skip
+    )
     if SIDE:
         _depthwise(
             in_ptr, side_depth_ptr, side_depth_bias_ptr, side_ptr, height_in, width_in, height,
             width, STRIDE, CHANNELS, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+        )
     tl.debug_barrier()
     _depthwise(
         hidden_ptr, depth_ptr, depth_bias_ptr, summed_ptr, height_in, width_in, height, width,
         STRIDE, BLOCK_H, BLOCK_M, BLOCK_H,
-    )  # fmt: skip
+    )
     tl.debug_barrier()
     _mix(
         summed_ptr, mix_ptr, mix_bias_ptr, out_ptr, height * width, PASSED, OUT_CHANNELS,
         OUT_CHANNELS, BLOCK_M, BLOCK_H, BLOCK_O,
-    )  # fmt: skip
+    )
     if SIDE:
         _mix(
             side_ptr, side_mix_ptr, side_mix_bias_ptr, out_ptr, height * width, 0, PASSED,
             OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_K,
-        )  # fmt: skip
+        )
     # also for the next unit, which stores where this one's threads have loaded
     tl.debug_barrier()
 
@@ -162,7 +162,7 @@ def shuffle_stage_kernel(
     MID: tl.constexpr, NEXT_MID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
     NEXT_M: tl.constexpr, NEXT_K: tl.constexpr, NEXT_H: tl.constexpr, NEXT_O: tl.constexpr,
-):  # fmt: skip
+):
     """Takes one sample through a first unit and UNITS - 1 further ones, which are alike."""
     sample = tl.program_id(0).to(tl.int64)
     if seen_ptr is not None and tl.load(seen_ptr + sample) == 0:
@@ -185,7 +185,7 @@ def shuffle_stage_kernel(
         depth_ptr, depth_bias_ptr, mix_ptr, mix_bias_ptr, side_depth_ptr, side_depth_bias_ptr,
         side_mix_ptr, side_mix_bias_ptr, height_in, width_in, height, width,
         CHANNELS, MID, OUT_CHANNELS, BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_O,
-    )  # fmt: skip
+    )
     if UNITS > 1:
         for unit in tl.range(0, UNITS - 1):
             _unit(
@@ -195,14 +195,14 @@ def shuffle_stage_kernel(
                 next_mix_ptr + unit * (NEXT_H * NEXT_O), next_mix_bias_ptr + unit * NEXT_O,
                 None, None, None, None, height, width, height, width,
                 OUT_CHANNELS, NEXT_MID, OUT_CHANNELS, NEXT_M, NEXT_K, NEXT_H, NEXT_O,
-            )  # fmt: skip
+            )
             target_ptr, other_ptr = other_ptr, target_ptr
 
 
 def run(
     output: Tensor, input: Tensor, first: Sequence[Tensor], rest: Sequence[Tensor],
     mids: Sequence[int], seen: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launches units into a given output, once.
 
     Args:
@@ -237,7 +237,7 @@ def run(
             UNITS=1 + (len(rest[0]) if rest else 0), HIDDEN=hidden,
             MID=mids[0], NEXT_MID=mids[1], **sizes,
             num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 def _sizes(unit: Sequence[Tensor], name: str) -> dict[str, int]:
@@ -269,7 +269,7 @@ def _launch_meta(cin: int, cout: int, units: int, dtype: torch.dtype = torch.flo
         return (
             empty(*more, k, h, dtype=dtype), empty(*more, h), empty(*more, 9, h), empty(*more, h),
             empty(*more, h, o, dtype=dtype), empty(*more, o),
-        )  # fmt: skip
+        )
 
     mid, k = cout // 2, padded(cin)
     side = empty(9, k), empty(k), empty(k, k, dtype=dtype), empty(k)

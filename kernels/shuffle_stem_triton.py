@@ -74,7 +74,7 @@ def shuffle_stem_kernel(
     in_ptr, weight_ptr, bias_ptr, seen_ptr, out_ptr, height_in, width_in, height, width,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+):
     """Computes BLOCK_H rows of BLOCK_W columns of one sample's output, BLOCK_O channels."""
     tiles, blocks = tl.cdiv(height, BLOCK_H), tl.cdiv(width, BLOCK_W)
     # one in the shipped models
@@ -164,7 +164,7 @@ def run(
             CHANNELS=channels, OUT_CHANNELS=output.shape[1], PADDED=weight.shape[1],
             BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, BLOCK_K=block, BLOCK_O=BLOCK_O,
             num_warps=warps, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:

@@ -44,7 +44,7 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
         logging.getLogger("meddanet").warning(
             "kernels compile one after the other: which ones cannot be told (%s: %s)",
             type(error).__name__, error,
-        )  # fmt: skip
+        )
         return
     for _ in compile_in_threads(wanted):
         pass

@@ -19,7 +19,7 @@ SLICES, FLAGS = 16, 32
 def view_kernel(
     images_ptr, view_ptr, flags_ptr, height, width, tiles,
     CHANNELS: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Averages BLOCK_M squares of one slice and stores whether a pixel of theirs is not zero."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     # squares that overhang the slice have no average, but are looked at
@@ -56,7 +56,7 @@ def view_kernel(
 @triton.jit(do_not_specialize=["samples", "tiles"])
 def seen_kernel(
     flags_ptr, seen_ptr, samples, tiles, SLICES: tl.constexpr, FLAGS: tl.constexpr
-):  # fmt: skip
+):
     """Merges the flags of SLICES slices."""
     n = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
     seen = tl.zeros([SLICES], tl.int32)
@@ -102,7 +102,7 @@ def run(images: Tensor, view: Tensor, flags: Tensor, scale: int) -> None:
         view_kernel[(flags.numel(),)](
             images, view, flags, height, width, flags.shape[1], CHANNELS=channels, SCALE=scale,
             **_block(channels), enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def merge(flags: Tensor, seen: Tensor) -> None:
@@ -116,7 +116,7 @@ def merge(flags: Tensor, seen: Tensor) -> None:
         seen_kernel[(triton.cdiv(len(seen), SLICES),)](
             flags, seen, *flags.shape, SLICES=SLICES, FLAGS=FLAGS, num_warps=1,
             enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:

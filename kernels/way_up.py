@@ -59,7 +59,7 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
     nothing = EncodeCall(
         torch.zeros(1, shape[1], 1, 1, device=patch.device), way.amax, (1, 1), way.num_bits,
         way.affine, True,
-    )  # fmt: skip
+    )
     empty = nothing.new_codes()
     encode(nothing, empty)
     used = len(stream) if call.count is None else min(int(call.count), len(stream))
@@ -69,7 +69,7 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
         on_tile, on_patch = zip(
             *(overlap(*axis) for axis in zip(shift, call.size, shape[2:], strict=True)),
             strict=True,
-        )  # fmt: skip
+        )
         for output, content in ((stream, patch), (codes, made)):
             output[(slot, slice(None), *on_tile)] = content[(slot, slice(None), *on_patch)]
 
@@ -77,7 +77,7 @@ def run_reference(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
 def _convolve(
     call: WayUpCall, layer: Layer, input: Tensor, target: tuple[Tensor, int],
     stream: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns codes for a target's range and width, after the norm where there is a stream."""
     affine = None if stream is None else call.way.affine
     conv_call = ConvCall(

@@ -58,7 +58,7 @@ class PackedWayUp(NamedTuple):
 def pack_way_up(
     reduce: Layer, up: Layer, fuse: Layer, affine: tuple[Tensor, Tensor], amax: Tensor,
     num_bits: int,
-) -> PackedWayUp:  # fmt: skip
+) -> PackedWayUp:
     """Packs a way up.
 
     Args:
@@ -85,13 +85,13 @@ def pack_way_up(
     constants = torch.cat([
         *(row(values, 1) for values in layers[0]),
         *(row(values) for pair in layers[1:] for values in pair), *(row(p[0]) for p in affine),
-    ])  # fmt: skip
+    ])
     if not bool(constants.isfinite().all()):
         raise ValueError("scales of a way up are not finite: ranges or weights are too large")
     return PackedWayUp(
         reduce, up, fuse, affine, amax, num_bits, _weights(reduce, up, fuse, block, taps),
         constants, made,
-    )  # fmt: skip
+    )
 
 
 def _scale(layer: Layer) -> Tensor:

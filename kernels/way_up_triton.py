@@ -56,7 +56,7 @@ def _pixel(place, line, top, left):
 def _load(
     ptr, pixel, inside, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
-):  # fmt: skip
+):
     """Loads codes [pixels, COLUMNS], of neighbouring pixels' BLOCK_C channels; zeros outside."""
     column = tl.arange(0, COLUMNS)[None, :]
     offs = pixel.to(INDEX)[:, None] * CHANNELS
@@ -91,7 +91,7 @@ def _codes(value, grid_ptr, RELU: tl.constexpr):
 def _half(
     operand, weight_ptr, constants_ptr, grid_ptr,
     HALF: tl.constexpr, K: tl.constexpr, PITCH: tl.constexpr,
-):  # fmt: skip
+):
     total = tl.dot(operand, _weights(weight_ptr, HALF, K), out_dtype=tl.int32)
     return _codes(_scaled(total, constants_ptr, PITCH), grid_ptr, False)
 
@@ -100,7 +100,7 @@ def _half(
 def _next_operand(
     operand, weight_ptr, constants_ptr, grid_ptr,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+):
     """Convolves codes to codes: two halves of columns, the second of zeros if there is but one."""
     lower = _half(operand, weight_ptr, constants_ptr, grid_ptr, HALF, K, COLUMNS)
     if COLUMNS == HALF:
@@ -117,7 +117,7 @@ def _fuse(
     width, part,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
     INDEX: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+):
     """The third convolution's 32 columns from `part` on, stored from output pixels (y, x) on."""
     weight_ptr += part * COLUMNS
     total = tl.dot(skip, _weights(weight_ptr, 32, COLUMNS), out_dtype=tl.int32)
@@ -154,7 +154,7 @@ def way_up_kernel(
     height, width, out_height, out_width, tiles,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     """Takes BLOCK_M pixels of one slot's lower resolution all the way up."""
     TAPS: tl.constexpr = COLUMNS // BLOCK_C
     TILE: tl.constexpr = shift_ptr is not None
@@ -196,7 +196,7 @@ def way_up_kernel(
         codes = _next_operand(
             reduced, up_ptr + tap * (BLOCK_C * COLUMNS), constants_ptr, grids_ptr, COLUMNS,
             COLUMNS // 2, COLUMNS,
-        )  # fmt: skip
+        )
         for part in tl.range(
             0, COLUMNS, 32, num_stages=1, loop_unroll_factor=COLUMNS // 32 if UNROLL else 1
         ):
@@ -204,7 +204,7 @@ def way_up_kernel(
                 skip, codes, fuse_ptr, constants_ptr + 2 * COLUMNS, grids_ptr + 3, stream_ptr,
                 out_ptr, out_inside, y + tap // 2, x + tap % 2, out_height, out_width, part,
                 COLUMNS, CHANNELS, BLOCK_C, TILE, INDEX, WARPS,
-            )  # fmt: skip
+            )
         skip = following
 
 
@@ -219,7 +219,7 @@ def blocks(channels: int) -> dict[str, int]:
     return {
         "BLOCK_M": lines, "WARPS": min(warps, lines // 16), "UNROLL": block <= 64,
         "num_warps": warps,
-    }  # fmt: skip
+    }
 
 
 def run(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
@@ -249,7 +249,7 @@ def run(call: WayUpCall, stream: Tensor, codes: Tensor) -> None:
             stream, codes, height, width, out_height, out_width, tiles,
             CHANNELS=channels, BLOCK_C=padded(channels), COLUMNS=columns,
             INDEX=tl.int64 if reach >= 2**31 else tl.int32, enable_fp_fusion=False, **sizes,
-        )  # fmt: skip
+        )
 
 
 def shape_classes() -> dict[str, Callable[[], object]]:
@@ -277,7 +277,7 @@ def _launch_meta(channels: int, side: int = 96, *, tile: bool = False) -> None:
     conv = PackedConv(
         empty(1, 1, channels, 2 * channels), floats, floats[None, :channels], (8,), 2 * channels,
         (1, 1), (1, 1), (0, 0), (1, 1), 1, False,
-    )  # fmt: skip
+    )
     layer = conv, floats, 8
     weights = empty(block, 2 * block), empty(4 * block, columns), empty(2, columns, columns)
     way = PackedWayUp(
@@ -286,5 +286,5 @@ def _launch_meta(channels: int, side: int = 96, *, tile: bool = False) -> None:
     call = WayUpCall(
         last(2 * channels, side // 2), last(channels, side), way,
         empty(2, 2, dtype=torch.int32) if tile else None, (side, side), one,
-    )  # fmt: skip
+    )
     run(call, last(channels, side, torch.float16), last(channels, side))

@@ -51,7 +51,7 @@ def segment_case(
 def segment_cases(
     readings: ReadAhead, predictor: VolumePredictor, *, preview: bool = False,
     asked: Request | None = None, **run: object,
-) -> Iterator[tuple[Case, dict | Exception]]:  # fmt: skip
+) -> Iterator[tuple[Case, dict | Exception]]:
     """Segments many cases: the next one is read and the former one written meanwhile.
 
     At most three volumes are in memory: one read ahead, one at work, one being written.

@@ -182,7 +182,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             padding: str | Size = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
             padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
             *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
-        ) -> None: ...  # fmt: skip
+        ) -> None: ...
 
     def forward(
         self,
@@ -235,7 +235,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
             dilation: Size = 1, padding_mode: str = "zeros", device: Device = None,
             dtype: torch.dtype | None = None,
             *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
-        ) -> None: ...  # fmt: skip
+        ) -> None: ...
 
     def weight_range(self) -> Tensor:
         """Returns max|weight|: of the tensor, or as per output channel it broadcasts to it."""
@@ -303,7 +303,7 @@ class QuantLinear(QuantizedInput, nn.Linear):
             self, in_features: int, out_features: int, bias: bool = True, device: Device = None,
             dtype: torch.dtype | None = None,
             *, num_bits: int = 8, input_num_bits: int = 8, per_channel: bool = False,
-        ) -> None: ...  # fmt: skip
+        ) -> None: ...
 
     def forward(
         self,

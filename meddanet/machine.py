@@ -26,7 +26,7 @@ def machine() -> dict[str, object]:
         **({"cards": cards} if cards else {}), "platform": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "meddanet": __version__,
         **versions(RUNTIMES), "date": date(),
-    }  # fmt: skip
+    }
 
 
 def gpu(index: int = 0) -> dict[str, object]:
@@ -40,7 +40,7 @@ def gpu(index: int = 0) -> dict[str, object]:
         "cudnn": torch.backends.cudnn.version(),
         **dict(zip(("driver", "sm_clock", "largest_sm_clock", "power_limit"),
                    _smi(f"GPU-{properties.uuid}", asked), strict=True)),
-    }  # fmt: skip
+    }
 
 
 def _smi(uuid: str, what: tuple[str, ...]) -> list[str]:

@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> Path:
         hold_run(output_folder(config.out)),
         # every step seeds PyTorch's own generators; the caller's go on as if nothing had been
         torch.random.fork_rng([device] if device.type == "cuda" else []), _made_on_the_cpu(),
-    ):  # fmt: skip
+    ):
         return _Run(config, device).run()
 
 

@@ -17,7 +17,7 @@ ENDING = ".safetensors"
 _NUMBERS = {
     "window_hu": (2, int | float, -math.inf), "spacing_mm": (3, int | float, 0),
     "canvas": (2, int, 0), "centre": (2, int | float, -math.inf),
-}  # fmt: skip
+}
 _TOO_LARGE = 2**31
 
 

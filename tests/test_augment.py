@@ -127,7 +127,7 @@ def test_a_hounsfield_window_is_varied_as_its_z_scores_would_be():
         return augment(
             images, labels, random, rotation=0, scale=0, intensity=0.25, mean=mean,
             deviation=deviation,
-        )[0]  # fmt: skip
+        )[0]
 
     changed = varied(window, mean, deviation)
     like = varied((window - mean) / deviation, 0.0, 1.0)

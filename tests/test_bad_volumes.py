@@ -265,7 +265,7 @@ def test_files_that_are_no_valid_nifti(scans, tmp_path: Path, content: bytes, te
     (252, np.int16(-1).tobytes(), "qform_code is -1, which NIfTI does not know"),
     (80, np.float32([-1, -1, 1]).tobytes(), None),
     (70, np.int16(12345).tobytes(), None),
-])  # fmt: skip
+])
 def test_no_line_that_names_no_file(tmp_path, caplog, position, content, told) -> None:
     """As nibabel's own, whose logger stays as it is: the last of these headers is an error."""
     (tmp_path / "scan.nii").write_bytes(header_with(position, content))
@@ -313,7 +313,7 @@ SINGULAR = [[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     ({"affine": "LPS"}, "affine is a str that numpy takes for no array of numbers .*"),
     ({"data": torch.ones(1, 4, 5, 6, requires_grad=True)}, "data is a Tensor that numpy takes .*"),
     ({"data": np.full((1, 4, 5, 6), "x")}, "data holds <U1, expected real numbers"),
-])  # fmt: skip
+])
 def test_what_is_no_scan_is_told_in_a_line(scans, changed, message) -> None:
     given = {"data": np.ones((1, 4, 5, 6)), "affine": np.eye(4), **changed}
     told = scans.error(lambda: Volume(header=None, modalities=("t1",), name="scan", **given))

@@ -83,7 +83,7 @@ def test_a_gpu_is_asked_by_its_own_name(monkeypatch):
     card = SimpleNamespace(
         name="NVIDIA GeForce RTX 4090", major=8, minor=9, multi_processor_count=128,
         total_memory=25_386_352_640, uuid="1d2e3f",
-    )  # fmt: skip
+    )
     asked = []
 
     def answer(command, **options):
@@ -97,7 +97,7 @@ def test_a_gpu_is_asked_by_its_own_name(monkeypatch):
     assert facts["memory_gb"] == 25.4 and facts["driver"] == "580.159.04"
     assert (facts["sm_clock"], facts["largest_sm_clock"], facts["power_limit"]) == (
         "2520", "3105", "450.00"
-    )  # fmt: skip
+    )
     assert "--id=GPU-1d2e3f" in asked[0]
 
     def missing(command, **options):

@@ -42,7 +42,7 @@ def touch(folder: Path, *names: str) -> list[str]:
 @pytest.mark.parametrize("endings", [
     ("-seg", "-t1c", "-t1n", "-t2f", "-t2w"), ("_flair", "_seg", "_t1", "_t1ce", "_t2"),
     ("_0000", "_0001", "_0002"),
-])  # fmt: skip
+])
 def test_files_of_one_folder_make_the_cases_of_the_folder(tmp_path, endings):
     """As a shell lists them, in whatever order."""
     names = [f"{case}{ending}.nii" for case in "ab" for ending in endings]

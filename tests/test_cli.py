@@ -222,7 +222,7 @@ def test_labels_that_were_changed_are_not_finished(cohort, tmp_path, segment, co
         f"meddanet: error: {labels}: was changed after meddanet wrote it; name another folder with "
         "-o, or replace it with --overwrite",
         "1 finished before, skipped (see --overwrite)",
-    ])  # fmt: skip
+    ])
     assert labels.read_bytes() == content
     assert segment(cohort, "-o", out, "--overwrite")[0] == 0 == segment(cohort, "-o", out)[0]
 
@@ -255,7 +255,7 @@ def test_the_report_tells_which_images_it_is_of(cohort, tmp_path, segment):
     ([], ["--labels", "brats2021"], None),
     (["--labels", "brats2021"], [], None),
     (["--window", "24"], ["--window", "24"], None),
-])  # fmt: skip
+])
 def test_a_result_of_other_options_is_not_finished(
     cohort, tmp_path, segment, before, now, difference
 ):
@@ -631,7 +631,7 @@ def test_options_that_cannot_be(cohort, tmp_path, segment, extra, code, message)
     (["segment", "x.nii"], "required: -o/--out", " segment"),
     (["train", "--data", "x"], "required: --out", " train"),
     (["evaluate", "x"], "required: REF", " evaluate"),
-])  # fmt: skip
+])
 def test_a_usage_error_exits_with_2(arguments, lacking, command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -659,7 +659,7 @@ def test_an_output_folder_without_a_name(command, tmp_path, monkeypatch, capsys)
     (["evaluate", "", "r"], "PRED is empty; name a folder or a file, . for the current folder"),
     (["evaluate", "r", ""], "REF is empty; name a folder or a file, . for the current folder"),
     (["bench", "", "--json", "absent/t.json"], "the case is empty; name a folder or"),
-])  # fmt: skip
+])
 def test_an_input_without_a_name(arguments, what, cohort, monkeypatch, capsys):
     """Nor is it one to read everything here."""
     monkeypatch.chdir(cohort)
@@ -704,7 +704,7 @@ entry()
 
 @pytest.mark.parametrize(("arguments", "lines", "code"), [
     (["info"], 5, 0), (["info", "--cost", "nothing"], 1, 1), (["info", "--help"], None, 0),
-])  # fmt: skip
+])
 def test_a_command_that_has_succeeded_ends_its_process_at_once(arguments, lines, code):
     """All that it has said is there."""
     run = subprocess.run(
@@ -764,7 +764,7 @@ def test_evaluate(cohort, tmp_path, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
 @pytest.mark.parametrize(("closed", "heard"), [
     ("<&- >&-", ["stderr"]), ("2>&-", ["stdout"]), ("<&- >&- 2>&-", []),
-])  # fmt: skip
+])
 def test_a_closed_stream_is_as_the_null_device(tmp_path, closed, heard):
     paths = [str(label_files(tmp_path / side, {"a": [4]})) for side in "pr"]
     given = [sys.executable, "-m", "meddanet", "evaluate", *paths, "--labels", "brats2021"]
@@ -784,7 +784,7 @@ def test_a_closed_stream_is_as_the_null_device(tmp_path, closed, heard):
 @pytest.mark.parametrize(("name", "encoding", "shown"), [
     (b"\xff", "utf-8:strict", "\\udcff"), ("ä".encode(), "ascii", "\\xe4"),
     (b"\xff", "utf-8:surrogateescape", "\udcff"),
-])  # fmt: skip
+])
 @pytest.mark.skipif(sys.platform != "linux", reason="names are not bytes there")
 def test_a_name_that_stdout_cannot_show_is_escaped(tmp_path, name, encoding, shown):
     """And neither it nor the cases after it are lost."""
@@ -896,7 +896,7 @@ def test_evaluate_groups_that_occur_nowhere(tmp_path, capsys):
     (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--tolerance", "-1"], "tolerance is a length in mm, 0 or more, got -1.0"),
     (["--tolerance", ".inf"], "tolerance is a length in mm, 0 or more, got inf"),
-])  # fmt: skip
+])
 def test_evaluate_says_what_is_wrong_before_it_scores(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
@@ -1115,7 +1115,7 @@ def test_bench(cohort, weights, tmp_path, capsys, monkeypatch):
     (["--json", "bench"], "--json bench: expected a name that ends in .json"),
     (["--json", "dataset.json"], "--json dataset.json: is the name of an input"),
     (["--weights", "absent.safetensors"], "absent.safetensors"),
-])  # fmt: skip
+])
 def test_bench_says_what_is_wrong_before_it_works(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
@@ -1170,7 +1170,7 @@ def test_demo(tmp_path, capsys):
 @pytest.mark.parametrize("name", [
     "phantom_000.nii.gz", "phantom_000.png", "phantom_000", "phantom_000/phantom_000_t1.nii.gz",
     "phantom_000/phantom_000_seg.nii.gz", "phantom_000/another_t1.nii", "phantom_000/sub",
-])  # fmt: skip
+])
 def test_demo_replaces_its_own_files_alone(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(demo_command, "write_phantom", small := partial(write_phantom, shape=SHAPE))
     own = small(tmp_path, seed=1, name="phantom_000") / "phantom_000_t1.nii.gz"

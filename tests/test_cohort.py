@@ -362,7 +362,7 @@ class Overtaken(Predictor):
     ({"weights": "mine"}, None),
     ({"weights": "others"}, "a: {}/a.json is of weights others, not mine; name another folder"),
     ({"weights": "mine", "window": 40}, "a: {}/a.json is of windows of 40, not of whole slices;"),
-])  # fmt: skip
+])
 def test_results_of_another_run_that_appear_meanwhile_stay(volumes, tmp_path, theirs, error):
     """The same ones are the case's; others are its error, and nobody's loss."""
     asked = finished.Request("mine", "", {})
@@ -392,7 +392,7 @@ def test_two_processes_of_one_number_do_not_meet(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"run": "fast"}, {"run": {"weights": 3}}, {"images_sha256": ["ab"]}, {"modalities": 4},
-])  # fmt: skip
+])
 def test_a_report_that_was_spoilt_is_refused(once, changes):
     out, _ = once
     report = json.loads((out / "a.json").read_text())

@@ -79,9 +79,9 @@ def test_everything_else_is_the_reference_bit_for_bit(name):
     epilogue = {
         "residual": torch.randn_like(shape), "stream": torch.float16, "relu": True,
         "affine": (torch.rand(channels), torch.randn(channels)), "output_amax": ONE * 9,
-    }  # fmt: skip
+    }
     mixed = {"num_bits": widths, "output_num_bits": outputs, "slots": torch.tensor([1, 2, 0]),
-             "count": torch.tensor([2])}  # fmt: skip
+             "count": torch.tensor([2])}
     for arguments in (
         (codes[0], {"stream": torch.float32}),
         (codes[0], {**epilogue, "amax": torch.tensor([1.0, 2.0, 3.0])}),
@@ -103,7 +103,7 @@ def test_skip_codes_are_the_reference_bit_for_bit():
     call = checked_call(
         encode(x, ONE * 3), conv, ONE * 3, num_bits=8, residual=None, stream=None, affine=None,
         relu=True, output_amax=ONE * 9, output_num_bits=8, slots=None, count=None,
-    )  # fmt: skip
+    )
     call = replace(call, skip_amax=torch.tensor([5.0]))
     found = []
     for run in (conv_int_onednn.run, conv_reference.run):
@@ -203,7 +203,7 @@ def test_without_vnni_the_reference_runs():
         "use_backend('onednn'); onednn_runs(x)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})  # fmt: skip
+                         env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert run.stdout.strip() == "False"
     assert "ValueError: backend 'onednn' needs a CPU with exact int8 sums" in run.stderr
 
@@ -212,7 +212,7 @@ def test_without_vnni_the_reference_runs():
     ("name", "exact", "runs"),
     [("auto", True, True), ("auto", False, False), ("onednn", True, True),
      ("reference", True, False), ("triton", True, False)],
-)  # fmt: skip
+)
 def test_who_runs(monkeypatch, name, exact, runs):
     monkeypatch.setattr(onednn, "is_exact", lambda: exact)
     with use_backend(name):

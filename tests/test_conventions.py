@@ -73,7 +73,7 @@ def test_brats_2023(tmp_path: Path) -> None:
     assert (case.name, case.convention, case.label) == (name, "brats2023", None)
     assert {key: path.name[-10:-7] for key, path in case.files.items()} == {
         "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f",
-    }  # fmt: skip
+    }
 
 
 def test_graded_folders_are_walked_and_sorted(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_decathlon(tmp_path: Path) -> None:
     assert first == Case(
         "BRATS_001", tmp_path / "imagesTr/BRATS_001.nii.gz", "msd", ("flair", "t1", "t1ce", "t2"),
         tmp_path / "labelsTr/BRATS_001.nii.gz",
-    )  # fmt: skip
+    )
     assert second.label is None
     (tmp_path / "dataset.json").write_text(
         json.dumps({"modality": {"1": "T1gd", "0": "T2w", "10": "FLAIR", "2": "T1w"}})
@@ -162,7 +162,7 @@ ORDERED = ("flair", "t1", "t1ce", "t2")
     ("brats2021", MRI, ORDERED, None),  # names of files have no order
     ("brats2021", MRI, ("flair", "t1"), "flair, t1ce, t1, t2 by its name, by --modalities flair"),
     ("lits", ("ct",), MRI, "ct by its name"),
-])  # fmt: skip
+])
 def test_channels_of_which_names_and_user_tell(convention, told, given, expected) -> None:
     case = Case("p", Path("p.nii"), convention, told)
     if isinstance(expected, str):
@@ -213,7 +213,7 @@ def test_cases_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     ("two_t1.nii", "two_t1.nii.gz"), ("two_t1.nii", "two-t1n.nii"), ("two_seg.nii", "two_SEG.nii"),
     ("volume-2.nii", "volume-2.nii.gz"), ("BRATS_001.nii", "BRATS_001.nii.gz"),
     ("p_0000.nii", "p_0000.nii.gz"), ("imagesTr/s_0012.nii", "imagesTr/s_0012.nii.gz"),
-])  # fmt: skip
+])
 def test_files_of_which_a_case_has_two_are_named(tmp_path: Path, names: tuple[str, str]) -> None:
     """And the other cases go on."""
     touch(tmp_path, *names, "two_t2.nii", *(f"good_{kind}.nii" for kind in MRI))
@@ -381,7 +381,7 @@ def test_values_and_classes(convention: str, dtype: type) -> None:
         {k: 256 - k for k in range(1, 10)}, {k: k for k in range(1, 200)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_values_of_ones_own(table: dict[int, int]) -> None:
     rng = np.random.default_rng(0)
     classes = np.asfortranarray(rng.choice(np.array([0, *table], np.uint8), (6, 5, 40)))

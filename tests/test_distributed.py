@@ -245,7 +245,7 @@ def test_processes_that_share_no_disk_are_told_so(decathlon, cache, tmp_path):
 @pytest.mark.parametrize(("name", "value", "told"), [
     ("WORLD_SIZE", "two", "two"), ("RANK", "foo", "foo"), ("RANK", "-1", "-1"),
     ("RANK", None, "not set"), ("MASTER_PORT", "http", "http"),
-])  # fmt: skip
+])
 def test_what_the_environment_says_wrong_is_named(name, value, told, tmp_path, monkeypatch, capsys):
     right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for variable, content in {**right, name: value}.items():
@@ -265,7 +265,7 @@ def test_what_the_environment_says_wrong_is_named(name, value, told, tmp_path, m
 @pytest.mark.parametrize("task", [
     "kill", pytest.param("raise", marks=pytest.mark.long),
     pytest.param("lock", marks=pytest.mark.long),
-])  # fmt: skip
+])
 def test_a_first_process_that_fails_alone_ends_the_others_too(tmp_path, task):
     """Under plain processes, not torchrun, which would kill those that wait for ever."""
     path = script(tmp_path, FIRST_FAILS)

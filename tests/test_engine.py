@@ -425,7 +425,7 @@ def test_neighbours_and_threads_change_nothing(model, executor):
 @pytest.mark.parametrize(("widths", "segmenter"), [
     ((8, 8, 8, 8), "unet-12"), ((4, 8, 4, 4), "unet-12"), ((16, 8, 8, 8), "unet-12"),
     (None, "unet-12"), ((8, 8, 8, 8), "transbts-light"),
-])  # fmt: skip
+])
 def test_the_uninterrupted_way_answers_to_the_bit(widths, segmenter, monkeypatch):
     """Usual widths run in one graph; all others, and none in float, stage by stage."""
     from meddanet.engine.openvino_graphs import exact_sums, ov

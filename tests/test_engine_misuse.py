@@ -325,7 +325,7 @@ class Gated(nn.Module):
 @pytest.mark.parametrize(("padding", "dilation", "expected"), [
     (1, 1, 1), ("same", 1, 1), ("same", 3, 3), (2, 2, 2), (0, 1, EVERYWHERE), (3, 1, EVERYWHERE),
     ("valid", 1, EVERYWHERE),
-])  # fmt: skip
+])
 def test_how_far_a_convolution_looks(padding, dilation, expected):
     layer = QuantConv2d(2, 2, 3, padding=padding, dilation=dilation)
     assert halo(nn.Sequential(layer, nn.ReLU())) == expected
@@ -341,7 +341,7 @@ def test_how_far_a_convolution_looks(padding, dilation, expected):
     QuantConv2d(2, 2, 3, stride=2, padding=1),
     QuantConv2d(2, 2, 3, padding=1, padding_mode="circular"),
     nn.InstanceNorm2d(2), nn.AvgPool2d(3, 1, 1), LastStage(2, 2, Gated), Centred(2, 2, 1),
-])  # fmt: skip
+])
 def test_what_may_look_anywhere(layer):
     assert halo(nn.Sequential(layer)) == EVERYWHERE
 

@@ -416,7 +416,7 @@ def test_a_report_beside_the_reference_tells_of_both(tmp_path):
     '{"label_convention": "msd"}', '{"label_convention": ["x"]}', '{"label_convention": "hello"}',
     '{"case": "a", "versions": "1", "label_convention": "msd"}', '["case"]', '"case"', "{",
     '{"case": "a", "versions": {"python": "3"}, "label_convention": "msd"}', "[" * 100_000,
-])  # fmt: skip
+])
 @pytest.mark.parametrize("side", ["p", "r"])
 def test_a_json_that_is_no_report_tells_nothing(tmp_path, side, content):
     """As a scanner's or another program's: core is 1 and oedema 2 as without it, not as in MSD."""
@@ -583,7 +583,7 @@ def test_what_lies_beside_label_files_is_none(tmp_path):
 @pytest.mark.parametrize(("names", "scans"), [
     (("a.nii", "a.nii.gz"), False), (("a-seg.nii", "a_seg.nii"), False),
     (("a_seg.nii", "a_seg.nii.gz"), True),
-])  # fmt: skip
+])
 def test_two_label_maps_of_one_case(tmp_path, side, names, scans):
     """The case has no score, on whichever side they are, and the others have theirs."""
     for folder in ("out", "r"):

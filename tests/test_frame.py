@@ -28,7 +28,7 @@ def slices(size: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int
 
 @pytest.mark.parametrize(("size", "expected"), [
     ((48, 64), (48, 64)), ((41, 70), (48, 72)), ((9, 5), (16, 16)),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_without_a_canvas_slices_are_padded_at_their_ends(size, expected):
     assert frame_of(torch.zeros(2, 1, *size), 8, 16) == Frame(0, 0, *expected)
 
@@ -46,7 +46,7 @@ def test_without_a_canvas_slices_are_padded_at_their_ends(size, expected):
     ((96, 96), (40, 87), (20, 80), (40, 16, 48, 64)),
     # what does not fit makes it larger
     ((96, 96), (10, 70), (20, 40), (10, -6, 64, 64)),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_the_middle_lies_where_it_lay_in_training(size, rows, columns, expected):
     # one slice in eight is looked at where nothing is out of place
     given = slices(size, rows, columns).flip(0)

@@ -169,7 +169,7 @@ def test_a_first_volumes_kernels_are_compiled_side_by_side(tmp_path):
         [sys.executable, "-c", FIRST_VOLUME],
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t")},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     ahead, launched, compiled = map(int, run.stdout.split())
     assert ahead >= 40 and 0 < launched <= ahead and compiled == 0

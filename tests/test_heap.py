@@ -70,7 +70,7 @@ def test_nearly_all_is_kept(glibc):
 @pytest.mark.parametrize(("name", "value"), [
     ("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "65536"),
     ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536"),
-])  # fmt: skip
+])
 def test_what_the_user_has_set_stays(glibc, name, value):
     """Every map is one that the system makes anew."""
     faults, returned = counted("keep_freed_memory", 30, **{name: value})

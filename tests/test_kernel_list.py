@@ -112,14 +112,14 @@ def train(model):
 TRAINED = {
     "shift_kernel", "offset_gradient_kernel", "quantize_kernel", "input_encode_kernel",
     "input_decode_kernel", "masked_gradient_kernel", "width_gradient_kernel",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("route", "kernels"), [
     (segment, {"shift_kernel", "quantize_kernel", "input_encode_kernel"}),
     (windows, {"shift_kernel", "quantize_kernel", "input_encode_kernel"}),
     (train, TRAINED),
-])  # fmt: skip
+])
 def test_the_list_holds_all_that_a_route_launches(route, kernels, as_on_a_gpu):
     model = load_model()
     force_routes(model)

@@ -51,7 +51,7 @@ def write_scaled(path: Path, data: np.ndarray, dtype: type = np.int16) -> Path:
 
 @pytest.mark.parametrize(("dtype", "top"), [
     (np.int16, 1), (np.int16, 4), (np.int16, 117), (np.int16, 254), (np.int16, 1000), (np.uint8, 4),
-])  # fmt: skip
+])
 def test_labels_that_were_scaled_are_whole_again(scans, tmp_path, dtype: type, top: int) -> None:
     labels = np.resize(np.linspace(0, top, min(top, 119) + 1).round(), scans.SHAPE)
     path = write_scaled(tmp_path / "p_seg.nii", labels, dtype)

@@ -201,7 +201,7 @@ def test_an_input_that_is_refused_teaches_no_range(name):
         r"^input is torch\.(float64|int64), the layer's weights are torch\.float32$": [
             torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.int64)
         ],
-    }  # fmt: skip
+    }
     for message, inputs in refused.items():
         for input in inputs:
             with pytest.raises((RuntimeError, ValueError)):
@@ -224,7 +224,7 @@ def test_a_range_that_is_nan_gives_nan(name):
     ("dtype", "wide"),
     [(torch.float16, torch.float32), (torch.float32, torch.float32),
      (torch.float64, torch.float64)],
-)  # fmt: skip
+)
 def test_the_range_lies_where_the_weight_does(name, dtype, wide):
     quantised, _, args, kwargs, _ = CASES[name]
     layer = quantised(*args, **kwargs, device="meta", dtype=dtype)

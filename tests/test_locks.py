@@ -120,7 +120,7 @@ def test_only_a_runs_own_leftovers_are_cleared(tmp_path):
     others = [
         ".mine.partial", ".thesis.docx.123.partial", "a.json.7.partial", ".a.pt.g.partial",
         ".a.nii.gz.3c.partial",
-    ]  # fmt: skip
+    ]
     for name in (*ours, *others):
         (tmp_path / name).touch()
     with hold(tmp_path / "run.lock"):

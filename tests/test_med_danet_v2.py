@@ -76,7 +76,7 @@ def test_a_segmenter_of_another_make_without_widths():
     model = MedDANetV2(
         segmenter=Own(), policy=AlwaysWhole(), position=Shares(),
         bit_selectors=[], crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
-    )  # fmt: skip
+    )
     data = np.random.default_rng(0).uniform(1, 9, (2, 24, 32, 5)).astype(np.float32)
     volume = Volume(data, np.diag([-1.0, -1.0, 1.0, 1.0]), None, ("a", "b"))
     predictor = VolumePredictor(model, "cpu")
@@ -117,7 +117,7 @@ def test_stages_of_another_make_are_no_selectors(name):
         segmenter=Listed(name), policy=AlwaysWhole(), position=Shares(),
         bit_selectors=[BitSelector(6, 2), BitSelector(6, 2)],
         crop_last_stages=[nn.Conv2d(6, 3, 1)], crop_sizes=(16,),
-    )  # fmt: skip
+    )
     table, pixels = cost_table(model, (1, 2, 16, 16)), 16 * 16
     parts = {part: macs for part, macs in table.parts["whole"].items() if part != "selectors"}
     listed = {"enc1": 36, "enc2": 36} if name == "encoder" else {name: 72}
@@ -152,7 +152,7 @@ def made_by_hand(**changes) -> MedDANetV2:
     parts = {
         "segmenter": Own(), "policy": Answer(3), "position": Shares(), "bit_selectors": [],
         "crop_last_stages": [nn.Conv2d(6, 3, 1)], "crop_sizes": (16,),
-    }  # fmt: skip
+    }
     return MedDANetV2(**{**parts, **changes}).eval()
 
 
@@ -162,7 +162,7 @@ def made_by_hand(**changes) -> MedDANetV2:
      ({"crop_sizes": (0,)}, r"crop_sizes must be multiples of 4, got \(0,\)"),
      ({"crop_sizes": (16, 24)}, "one for each of 2 crop_sizes, got 1"),
      ({"crop_sizes": ()}, "one for each of 0 crop_sizes, got 1")],
-)  # fmt: skip
+)
 def test_parts_that_do_not_belong_together(parts, message):
     with pytest.raises(ValueError, match=message):
         made_by_hand(**parts)
@@ -176,7 +176,7 @@ def test_parts_that_do_not_belong_together(parts, message):
      ({"position": Answer(2, 1, 1)}, r"shape \[2, 2\], got \[2, 2, 1, 1\]"),
      ({"segmenter": Halved()}, r"features must return shape \[2, 6, 16, 16\], got \[2, 6, 8, 8\]"),
      ({"bit_selectors": [BitSelector(6, 2)]}, "once for each of 1 bit_selectors, asked 0 times")],
-)  # fmt: skip
+)
 def test_answers_of_another_shape_are_refused(parts, message):
     """Broadcast or pasted they would be a route that is none, one share for two, a smaller crop."""
     model = made_by_hand(**parts)

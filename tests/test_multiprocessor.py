@@ -24,7 +24,7 @@ def listing(*lines) -> str:
     for place, (line, stall, writes, waits, *reads) in enumerate(lines):
         upper = (stall | (reads or [NONE])[0] << 8 | writes << 5 | waits << 11) << 41
         text.append(f"        /*{16 * place:04x}*/                   {line} ;   "
-                    f"/* 0x0000000000007b1d */\n{' ' * 100}/* 0x{upper:016x} */")  # fmt: skip
+                    f"/* 0x0000000000007b1d */\n{' ' * 100}/* 0x{upper:016x} */")
     return "\n".join(text)
 
 
@@ -107,7 +107,7 @@ def test_the_way_goes_round_a_loop_until_all_is_added_up() -> None:
     code = listing(
         plain("MOV R1, R2"), plain("IMMA.16832.S8.S8 R8, R4, R6, R8"), plain("@!P0 BRA 0x10"),
         plain("STG.E [R2], R8"), EXIT,
-    )  # fmt: skip
+    )
     listed = warp_way.disassembled(code)
     names = [one.name for one in warp_way.shortest_way(listed, 3)]
     assert names == ["MOV", *["IMMA", "BRA"] * 3, "STG", "EXIT"]
@@ -170,7 +170,7 @@ def test_slow_units() -> None:
     # registers: 65536 / (128 * 96); shared memory; warps; programs
     ("sm_90", 96, 0, 4, 5), ("sm_89", 96, 24 * 1024, 4, 4), ("sm_89", 32, 0, 8, 6),
     ("sm_86", 16, 0, 1, 16), ("sm_90", 72, 0, 4, 7), ("sm_80", 73, 40 * 1024, 4, 4),
-])  # fmt: skip
+])
 def test_how_many_programs_fit(arch, registers, shared, warps, expected) -> None:
     row = {"arch": arch, "registers": registers, "shared_bytes": shared, "num_warps": warps}
     assert simulate.resident(row) == expected

@@ -25,7 +25,7 @@ def test_a_case_folder(scans, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("unit", "factor"), [
     ("meter", 0.001), ("mm", 1), ("micron", 1000), ("unknown", 1)
-])  # fmt: skip
+])
 def test_a_spacing_is_in_millimetres_whatever_the_unit(scans, tmp_path: Path, unit, factor) -> None:
     """The labels keep the scan's own grid and unit: programs lay one on the other."""
     affine = np.diag([factor, factor, 2 * factor, 1])

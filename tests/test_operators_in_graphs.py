@@ -158,7 +158,7 @@ class Integers(torch.nn.Module):
 
     def forward(self, codes, widths, offset):
         stem = quant_conv2d(codes, CONVS["stem"], ONE, num_bits=widths, stream=torch.float32,
-                            relu=True, output_amax=ONE)  # fmt: skip
+                            relu=True, output_amax=ONE)
         up = quant_conv2d(stem.codes, CONVS["up"], ONE, output_amax=ONE)
         labels = label_head(up.codes, CONVS["head"], offset=offset, size=20, amax=ONE)
         return stem.stream, up.codes, labels

@@ -58,7 +58,7 @@ def test_linear_layers_of_any_widths(widths, shape):
 @pytest.mark.parametrize("layer", [
     QuantConv2d(16, 24, 3, padding=1, groups=2, per_channel=True),
     QuantConvTranspose2d(16, 24, 2, stride=2, per_channel=True),
-], ids=["grouped", "transposed"])  # fmt: skip
+], ids=["grouped", "transposed"])
 def test_a_range_per_channel(layer, bits):
     layer.num_bits = layer.input_num_bits = bits
     layer.input_amax.fill_(3.0)
@@ -112,7 +112,7 @@ class Meaning(nn.Module):
     (Sized(), "output_size has no translation"),
     (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode, dilation, indices"),
     (Hooked(), "Hooked has hooks, which OpenVINO would not call"),
-])  # fmt: skip
+])
 def test_what_would_be_translated_wrongly(module, message):
     with pytest.raises(ValueError, match=message):
         graphs_of(module).graph(("one",), (1, 2, 8, 8))

@@ -44,7 +44,7 @@ def test_published_peaks_follow_from_clock_and_multiprocessors(name):
     (gpu_work.Work("", 1e6, 1e9, 1e9, 8e8), 1e-3, "instructions"),
     (gpu_work.Work("", 1e5, launches=10), 11.3e-6, "launch"),
     (gpu_work.Work("", 1e5, programs=10000), 6e-6, "programs"),
-])  # fmt: skip
+])
 def test_the_slowest_part_is_the_time(work, seconds, bound):
     found = predict.predict(work, CARD)
     assert found.bound == bound and found.seconds == pytest.approx(seconds)
@@ -208,7 +208,7 @@ def test_a_launch_without_a_model_is_an_error(monkeypatch):
 def test_the_plans_convolutions_are_those_of_the_list(num_bits):
     """Whole slices: the same bytes, operations and tiles as `gpu_work.unet` has."""
     listed = [c for c in [*gpu_work.unet(240), *gpu_work.last_stage(16, 240)]
-              for _ in range(c.times)]  # fmt: skip
+              for _ in range(c.times)]
     works = [c.work(10, 8 if c.stage is None else num_bits, TILES(c)) for c in listed]
     chosen = [{str(num_bits): 10}] * 4
     planned = plan_work.plan_work({"whole": 10}, chosen, TILES, decided=False)
@@ -290,11 +290,11 @@ def test_measured_kernels_stand_beside_their_roof(tmp_path):
         "case": "integer convolution 3x3, C=16, 240x240, 8 bit", "ours": "quant_conv2d",
         "bytes": 4.8e9, "operations": 1e9,
         "providers": {"quant_conv2d": {"cold_ms": {"median": 2.0}}},
-    }  # fmt: skip
+    }
     unmeasured = {**case, "bytes": None}
     found = predict.compare({
         "environment": {"device": "NVIDIA H200"}, "cases": [case, unmeasured],
-    })  # fmt: skip
+    })
     assert len(found) == 1 and found[0]["bound"] == "memory"
     assert found[0]["predicted_microseconds"] == 1000 and found[0]["share_of_roof"] == 0.5
 

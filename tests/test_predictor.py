@@ -343,7 +343,7 @@ def test_an_empty_volume_costs_nothing(model):
 
 @pytest.mark.parametrize(("height", "width", "fits", "too_large"), [
     (24, 44, 48, 56), (44, 24, 48, 80000), (8, 8, 16, 24),
-])  # fmt: skip
+])
 def test_a_window_larger_than_the_slices_is_refused(model, height, width, fits, too_large):
     """Beyond what rounding to the stride of 8, and the smallest side of 16, need."""
     scan = volume(noise(height, width, 3))
@@ -472,7 +472,7 @@ OBLIQUE = [[-0.9, 0.436, 0, 0], [-0.436, -0.9, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]
     (np.array(OBLIQUE), 1, None),
     (np.diag([-1.0, -1.0, 5.0, 1.0]), 1, "which is used, and qform (LPS, 1 x 1 x 5 mm) are two"),
     (None, 1, None),
-])  # fmt: skip
+])
 def test_two_geometries_in_a_header_are_a_warning(model, tmp_path, qform, code, told):
     """But none beside a qform that is no rotation; in metres sizes are told in millimetres, too."""
     header = nib.Nifti1Header()

@@ -61,7 +61,7 @@ def test_the_report_by_hand(lesion):
     assert report["share_of_static"] == {"mac": 0.25, "paper": 0.3333}
     assert report["macs"] == {
         "mac": 250, "paper": 400, "static_mac": 1000, "static_paper": 1200, "scaled_paper": 100
-    }  # fmt: skip
+    }
     assert report["bit_operations"] == 16000
     assert report["seconds"] == {
         "normalise": 0.25, "network": 1.0, "total": 1.5, "file_to_file": 2.0,
@@ -156,7 +156,7 @@ def test_a_ct_is_shown_in_the_models_window(tmp_path):
 @pytest.mark.parametrize(("name", "shown"), [
     ("M\u00fcller 3", "Muller 3"), ("Mu\u0308ller 3", "Muller 3"), ("\u8133-1", r"\u8133-1"),
     ("c\u00f8d\udcff", r"c\xf8d\udcff"),
-])  # fmt: skip
+])
 def test_a_name_is_shown_by_letters_that_the_font_has(lesion, tmp_path, name, shown):
     font, none = ImageFont.load_default(), bytes(ImageFont.load_default().getmask("\uffff"))
     assert all(bytes(font.getmask(letter)) != none for letter in shown)
@@ -187,7 +187,7 @@ def test_the_picture_is_turned_to_the_usual_view(lesion, tmp_path):
     ((5, 4), (1, 1), (165, 132)),
     ((1200, 900), (1, 1), (1200, 900)),
     ((240, 240), (1, 1000), (1, 1024)),
-])  # fmt: skip
+])
 def test_tiles_have_the_proportions_of_the_body(tmp_path, shape, spacing, size):
     scan = volume(np.diag([-spacing[0], -spacing[1], 1.0, 1.0]), (*shape, 2))
     scan.data[1] = 200

@@ -28,7 +28,7 @@ def results(tmp_path) -> committed.Results:
     def row(dice: float, mac: float) -> dict:
         regions = ("WT", "TC", "ET")
         return {"dice": dict.fromkeys(regions, dice), "hd95_mm": dict.fromkeys(regions, 3.0),
-                "mac": mac, "paper": 2 * mac, "scaled_paper": mac / 2}  # fmt: skip
+                "mac": mac, "paper": 2 * mac, "scaled_paper": mac / 2}
 
     def case(dice: float) -> dict:
         decisions = {
@@ -37,7 +37,7 @@ def results(tmp_path) -> committed.Results:
             "missed_slices": 1, "skipped": 25, "tumour_voxels": 100,
             "crop_coverage": {"model": 0.5, "image centre": 0.25, "brain centroid": None},
             "num_bits": [{"8": 4, "16": 2}],
-        }  # fmt: skip
+        }
         rows = {"S": row(dice, 1e9), "S+Q": row(dice, 1e9), "whole": row(1.0, 4e9)}
         return {"run": "fold0", "rows": rows, "decisions": decisions}
 
@@ -72,7 +72,7 @@ def test_kernels_of_a_cpu_stand_beside_their_peers(tmp_path):
     level = {
         "ours": "label_head", "ratios": {"layers": {"wall_ms": 2.0}},
         "providers": {"label_head": {"wall_ms": {"median": 1.5}}, "other": {"failed": "absent"}},
-    }  # fmt: skip
+    }
     path.write_text(json.dumps({"end to end": {}, "kernel head": level}))
     found = cells(tables.cpu_kernels(committed.Results(tmp_path)), 2)
     assert found == ["head", "label_head", "1.50", "layers 2.0x; other did not run"]
@@ -108,7 +108,7 @@ def test_tables_by_hand(results):
     assert [cells(table, n)[0] for n in (2, 3, 4)] == ["whole", "S", "S+Q"]
     assert cells(tables.decisions(results.accuracy), 2) == [
         "00001", "1 of 7", "25.0 %", "1 of 2", "50.0 %", "25.0 %", "", "8: 4/16: 2",
-    ]  # fmt: skip
+    ]
     assert cells(tables.accuracy_cases(results.accuracy), 2)[-1] == "2 skip, 5 crop, 2 whole"
     # two cases alike
     assert cells(tables.confusion(results.accuracy), 3) == ["**crop-96**", "2", "8", "2"]
@@ -116,7 +116,7 @@ def test_tables_by_hand(results):
 
 def test_ablations_by_hand(tmp_path):
     fold = {"dice": {"a": {"WT": 0.5}, "b": {"WT": 0.7}},
-            "slice_mega": {"mac": 10.0, "scaled_paper": 4.0}}  # fmt: skip
+            "slice_mega": {"mac": 10.0, "scaled_paper": 4.0}}
     other = {"dice": {"c": {"WT": 0.9}}, "slice_mega": {"mac": 20.0, "scaled_paper": 6.0}}
     seconds = {"0": {"0-static": 9.0}}
     kinds = {"S": {}, "S+Q": {"0": fold, "1": other}, "training CPU seconds": seconds}
@@ -180,7 +180,7 @@ def unknown_card(tmp_path) -> committed.Results:
         "case": "head", "volume": "phantom", "ours": "label_head", "bytes": 1e6, "operations": 1e9,
         "ratios": {"eager": {"cold_ms": 2.0}},
         "providers": {"label_head": queued, "eager": times, "absent": {"failed": "no such thing"}},
-    }  # fmt: skip
+    }
     write("kernels", cases=[case])
     write("network", cases=[{**case, "not_run": {"TensorRT": "not installed"}}])
     launches = json.loads((RESULTS / "gpu_launches_h200_00000.json").read_text())
@@ -192,7 +192,7 @@ def unknown_card(tmp_path) -> committed.Results:
     ("kernels", ["gpu_kernels", "forward_way"]), ("tune", ["gpu_tune", "gpu_tune_stage"]),
     ("tuned", ["gpu_network_tuned"]),
     ("network", ["gpu_network", "gpu_launches", "cold_start"]),
-])  # fmt: skip
+])
 def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
     """A stand-in for Python tells a card's name, and else what it was called with."""
     python = tmp_path / "python"
@@ -215,9 +215,9 @@ def test_the_gpus_script_names_files_as_they_are_read(part, kinds, tmp_path):
 def test_a_card_without_known_peaks_has_its_times_and_no_share(unknown_card):
     found = cells(gpu_tables.gpu_kernels(unknown_card), 2)
     assert found == ["NVIDIA GeForce Made-Up 9000", "head", "20.0", "",
-                     "eager ≤ 2.00x; absent did not run"]  # fmt: skip
+                     "eager ≤ 2.00x; absent did not run"]
     (line, other) = [n for n, row in enumerate(gpu_tables.gpu_network(unknown_card).splitlines())
-                     if "Made-Up 9000 | phantom" in row and "0.02" in row]  # fmt: skip
+                     if "Made-Up 9000 | phantom" in row and "0.02" in row]
     # of launches that outlast the queue the time between events is a bound
     network = gpu_tables.gpu_network(unknown_card)
     assert cells(network, line)[3:5] == ["**label_head**", "0.02"]
@@ -235,7 +235,7 @@ def test_files_that_owners_of_cards_send_are_rows_of_one_table(tmp_path):
         content = {
             "machine": {"gpus": ["Small", "Large"]}, "device": device, "case": "BraTS2021_00007",
             "plan": plan, "times": {name: {"seconds": found} for name, found in seconds.items()},
-        }  # fmt: skip
+        }
         (tmp_path / f"gpu_bench_{name}.json").write_text(json.dumps(content))
 
     write("a", "cuda:1", {"seconds": 0.0015}, eager=0.6, compiled=0.25, engine=0.005, predict=0.03)
@@ -261,7 +261,7 @@ def test_a_queue_holds_if_the_first_launch_is_still_waiting(held, monkeypatch):
             return not held
 
     for name, stand_in in {"Event": Event, "_sleep": lambda cycles: calls.append("sleep"),
-                           "synchronize": lambda: calls.append("wait")}.items():  # fmt: skip
+                           "synchronize": lambda: calls.append("wait")}.items():
         monkeypatch.setattr(timing.torch.cuda, name, stand_in, raising=False)
     assert timing.queue_holds(lambda: calls.append("launch")) is held
     assert calls == ["sleep", "record", "launch", "query", "wait"]
@@ -298,7 +298,7 @@ def test_curves_of_several_runs(tmp_path):
     (tmp_path / "fold0" / "validation.jsonl").write_text(json.dumps(looked) + "\n")
     found = curves.curves(tmp_path / "fold0")
     assert found == {"static": {"step": [50, 100], "loss": [2.0, 1.0], "cpu_seconds": [0, 1],
-                                "dice": [(50, 0.4)]}}  # fmt: skip
+                                "dice": [(50, 0.4)]}}
     assert curves.curves(tmp_path / "fold1")["static"]["loss"] == [3.0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no log.jsonl with steps"):

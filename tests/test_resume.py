@@ -503,7 +503,7 @@ def test_a_damaged_table_is_named(config, tmp_path, name):
 @pytest.mark.parametrize("damaged", [
     {"settings": {"modalities": None, "label_map": None}, "cases": {"disc_000": {}}},
     {"settings": [], "cases": {}}, {"settings": None, "cases": 1}, {"cases": {}},
-])  # fmt: skip
+])
 def test_a_table_with_parts_missing_is_named(config, tmp_path, damaged):
     path = tmp_path / "cache" / "cases.json"
     path.parent.mkdir()
@@ -643,7 +643,7 @@ def test_what_is_called_by_other_ways_than_forward_is_compiled_part_by_part(monk
     within = {id(part) for module in compiled for part in module.modules()}
     left = {name for name, part in model.named_modules() if id(part) not in within}
     assert left == {"", "segmenter", "segmenter.encoder", "crop_last_stages", "bit_selectors",
-                    "position"}  # fmt: skip
+                    "position"}
 
 
 def test_half_precision_with_loss_scaling(config, tmp_path):

@@ -22,7 +22,7 @@ def test_the_slow_path_of_a_division_is_passed_by() -> None:
     code = listing(
         "MUFU.RCP R0, R1", "@!P0 BRA 0x40", "MOV R2, 0x30", "CALL.REL.NOINC 0x60",
         "FADD R0, R0, R1", "EXIT", "FMUL R0, R0, R0", "RET.REL.NODEC R2 0x0",
-    )  # fmt: skip
+    )
     assert issued(code) == 4
 
 
@@ -30,7 +30,7 @@ def test_a_loop_with_products_runs_as_often_as_is_said() -> None:
     code = listing(
         "MOV R1, R2", "@P1 BRA 0x50", "LDSM.16.M88.4 R4, [R3]", "IMMA.16832.S8.S8 R8, R4, R6, R8",
         "@!P0 BRA 0x20", "STG.E [R2], R8", "EXIT",
-    )  # fmt: skip
+    )
     # the guard of a loop that never runs is no way: it multiplies nothing
     assert issued(code, steps=1) == 7
     assert issued(code, steps=9) == 4 + 9 * 3
@@ -40,7 +40,7 @@ def test_a_loop_may_hold_the_exit() -> None:
     code = listing(
         "@P0 EXIT", "MOV R1, R2", "@P1 BRA 0x40", "FADD R0, R0, R0", "STG.E [R2], R0", "@P2 EXIT",
         "MOV R1, R2", "BRA 0x20",
-    )  # fmt: skip
+    )
     # not the first one, which is for programs without work
     assert issued(code) == 5
 
@@ -49,7 +49,7 @@ def test_a_slow_path_that_lies_behind_is_no_loop() -> None:
     code = listing(
         "@P0 BRA 0x50", "MOV R1, R2", "IMMA R8, R4, R6, R8", "STG.E [R2], R8", "EXIT",
         "CALL.REL.NOINC 0x70", "BRA 0x10", "RET.REL.NODEC R2 0x0",
-    )  # fmt: skip
+    )
     assert issued(code, steps=1) == issued(code, steps=18) == 5
 
 
@@ -57,7 +57,7 @@ def test_the_shorter_of_two_ways_with_products() -> None:
     code = listing(
         "@P0 BRA 0x40", "IMMA R8, R4, R6, R8", "@!P1 BRA 0x10", "BRA 0x70",
         "IMMA R8, R4, R6, R8", "IMMA R8, R4, R6, R8", "NOP", "EXIT",
-    )  # fmt: skip
+    )
     assert issued(code, steps=1) == 5
     assert issued(code, steps=2) == 5
     assert issued(code, steps=3) == 5
@@ -78,7 +78,7 @@ def test_the_way_that_multiplies_as_much_as_is_said() -> None:
         "@P0 BRA 0x50", "IMMA.16832.S8.S8 R8, R4, R6, R8", "STG.E [R2], R8", "@P1 EXIT",
         "BRA 0x10", "IMMA.16832.S8.S8 R8, R4, R6, R8", "IMMA.16832.S8.S8 R8, R4, R6, R8",
         "STG.E [R2], R8", "EXIT",
-    )  # fmt: skip
+    )
     assert issued(code) == 4
     assert issued(code, products=2 * 16 * 8 * 32) == 5
     # 64 pixels, 16 channels and 32 of K by four warps together

@@ -150,7 +150,7 @@ def test_the_bit_selectors_may_learn_faster(model, cases, tmp_path):
     phase = PhaseConfig(
         "quantised", 1, batch=2, learning_rate=1e-3, warm_up=0, selector_rate=10,
         parts=("segmenter", "crop_last_stages", "bit_selectors"),
-    )  # fmt: skip
+    )
     run_phase(
         model, OBJECTIVES["quantised"], replace(phase, oracle_weight=0),
         Batches(cases, window=32, bit_weight=1.0), tmp_path / "0.pt", Monitor(tmp_path),

@@ -158,7 +158,7 @@ FACTS = {
     "modalities": ["mri", "ct"], "label_convention": "values", "label_values": {"1": 7, "2": 9},
     "window_hu": [-160, 240], "spacing_mm": [1.5, 1.5, 3.0], "canvas": [48, 64],
     "centre": [20.5, 31.0], "trained_on": ["p1"],
-}  # fmt: skip
+}
 
 
 def test_what_a_file_says_is_said_again_when_its_model_is_saved_anew(model, tmp_path):
@@ -197,7 +197,7 @@ def test_classes_of_which_nobody_has_told(tmp_path, num_classes, modalities, exp
 @pytest.mark.parametrize(
     ("name", "value"), [("window_hu", [1]), ("canvas", "a"), ("modalities", [7]),
                         ("label_values", [1, 2]), ("spacing_mm", {"x": 1})],
-)  # fmt: skip
+)
 def test_a_file_whose_facts_cannot_be_read_is_named(model, tmp_path, name, value):
     """As another program, or an earlier version, may have written them."""
     path = tmp_path / "a.safetensors"

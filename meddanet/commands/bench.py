@@ -37,7 +37,7 @@ def run(options: Namespace) -> int:
     result = bench_volume(
         model, volume, options.device, options.executor, options.rounds,
         tell=lambda line: say(f"{line} ...", sys.stderr),
-    )  # fmt: skip
+    )
     say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
         f"executor {result['executor']}, {result['machine']['threads']} threads")
     say(render(result))

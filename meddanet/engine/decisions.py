@@ -72,7 +72,7 @@ class _OneKernel(nn.Module):
     def __init__(
         self, operation: Callable[..., Tensor],
         packed: PackedStem | PackedStage | PackedPooledHead | PackedHeatHead,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.operation, self.packed = operation, packed
 

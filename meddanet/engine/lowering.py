@@ -99,7 +99,7 @@ class Group:
         self, name: str, input: Tensor, target: Conv, codes: Tensor, *,
         num_bits: Tensor | None = None, affine: Affine | None = None,
         offset: Tensor | None = None, slots: Tensor | None = None, done: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Appends the quantisation of floats for the convolution that reads them.
 
         Args:
@@ -117,7 +117,7 @@ class Group:
             input, target.amax, (codes.shape[3], codes.shape[4]),
             target.num_bits if num_bits is None else num_bits, affine, affine is not None, offset,
             slots, self.count, done,
-        )  # fmt: skip
+        )
         self.add(name, encode_kernel.run, call, codes)
 
     def conv(
@@ -126,7 +126,7 @@ class Group:
         affine: Affine | None = None, relu: bool = False, target: Conv | None = None,
         target_bits: int | Tensor | None = None, codes: Tensor | None = None,
         skip: tuple[Conv, Tensor] | None = None, moments: bool = False,
-    ) -> Moments | None:  # fmt: skip
+    ) -> Moments | None:
         """Appends a convolution of codes.
 
         Args:
@@ -154,12 +154,12 @@ class Group:
             residual, affine, relu, None if target is None else target.amax,
             8 if target is None else target.num_bits if target_bits is None else target_bits,
             None, self.count, skip_amax, skip_bits, mild=True,
-        )  # fmt: skip
+        )
         found = Moments(*conv_kernel.new_moments(call)) if moments else None
         self.add(
             name, conv_kernel.run, call, stream, codes, None if skip is None else skip[1],
             None if found is None else found.values,
-        )  # fmt: skip
+        )
         return found
 
 
@@ -182,7 +182,7 @@ class Level(NamedTuple):
 def lower_features(
     net: PackedUNet, group: Group, images: Tensor, num_bits: Tensor, last: Last,
     tile: tuple[Tensor, Size] | None = None,
-) -> Level:  # fmt: skip
+) -> Level:
     """Appends everything before the last stage.
 
     Args:
@@ -206,7 +206,7 @@ def lower_features(
     group.add(
         "gradients", selector_kernel.gradients, images, sums, group.size, group.corner,
         group.slices, group.count,
-    )  # fmt: skip
+    )
     levels = [_level(net, group, index) for index in range(len(net.stages))]
     moments = _lower_entry(group, "begin", net.begin, view, None, net.stages[0], levels[0])
     for index in range(len(net.stages)):
@@ -231,23 +231,23 @@ def _level(net: PackedUNet, group: Group, index: int) -> Level:
         group.stream(channels, size), group.planes(planes, channels, size),
         group.planes(planes, channels, size),
         None if last else group.planes(1, channels, size)[0],
-    )  # fmt: skip
+    )
 
 
 def _lower_entry(
     group: Group, name: str, conv: Conv, input: Tensor, num_bits: Tensor | None, stage: Stage,
     level: Level,
-) -> Moments:  # fmt: skip
+) -> Moments:
     """Appends the convolution before a stage: its stream, its moments and its guessed codes."""
     first, guess = stage.blocks[0], stage.guess
     codes: dict[str, Any] = {
         "affine": first.affine, "relu": True, "target": first.first, "target_bits": guess,
         "codes": level.codes[:1],
-    }  # fmt: skip
+    }
     moments = group.conv(
         name, conv, input, num_bits=num_bits, stream=level.stream, moments=True,
         **(codes if guess else {}),
-    )  # fmt: skip
+    )
     assert moments is not None, "they were asked for"
     return moments
 
@@ -255,7 +255,7 @@ def _lower_entry(
 def _lower_stage(
     net: PackedUNet, group: Group, levels: list[Level], index: int, gradients: Tensor,
     moments: Moments, record: Tensor,
-) -> Moments:  # fmt: skip
+) -> Moments:
     """Appends an encoder stage, its width included, whose input `_lower_entry` has stored.
 
     Returns the moments of the next stage's input; of the last stage its own.
@@ -266,27 +266,27 @@ def _lower_stage(
     group.add(
         f"width {index}", selector_kernel.select, bits, gradients, moments.values, *stage.selector,
         group.size, height * width, moments.length, group.count, group.slices, record,
-    )  # fmt: skip
+    )
     first = stage.blocks[0]
     if stage.guess == 0 or len(stage.widths) > 1:
         group.encode(
             f"stage {index}", level.stream, first.first, level.codes, num_bits=bits,
             affine=first.affine, done=stage.guess,
-        )  # fmt: skip
+        )
     for block, after in zip(stage.blocks, [*stage.blocks[1:], None], strict=True):
         name = f"stage {index} block"
         if after is not None:
             _lower_block(
                 group, name, block, level, num_bits=bits, stream=True, target=after.first,
                 target_bits=bits, affine=after.affine,
-            )  # fmt: skip
+            )
         elif stage.down is not None:
             assert level.skip is not None, "only the coarsest stage has no skip"
             fuse = net.ups[len(net.ups) - 1 - index].fuse
             _lower_block(
                 group, name, block, level, num_bits=bits, target=stage.down, target_bits=bits,
                 skip=(fuse, level.skip),
-            )  # fmt: skip
+            )
         else:
             _lower_block(group, name, block, level, num_bits=bits, target=net.ups[0].reduce)
     if stage.down is None:
@@ -294,7 +294,7 @@ def _lower_stage(
     return _lower_entry(
         group, f"down {index}", stage.down, level.codes, bits, net.stages[index + 1],
         levels[index + 1],
-    )  # fmt: skip
+    )
 
 
 def _lower_block(
@@ -302,7 +302,7 @@ def _lower_block(
     num_bits: Tensor | None = None, stream: bool = False, target: Conv,
     target_bits: Tensor | None = None, affine: Affine | None = None,
     skip: tuple[Conv, Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Appends a residual block from a level's codes and stream to its codes, and stream if asked.
 
     Args:
@@ -324,19 +324,19 @@ def _lower_block(
     group.conv(
         f"{name}, first", block.first, codes, num_bits=num_bits, relu=True, target=block.second,
         target_bits=num_bits, codes=inner,
-    )  # fmt: skip
+    )
     group.conv(
         f"{name}, second", block.second, inner, num_bits=num_bits, residual=level.stream,
         stream=level.stream if stream else None, affine=affine, relu=affine is not None,
         target=target, target_bits=target_bits,
         codes=level.codes if target_bits is not None else level.codes[:1], skip=skip,
-    )  # fmt: skip
+    )
 
 
 def _lower_up(
     group: Group, up: Up, below: Level, level: Level, output: Level | None = None,
     shift: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Appends the way up from the codes below and a level's skip to stream and codes.
 
     Args:
@@ -359,7 +359,7 @@ def _map(group: Group, channels: int, size: Size) -> Level:
     return Level(
         group.stream(channels, size), group.planes(1, channels, size),
         group.planes(1, channels, size), None,
-    )  # fmt: skip
+    )
 
 
 def lower_empty(group: Group, last: Last, size: Size) -> Level:
@@ -393,4 +393,4 @@ def lower_last(
         "labels", head_kernel.run, labels, level.codes[0], end.codes[variant, 0],
         end.scale[variant], end.bias[0], last.end.amax, num_bits, corner, group.slices, group.count,
         margin,
-    )  # fmt: skip
+    )

@@ -217,7 +217,7 @@ class _Translation:
         integer = (
             layer.quantize and max(num_bits, input_num_bits) <= 8
             and self.exact.allows(layer, source in self.non_negative)
-        )  # fmt: skip
+        )
         codes = self._on_grid(source, layer, input_num_bits, integer)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
         weight = _weight(layer, num_bits, gain, integer, tokens=rank(codes) == 3)

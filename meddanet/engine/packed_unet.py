@@ -103,7 +103,7 @@ class PackedUNet:
             layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups,
             num_bits=num_bits or layer.num_bits, per_channel=layer.per_channel,
             transposed=transposed, norm=None if norm is None else norm_affine(norm),
-        )  # fmt: skip
+        )
         if not conv_kernel.supports(packed) or getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"executor triton has no kernel for {layer}; use eager")
         amax = layer.input_amax.detach().float().reshape(1)
@@ -120,7 +120,7 @@ class PackedUNet:
         return Block(
             (gain, shift),
             self._conv(block.conv1, num_bits, block.norm2), self._conv(block.conv2, num_bits),
-        )  # fmt: skip
+        )
 
     def _stage(self, stage: Any, selector: Any) -> Stage:
         widths = [int(width) for width in selector.widths.tolist()]
@@ -131,7 +131,7 @@ class PackedUNet:
              torch.tensor(widths, dtype=torch.int32, device=self._device)),
             [self._block(block, widths) for block in stage.blocks],
             None if stage.down is None else self._conv(stage.down, widths),
-        )  # fmt: skip
+        )
 
     def _up(self, up: Any, block: ResidualBlock) -> Up:
         reduce, double, fuse = (self._conv(layer) for layer in (up.reduce, up.up, up.fuse))

@@ -204,7 +204,7 @@ class Plan:
         level = lower_features(
             self._planned.unet, group, self.images, self.num_bits, last,
             (group.shift, (height, width)),
-        )  # fmt: skip
+        )
         lower_last(group, last, level, self.labels, group.start, margin)
         self._backgrounds[1 + index] = label_background(last, self._size, group.count.device)
 

@@ -147,13 +147,13 @@ LAUNCHED = [
     "conv_kernel", "head_kernel", "input_decode_kernel", "input_encode_kernel",
     "masked_gradient_kernel", "offset_gradient_kernel", "quantize_kernel", "shift_kernel",
     "width_gradient_kernel",
-]  # fmt: skip
+]
 KERNELS = {
     *LAUNCHED, "encode_kernel", "gradients_kernel", "heat_head_kernel", "pooled_head_kernel",
     "route_kernel", "seen_kernel", "select_kernel", "shuffle_stage_kernel", "shuffle_stem_kernel",
     "view_kernel",
     "way_up_kernel",
-}  # fmt: skip
+}
 # which multiply in half precision
 HALVES = ("heat_head_kernel", "pooled_head_kernel", "shuffle_stage_kernel", "shuffle_stem_kernel")
 FIRST = "first convolution, 4 to 16 channels, 240"
@@ -216,7 +216,7 @@ print(len(hits), all(hits))
         [sys.executable, "-c", code],
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t")},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     launched, found = run.stdout.split()
     assert (int(launched), found) == (4, "True"), run.stderr
 
@@ -252,7 +252,7 @@ def test_entries_say_what_they_are(home):
     found = list(entries(home / "meddanet" / "kernels"))
     assert {(entry.arch, entry.triton) for entry in found} == {(89, triton.__version__)}
     listed = {v.key: v for name, launch in some_classes().items()
-              for v in variants.record(89, name, launch)}  # fmt: skip
+              for v in variants.record(89, name, launch)}
     assert {entry.key: entry.kernel for entry in found} == {k: v.name for k, v in listed.items()}
     assert {p.suffix for entry in found for p in entry.path.iterdir()} == {".cubin", ".json"}
 
@@ -273,7 +273,7 @@ def test_a_build_replaces_its_architecture_and_leaves_the_others(tmp_path, monke
         assert steps == [(n + 1, len(archs)) for n in range(len(archs))]
     keys = {(entry.arch, entry.key) for entry in entries(tmp_path)}
     wanted = [(arch, variants.record(arch, name, launches[name])[0].key)
-              for arch, name in ((90, crop), (86, paste))]  # fmt: skip
+              for arch, name in ((90, crop), (86, paste))]
     assert keys == set(wanted)
 
 
@@ -303,7 +303,7 @@ def test_architectures(text):
     ("8.6;sm_89", "unknown CUDA architecture 'sm_89'; known are 8.0, 8.6"),
     ("7.5", "unknown CUDA architecture '7.5'"),
     (" ; ", "no CUDA architecture named"),
-])  # fmt: skip
+])
 def test_architectures_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         aot.parse_archs(text)
@@ -382,7 +382,7 @@ def test_kernels_are_compiled_at_a_time(monkeypatch):
 @pytest.mark.parametrize(("error", "told"), [
     (ImportError("no _base32 here"), "which ones cannot be told (ImportError: no _base32 here)"),
     (torch.OutOfMemoryError("CUDA out of memory"), None),
-])  # fmt: skip
+])
 def test_kernels_that_cannot_be_told_compile_one_by_one(monkeypatch, caplog, error, told):
     """Triton's insides are its own business; what a plan needs of memory is the engine's."""
 
@@ -506,7 +506,7 @@ def test_machine_code_of_wide_stages(shape, dtype):
     partial(pooled_head_triton._launch_meta, 256, 1024, 32),
     partial(heat_head_triton._launch_meta, 96, 64),
     partial(heat_head_triton._launch_meta, 128, 128),
-], ids=["shufflenetv2", "widest pooled", "heat map of shufflenetv2", "widest map"])  # fmt: skip
+], ids=["shufflenetv2", "widest pooled", "heat map of shufflenetv2", "widest map"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_machine_code_of_wide_heads(launch, dtype):
     """No spill, and room on the smallest GPU."""
@@ -540,7 +540,7 @@ def test_the_table_of_results_lists_every_variant():
     rows = table["variants"]
     listed = {(row["arch"], row["kernel"], row["shape_class"]) for row in rows}
     wanted = {(f"sm_{arch}", v.name, v.shape_class): v.key for arch in machine_code.ARCHS for v in
-              variants.variants(arch)}  # fmt: skip
+              variants.variants(arch)}
     advice = "run python benchmarks/machine_code.py FILE"
     assert wanted.keys() == listed, advice
     for row in rows:

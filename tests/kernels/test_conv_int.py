@@ -107,7 +107,7 @@ CASES = {
     "one pixel": Case(size=(1, 1)),
     "one channel": Case(channels=(1, 1)),
     "wider than two tiles of channels": Case(kernel=1, padding=0, channels=(4, 130), size=(2, 2)),
-}  # fmt: skip
+}
 
 
 def loops(x, w, stride, padding, transposed):
@@ -199,7 +199,7 @@ class Problem:
         conv = pack_conv(
             self.weight, self.bias, case.stride, case.padding, num_bits=case.packed,
             per_channel=case.per_channel, transposed=case.transposed, norm=self.norm,
-        )  # fmt: skip
+        )
         wide = not isinstance(case.bits, int) or case.bits > 8
         tensor = lambda v: torch.tensor(v) if isinstance(v, tuple) else v  # noqa: E731
         return function(
@@ -267,7 +267,7 @@ def test_a_step_through_the_sums_may_reach_beyond_them(name, backend, narrow, mo
 @pytest.mark.parametrize(
     "name", ["one width per sample", "widths between", "transposed 2x2, 16 bits",
              "slots permuted, the last unused", "8 bits in, 16 out"],
-)  # fmt: skip
+)
 def test_parts_of_a_tile(name, backend, narrow, monkeypatch):
     """More pixels than a part has, and rows of which the last parts have none."""
     if backend == "triton":
@@ -344,7 +344,7 @@ def test_the_largest_codes_sum_up_exactly(bits, transposed):
 
 def test_16_bit_codes_are_those_of_float64_but_at_ties(tolerances):
     case = Case(channels=(4, 32), size=(14, 16), bits=16, out_bits=16, affine=True,
-                residual=torch.float32, batch=1)  # fmt: skip
+                residual=torch.float32, batch=1)
     problem = Problem(case)
     problem.output_amax = torch.tensor(9.0)
     _, value = problem.values(0, np.float64)
@@ -420,7 +420,7 @@ def test_a_preactivation_block_is_two_calls_with_nothing_between(
 ):
     block, x = residual_block(bits), torch.randn(2, 16, 6, 7)
     first = pack_conv(block.conv1.weight, block.conv1.bias, padding=1, num_bits=bits,
-                      norm=norm_affine(block.norm2))  # fmt: skip
+                      norm=norm_affine(block.norm2))
     second = pack_conv(block.conv2.weight, block.conv2.bias, padding=1, num_bits=bits)
     amax = [conv.input_amax.reshape(1) for conv in (block.conv1, block.conv2)]
     activated = block.norm1(x).relu()
@@ -429,9 +429,9 @@ def test_a_preactivation_block_is_two_calls_with_nothing_between(
 
     with Operations() as operations:
         middle = quant_conv2d(codes, first, amax[0], num_bits=bits, relu=True,
-                              output_amax=amax[1], output_num_bits=bits)  # fmt: skip
+                              output_amax=amax[1], output_num_bits=bits)
         result = quant_conv2d(middle.codes, second, amax[1], num_bits=bits, residual=stream,
-                              stream=torch.float32)  # fmt: skip
+                              stream=torch.float32)
     assert operations.called == ["meddanet.quant_conv2d.default"] * 2
     assert launches == ["conv_kernel"] * (2 if backend == "triton" else 0)
 
@@ -588,7 +588,7 @@ def test_infinities_have_the_largest_codes(out_bits):
     residual = torch.tensor([math.inf, -math.inf, 0.25]).reshape(1, 3, 1, 1)
     codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8)
     result = quant_conv2d(codes, conv, one, residual=residual, stream=torch.float32,
-                          output_amax=one, output_num_bits=out_bits)  # fmt: skip
+                          output_amax=one, output_num_bits=out_bits)
     largest = QMAX[out_bits]
     found = join_codes(result.codes) if out_bits > 8 else result.codes
     assert found.flatten().tolist() == [largest, -largest, 32 if out_bits == 8 else 8160]
@@ -601,10 +601,10 @@ def test_a_step_of_zero_gives_zeros(bits):
     conv = pack_conv(torch.randn(4, 4, 1, 1), num_bits=bits)
     zero, one = torch.zeros(()), torch.ones(())
     result = quant_conv2d(encode(x, zero, bits), conv, zero, num_bits=bits, stream=torch.float32,
-                          output_amax=one)  # fmt: skip
+                          output_amax=one)
     assert not result.stream.any() and not result.codes.any()
     result = quant_conv2d(encode(x, one, bits), conv, one, num_bits=bits, output_amax=zero,
-                          output_num_bits=bits)  # fmt: skip
+                          output_num_bits=bits)
     assert not result.codes.any()
 
 
@@ -617,7 +617,7 @@ def test_what_is_not_finite_stays_in_its_pixel_and_has_code_0(out_bits):
     one = torch.ones(())
     result = quant_conv2d(encode(x, one), conv, one, residual=residual, stream=torch.float32,
                           affine=(torch.ones(4), torch.zeros(4)), relu=True, output_amax=one,
-                          output_num_bits=out_bits)  # fmt: skip
+                          output_num_bits=out_bits)
     assert torch.equal(result.stream.isfinite(), residual.isfinite())
     codes = join_codes(result.codes) if out_bits == 16 else result.codes
     assert codes[0, 1, 2, 0] == 0
@@ -661,10 +661,10 @@ def test_ranges_per_sample_follow_their_samples():
     slots = torch.tensor([2, 0])
     codes = encode(x, ranges, torch.full((3,), 8))[0]
     result = quant_conv2d(codes, conv, ranges, stream=torch.float32, slots=slots,
-                          output_amax=outputs)  # fmt: skip
+                          output_amax=outputs)
     for m, n in enumerate((2, 0)):
         alone = quant_conv2d(codes[n : n + 1], conv, ranges[n], stream=torch.float32,
-                             output_amax=outputs[m])  # fmt: skip
+                             output_amax=outputs[m])
         assert torch.equal(result.stream[m], alone.stream[0])
         assert torch.equal(result.codes[m], alone.codes[0])
 
@@ -691,7 +691,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     together = problem.run()
     for n in range(3):
         alone = replace(problem.case, bits=(problem.case.bits[n],), batch=1,
-                        out_bits=(problem.case.out_bits[n],))  # fmt: skip
+                        out_bits=(problem.case.out_bits[n],))
         problem_n = Problem.__new__(Problem)
         problem_n.__dict__.update(problem.__dict__, case=alone, codes=problem.codes[n : n + 1])
         result = problem_n.run()
@@ -782,7 +782,7 @@ def test_other_convolutions_take_the_reference_and_say_so_once(geometry, channel
 def test_bad_arguments(change, message):
     conv = pack_conv(torch.ones(4, 4, 3, 3), num_bits=(8, 16))
     arguments = {"input": torch.zeros(1, 4, 3, 3, dtype=torch.int8), "amax": torch.ones(()),
-                 "stream": torch.float32, **change}  # fmt: skip
+                 "stream": torch.float32, **change}
     for function in (quant_conv2d, quant_conv2d_reference):
         with pytest.raises(ValueError, match=message):
             function(arguments["input"], conv, arguments["amax"],
@@ -812,7 +812,7 @@ def test_weights_of_a_width_that_is_not_packed():
     for width in (16, torch.tensor([16])):
         with pytest.raises(ValueError, match=r"codes of 16 bits meet weights packed for \[8\]"):
             quant_conv2d(encode(torch.ones(1, 4, 1, 1), one, 16), conv, one, num_bits=width,
-                         stream=torch.float32)  # fmt: skip
+                         stream=torch.float32)
     with pytest.raises(ValueError, match="running statistics"):
         norm_affine(torch.nn.BatchNorm2d(2, track_running_stats=False))
 
@@ -821,5 +821,5 @@ def test_narrow_weights_serve_wider_codes():
     weight, x, one = torch.randn(4, 4, 1, 1), torch.randn(1, 4, 2, 2), torch.ones(())
     stream = quant_conv2d(encode(x, one), pack_conv(weight, num_bits=4), one, stream=torch.float32)
     exact = torch.nn.functional.conv2d(fake_quantize(x, 8, one).double(),
-                                       fake_quantize(weight, 4).double())  # fmt: skip
+                                       fake_quantize(weight, 4).double())
     torch.testing.assert_close(stream.stream, exact.float())

@@ -153,7 +153,7 @@ def _every_class():
         forward_way.ShapeClass(device, bytes, kernel, stride, channels)
         for device in ("cpu", "sm_00") for bytes in (1, 2) for kernel in (1, 3)
         for stride in (1, 2) for channels in (4, 8, 16, 32, 64, 128)
-    ]  # fmt: skip
+    ]
 
 
 # (Cin, Cout, kernel), arguments of the convolution, input size, range of the input
@@ -166,7 +166,7 @@ GEOMETRIES = {
 WIDTHS = {
     "8 bit": (8, 8), "16 bit": (16, 16), "4 and 7 bit": (4, 7),
     "per sample": ([8, 16, 5], [8, 16, 5]), "weights per sample": ([8, 3, 8], 8),
-}  # fmt: skip
+}
 
 
 def each(widths):
@@ -210,7 +210,7 @@ def test_output_and_gradients_are_those_of_float64(way, name, widths, tolerances
         *leaves, **geometry, num_bits=as_argument(weight_bits),
         input_num_bits=as_argument(input_bits), per_channel=per_channel,
         input_amax=None if amax is None else torch.tensor(amax),
-    )  # fmt: skip
+    )
     grad = torch.randn_like(out)
     actual = out.detach(), *torch.autograd.grad(out, leaves, grad)
     native, exact = (
@@ -232,7 +232,7 @@ def test_widths_that_learn_keep_their_gradient(way, layout):
     bits, input_bits = (torch.tensor(widths, dtype=torch.float32) for _ in range(2))
     leaves = [t.requires_grad_() for t in (x.clone(), weight.clone(), bits, input_bits)]
     out = fake_quant_conv2d(leaves[0], leaves[1], padding=1, num_bits=bits,
-                            input_num_bits=input_bits, input_amax=torch.tensor(1.5))  # fmt: skip
+                            input_num_bits=input_bits, input_amax=torch.tensor(1.5))
     grad = torch.randn_like(out)
     _, _, by_bits, by_input_bits = torch.autograd.grad(out, leaves, grad)
     for n, b in enumerate(widths):
@@ -245,7 +245,7 @@ def test_widths_that_learn_keep_their_gradient(way, layout):
         with torch.no_grad():
             slope = F.conv2d(values, weight.double() - rounded, padding=1)
             wanted = (g * slope).sum() * math.log(2), (
-                g_in * (x[n : n + 1].double() - values)).sum() * math.log(2)  # fmt: skip
+                g_in * (x[n : n + 1].double() - values)).sum() * math.log(2)
         # sums of a few hundred float32 products
         for actual, exact in zip((by_bits[n], by_input_bits[n]), wanted, strict=True):
             assert actual.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-5)
@@ -278,7 +278,7 @@ def test_codes_are_kept_instead_of_values(way, bits, least, amax):
 
     def ours():
         return fake_quant_conv2d(x, weight, padding=1, num_bits=bits, input_num_bits=bits,
-                                 input_amax=amax)  # fmt: skip
+                                 input_amax=amax)
 
     theirs, _ = saved_bytes(pytorchs, [weight])
     kept, _ = saved_bytes(ours, [weight])
@@ -315,7 +315,7 @@ def test_nothing_is_kept_where_nothing_learns(monkeypatch):
     fake_quant_conv2d(x, weight, num_bits=8, input_num_bits=8, input_amax=torch.ones(1))
     assert [(o["planes"], o["mask"]) for o in asked] == [
         (0, False), (0, False), (1, False), (1, True)
-    ]  # fmt: skip
+    ]
 
 
 def test_special_values(way):
@@ -334,7 +334,7 @@ def test_special_values(way):
         assert large.isfinite().all() and large.abs().max() > 1e29
     # an infinity saturates in a range that is given; a NaN never becomes a number
     out = fake_quant_conv2d(x, weight, padding=1, num_bits=8, input_num_bits=8,
-                            input_amax=torch.tensor(1.0))  # fmt: skip
+                            input_amax=torch.tensor(1.0))
     assert out[[0, 2, 3]].isfinite().all() and out[1, :, 1:4, 1:4].isnan().all()
     for zero in (weight * 0, weight * math.nan):
         out = fake_quant_conv2d(x[3:], zero, num_bits=8, input_num_bits=8)
@@ -353,7 +353,7 @@ def test_one_bad_weight_spoils_its_range(way):
 @pytest.mark.parametrize("widths", [8, torch.zeros(0)], ids=["one width", "per sample"])
 def test_an_empty_batch(way, widths):
     leaves = [torch.zeros(0, 4, 7, 7, requires_grad=True), torch.randn(6, 4, 3, 3,
-              requires_grad=True), torch.randn(6, requires_grad=True)]  # fmt: skip
+              requires_grad=True), torch.randn(6, requires_grad=True)]
     out = fake_quant_conv2d(*leaves, stride=2, padding=1, num_bits=widths, input_num_bits=widths)
     assert out.shape == (0, 6, 4, 4)
     out.sum().backward()
@@ -407,7 +407,7 @@ def test_any_shape_width_and_layout(channels, size, geometry, bits, scale, layou
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_way, "SPEED_UP", dict.fromkeys(_every_class(), 2.0))
         out = fake_quant_conv2d(x, weight, None, stride, padding, num_bits=bits[0],
-                                input_num_bits=bits[1], input_amax=torch.tensor(scale))  # fmt: skip
+                                input_num_bits=bits[1], input_amax=torch.tensor(scale))
     wanted = exact * (step.double() * weight_step.double())
     bound = F.conv2d(codes.double().abs(), weight_codes.double().abs(), None, stride, padding)
     # float rounding of products and sums, relative to the sum of magnitudes
@@ -420,7 +420,7 @@ def test_any_shape_width_and_layout(channels, size, geometry, bits, scale, layou
 
 def class_of(x, weight, **geometry):
     stride, padding, dilation = (geometry.get(k, v) for k, v in
-                                 (("stride", 1), ("padding", 1), ("dilation", 1)))  # fmt: skip
+                                 (("stride", 1), ("padding", 1), ("dilation", 1)))
     values = [stride] * 2 + [padding] * 2 + [dilation] * 2 + [geometry.get("groups", 1)]
     return forward_way.shape_class(x, weight, values, 1)
 
@@ -437,7 +437,7 @@ def test_classes_of_shapes(on_codes, backend):
         class_of(x, weight, stride=3), class_of(x, torch.zeros(4, 24, 5, 5)),
         class_of(x.double(), weight), class_of(x[:0], weight),
         class_of(x, torch.zeros(4, 24, 1, 3)),
-    ):  # fmt: skip
+    ):
         assert other is None
 
 

@@ -104,7 +104,7 @@ def test_the_input_is_quantised_by_each_samples_range_or_a_given_one(widths, ama
     out = fake_quant_conv2d(
         input, weight, **arguments, num_bits=8, input_num_bits=widths,
         input_amax=None if amax is None else torch.tensor(amax),
-    )  # fmt: skip
+    )
     tolerances.reduction(
         out,
         native=F.conv2d(rounded.float(), wanted_weight.float(), **arguments),
@@ -160,7 +160,7 @@ def test_every_result_is_the_references(widths, name):
         out = function(
             *leaves[:3], **arguments, num_bits=num_bits, input_num_bits=num_bits,
             input_amax=torch.tensor(1.0), per_channel=True,
-        )  # fmt: skip
+        )
         results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted)

@@ -96,12 +96,12 @@ def compare(op, reference, leaves, tolerances):
 def test_crop_and_paste(device, layout, size, tolerances):
     x, offset = leaf(device, 3, 5, 13, 17, layout=layout), leaf(device, 3, 2)
     for op, reference in ((bilinear_crop, bilinear_crop_reference),
-                          (affine_paste, affine_paste_reference)):  # fmt: skip
+                          (affine_paste, affine_paste_reference)):
         compare(
             lambda x, o, op=op: op(x, o, size),
             lambda x, o, reference=reference: reference(x, o, size),
             [x, offset], tolerances,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("layout", [DENSE, LAST])
@@ -115,7 +115,7 @@ def test_fake_quantize(device, layout, widths, given):
     host = x.detach().cpu().requires_grad_()
     expected = fake_quantize_reference(host, bits, amax)
     on_device = [None if v is None else v.to(device) if isinstance(v, torch.Tensor) else v
-                 for v in (bits, amax)]  # fmt: skip
+                 for v in (bits, amax)]
     out = fake_quantize(x, *on_device)
     grad = torch.randn(3, 5, 13, 17)
     assert torch.equal(out.cpu(), expected)
@@ -138,12 +138,12 @@ def test_training_convolution(device, widths, tolerances):
         return op(
             x, weight, stride=2, padding=1, num_bits=bits, input_num_bits=8,
             input_amax=torch.tensor(2.0, device=x.device),
-        )  # fmt: skip
+        )
 
     compare(
         lambda x, w: run(fake_quant_conv2d, x, w),
         lambda x, w: run(fake_quant_conv2d_reference, x, w), [x, weight], tolerances,
-    )  # fmt: skip
+    )
 
 
 CONVOLUTIONS = {
@@ -162,7 +162,7 @@ def test_integer_convolution(device, name, num_bits, tolerances):
     mixed = not isinstance(num_bits, int)
     weight = torch.randn(shape) / 8
     conv = pack_conv(weight, torch.randn(shape[1 if "transposed" in geometry else 0]),
-                     num_bits=(5, 8, 16) if mixed else num_bits, **geometry)  # fmt: skip
+                     num_bits=(5, 8, 16) if mixed else num_bits, **geometry)
     channels = shape[0] if "transposed" in geometry else shape[1]
     bits = torch.tensor(num_bits) if mixed else num_bits
     x = torch.randn(3, channels, 11, 14)
@@ -179,7 +179,7 @@ def test_integer_convolution(device, name, num_bits, tolerances):
             relu=True, output_amax=to(torch.tensor([3.0])), output_num_bits=out_bits,
             slots=to(slots), count=to(count),
             affine=(to(torch.rand(conv.out_channels) + 0.5), to(torch.zeros(conv.out_channels))),
-        )  # fmt: skip
+        )
 
     torch.manual_seed(1)
     actual = run(quant_conv2d, device)
@@ -285,7 +285,7 @@ def test_select_bits(device):
     weight, bias = torch.zeros(2, 24), torch.tensor([0.0, -1.7])
     weight[1, 8:] = 1 / 16
     routing = {"offset": torch.tensor([[0, 0], [8, 15], [3, 2]]),
-               "slots": torch.tensor([1, 0, 1]), "count": torch.tensor([3])}  # fmt: skip
+               "slots": torch.tensor([1, 0, 1]), "count": torch.tensor([3])}
 
     def run(op, where):
         to = {name: value.to(where) for name, value in routing.items()}
@@ -356,7 +356,7 @@ def test_shuffle_stage(device, halved, units, branch, dtype, tolerances):
     tolerances.reduction(
         actual.cpu(), native=shuffle_stage_reference(x, stage),
         exact=shuffle_stage_reference(x.double(), exact_stage),
-    )  # fmt: skip
+    )
 
 
 def many(device: torch.device, there: int, here: int) -> int:
@@ -376,7 +376,7 @@ def test_shuffle_stem(device, size, dtype, tolerances):
     tolerances.reduction(
         actual.cpu(), native=shuffle_stem_reference(x, stem),
         exact=shuffle_stem_reference(x.double(), exact_stem),
-    )  # fmt: skip
+    )
 
 
 def head_layers(channels, hidden, dtype):
@@ -449,7 +449,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.long) if name == "shufflenetv2" else name
     for name in NETWORKS
-])  # fmt: skip
+])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_frozen_decision_networks(device, name, dtype, tolerances):
     """A network with its stem, stages and head as operations, against itself in float64."""
@@ -467,7 +467,7 @@ def test_frozen_decision_networks(device, name, dtype, tolerances):
     assert sum(isinstance(module, _OneKernel) for module in small.modules()) == parts
     assert not any(isinstance(m, ShuffleUnit | torch.nn.BatchNorm2d) for m in small.modules())
     calls = ((network, x.double()), (deepcopy(network).to(dtype), x),
-             (small, x.to(device).contiguous(memory_format=LAST)))  # fmt: skip
+             (small, x.to(device).contiguous(memory_format=LAST)))
     # a centre of mass would hide most of a map, and its head has a test of its own
     exact, native, found = (
         model.stages(model.stem(x)) if name == "heatmap" else model(x) for model, x in calls

@@ -98,7 +98,7 @@ def test_what_lies_outside_goes_through_the_norm():
     codes = encode(
         torch.ones(1, 2, 2, 2), ONE, affine=(torch.ones(2), torch.tensor([0.5, -0.5])), relu=True,
         offset=torch.tensor([[5, 5]]),
-    )  # fmt: skip
+    )
     assert codes[0, :, 0, 0].tolist() == [64, 0]  # 63.5 is a tie: to even
 
 

@@ -64,7 +64,7 @@ def problem(samples=2, channels=16, classes=4, region=(5, 6), codes=True):
                      id="more than a block"),
         pytest.param({"classes": 1}, (6, 6), [[0, 0], [0, 0]], id="one class"),
     ],
-)  # fmt: skip
+)
 def test_against_loops(codes, shape, size, offset):
     x, weights, exact = problem(codes=codes, **shape)
     labels = label_head(x, **weights, offset=torch.tensor(offset), size=size)
@@ -78,7 +78,7 @@ def test_slots_and_count(count):
     labels = label_head(
         x, **weights, offset=torch.tensor([[0, 0], [2, 1]]), size=(7, 7), slices=4,
         slots=torch.tensor([3, 1]), count=None if count is None else torch.tensor([count]),
-    )  # fmt: skip
+    )
     used = 2 if count is None else min(count, 2)
     assert np.array_equal(
         labels.numpy(), by_loops(exact, [[0, 0], [2, 1]], (7, 7), 4, [3, 1], used)
@@ -129,18 +129,18 @@ def test_the_first_of_equal_classes_wins(codes):
     x = torch.ones(1, 4, 1, 1)
     weight = torch.tensor([0.0, 1.0, 1.0, 0.5])[:, None, None, None].expand(4, 4, 1, 1)
     x, weights = (encode(x, ONE), {"weight": pack_conv(weight), "amax": ONE}) if codes else (
-        x, {"weight": weight})  # fmt: skip
+        x, {"weight": weight})
     offset = torch.zeros(1, 2, dtype=torch.int64)
     assert label_head(x, **weights, offset=offset, size=1).item() == 1
 
 
 @pytest.mark.parametrize("row", [[1, math.nan, 2], [math.nan, 9, 9], [1, 2, math.nan],
                                  [1, math.nan, math.nan], [math.inf, math.nan, math.inf],
-                                 [-math.inf, -math.inf, -1], [-math.inf] * 3])  # fmt: skip
+                                 [-math.inf, -math.inf, -1], [-math.inf] * 3])
 def test_what_is_not_finite_ranks_as_in_argmax(row):
     scores = torch.tensor(row, dtype=torch.float32)
     labels = label_head(torch.zeros(1, 2, 1, 1), torch.zeros(3, 2), scores,
-                        offset=torch.zeros(1, 2, dtype=torch.int64), size=1)  # fmt: skip
+                        offset=torch.zeros(1, 2, dtype=torch.int64), size=1)
     assert labels.item() == scores.argmax().item()
 
 
@@ -192,7 +192,7 @@ def test_any_region(codes, channels, classes, offset, region, seed):
 )
 def test_bad_arguments(change, message):
     arguments = {"input": torch.zeros(1, 4, 2, 2), "weight": torch.ones(3, 4), "size": 4,
-                 "offset": torch.zeros(1, 2, dtype=torch.int32), **change}  # fmt: skip
+                 "offset": torch.zeros(1, 2, dtype=torch.int32), **change}
     for function in (label_head, label_head_reference):
         with pytest.raises(ValueError, match=message):
             function(**arguments)
@@ -205,4 +205,4 @@ def test_packed_weights_that_are_no_head(change):
     with pytest.raises(ValueError, match="packed weights must be a 1x1"):
         label_head(torch.zeros(1, 4, 2, 2, dtype=torch.int8), conv, change.get("bias"), size=4,
                    offset=torch.zeros(1, 2, dtype=torch.int32), amax=ONE,
-                   num_bits=change.get("bits", 8))  # fmt: skip
+                   num_bits=change.get("bits", 8))

@@ -155,7 +155,7 @@ def test_samples_that_are_not_seen(backend):
 @torch.no_grad()
 @pytest.mark.parametrize(("shape", "dtype"), [
     ((129, 16), torch.float16), ((16, 129), torch.float16), ((65, 16), torch.float32),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_large_heads_run_in_the_reference(shape, dtype, monkeypatch):
     # wherever Triton runs; the kernel would raise, as nothing launches it
     module = import_module("meddanet.kernels.heat_head")

@@ -111,7 +111,7 @@ def test_written_where_another_program_reads():
     (twice_kernel, "written twice, or where another"),
     (turn_kernel, "written twice, or where another program or thread reads"),
     (spread_kernel, "written twice, or where another program or thread reads"),
-])  # fmt: skip
+])
 def test_threads_of_one_program(kernel, wrong):
     """Their order is the compiler's: none may write what another one reads or writes."""
     with pytest.raises(InterpreterError, match=wrong):
@@ -131,7 +131,7 @@ def test_a_barrier_settles_what_a_program_has_touched():
     (3, 0, "touched again after it was written"),
     (4, 4, "written twice, or where another program or thread reads"),
     (4, -4, "another program's"),
-])  # fmt: skip
+])
 def test_a_barrier_is_one_programs_own(barriers, shift, wrong):
     """Each one that is left out is missed, and none settles what another program has written."""
     with pytest.raises(InterpreterError, match=wrong):

@@ -44,9 +44,9 @@ def integer(input, stream=None, transposed=False, **epilogue):
     shape = (3, 4, 2, 2) if transposed else (4, 3, 3, 3)
     stride, padding = (2, 0) if transposed else (1, 1)
     conv = pack_conv(torch.randn(shape), torch.randn(4), stride, padding, num_bits=(8, 16),
-                     transposed=transposed)  # fmt: skip
+                     transposed=transposed)
     arguments = {"num_bits": 8, "residual": None, "affine": None, "relu": False, "slots": None,
-                 "output_amax": None, "output_num_bits": 8, "count": None, **epilogue}  # fmt: skip
+                 "output_amax": None, "output_num_bits": 8, "count": None, **epilogue}
     return *flat(checked_call(input, conv, ONE, stream=stream, **arguments)), stream
 
 
@@ -59,7 +59,7 @@ def training(input, num_bits, input_num_bits, amax, keep=False, mask=False, trai
         return (bits, 0) if isinstance(bits, torch.Tensor) else (None, bits or 0)
 
     return (input, weight, bias, *width(num_bits), *width(input_num_bits), amax, input.dtype, *CONV,
-            keep, mask)  # fmt: skip
+            keep, mask)
 
 
 def codes_of(num_bits):
@@ -218,7 +218,7 @@ SAMPLES = {
         (torch.ones(2, 2, 7, 8, 3, dtype=torch.int8).permute(0, 1, 4, 2, 3), WIDTHS, 0,
          torch.ones(2), torch.bfloat16),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -16,7 +16,7 @@ def test_a_pair_holds_48_bits() -> None:
     assert pairs.shape == (3, 2, 1000) and pairs.dtype == torch.float32
     assert torch.equal(pairs[:, 0], values.float())
     for value, head, tail in zip(*(t.flatten().tolist() for t in (values, *pairs.unbind(1))),
-                                 strict=True):  # fmt: skip
+                                 strict=True):
         assert abs(Fraction(head) + Fraction(tail) - Fraction(value)) <= abs(value) * 2.0**-48
     assert torch.equal(join_floats(pairs), pairs[:, 0].double() + pairs[:, 1].double())
     assert torch.equal(join_floats(pairs, torch.float32), values.float())

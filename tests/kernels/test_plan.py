@@ -409,7 +409,7 @@ def test_kernels_are_compiled_before_the_first_plan_alone(model, monkeypatch):
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
-], ids=["allocator", "module"])  # fmt: skip
+], ids=["allocator", "module"])
 def test_a_plan_without_room_is_tried_smaller(model, monkeypatch, error):
     """First without the other plans' memory; other errors are the user's to see."""
     made, room = [], 8

@@ -45,7 +45,7 @@ def engine(model, monkeypatch):
 
 @pytest.mark.parametrize("route", [
     pytest.param(1, id="crop of 96"), pytest.param(2, id="crop of 128", marks=pytest.mark.long),
-])  # fmt: skip
+])
 def test_a_crop(model, engine, decided, route, tolerances):
     slices, decisions = decided
     slices = slices[decisions == route][5:6]
@@ -54,7 +54,7 @@ def test_a_crop(model, engine, decided, route, tolerances):
         own = model.segment(slices)
     assert found.decisions.tolist() == [route]
     assert all(torch.equal(getattr(found, part), getattr(own, part))
-               for part in ("decisions", "offsets", "num_bits"))  # fmt: skip
+               for part in ("decisions", "offsets", "num_bits"))
     assert own.labels.count_nonzero() > 1000
     # a residual stream in half precision turns over some 10 of 57600 voxels (docs/engine.md)
     tolerances.labels(found.labels.numpy(), own.labels.numpy(), share=5e-4)

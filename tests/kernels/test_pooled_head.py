@@ -134,7 +134,7 @@ def test_samples_that_are_not_seen(backend):
 @torch.no_grad()
 @pytest.mark.parametrize(("shape", "dtype"), [
     ((257, 16, 2), torch.float16), ((129, 16, 2), torch.float32), ((16, 16, 33), torch.float16),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_large_heads_run_in_the_reference(shape, dtype, monkeypatch):
     # wherever Triton runs; the kernel would raise, as nothing launches it
     module = import_module("meddanet.kernels.pooled_head")
@@ -155,7 +155,7 @@ NETWORKS = {
     ("kind", "quantised"),
     [(ShuffleNetV2, "last.0"), (ShuffleNetV2, "classifier"),
      (HeatmapLocator, "last.0"), (HeatmapLocator, "map")],
-)  # fmt: skip
+)
 def test_a_quantised_head_keeps_its_layers(kind, quantised):
     """Pooled, or of a map."""
     network = NETWORKS[kind]().double().eval()

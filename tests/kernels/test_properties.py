@@ -92,7 +92,7 @@ def test_quant_conv2d(batch, bits, amax, output_amax, residual, relu):
     result = quant_conv2d(
         planes, conv, torch.tensor(amax), num_bits=bits, stream=torch.float32, relu=relu,
         residual=torch.full((batch, 1, 1, 3), residual), output_amax=torch.tensor(output_amax),
-    )  # fmt: skip
+    )
     assert result.stream.shape == result.codes.shape == (batch, 1, 1, 3)
     step = F32(math.nan if math.isinf(amax) else amax) / F32(largest)
     scale = F32(np.float64(step) * np.float64(F32(1) / F32(largest)))
@@ -104,12 +104,12 @@ def test_quant_conv2d(batch, bits, amax, output_amax, residual, relu):
         wanted = [on_grid(v, 8, output_amax) for v in activated]
         step_out = F32(output_amax) / F32(127)
         whole = [0 if math.isnan(w) or step_out == 0 else round(float(w / step_out))
-                 for w in wanted]  # fmt: skip
+                 for w in wanted]
         assert result.codes[n].flatten().tolist() == whole
 
 
 @given(x=st.lists(values, min_size=6, max_size=6), bits=st.sampled_from([8, 16]),
-       amax=st.sampled_from([abs(v) for v in SPECIAL]))  # fmt: skip
+       amax=st.sampled_from([abs(v) for v in SPECIAL]))
 @few
 def test_encode(x, bits, amax):
     image = torch.tensor(x, dtype=torch.float32).reshape(1, 2, 1, 3)
@@ -128,7 +128,7 @@ def test_encode(x, bits, amax):
                                  st.floats(-3, 3, width=32))] * 2),
     paste=st.booleans(),
     batch=st.integers(0, 2),
-)  # fmt: skip
+)
 @few
 def test_crop_and_paste(source, offset, paste, batch):
     """Four taps: those outside count as nothing, even where the weight of an infinity is zero."""
@@ -148,7 +148,7 @@ def test_crop_and_paste(source, offset, paste, batch):
         taps = [
             (1 - abs(y - r)) * (1 - abs(column - c)) * float(x[n, 0, r, c])
             for r in (0, 1) for c in (0, 1) if abs(y - r) < 1 and abs(column - c) < 1
-        ]  # fmt: skip
+        ]
         wanted = sum(taps)
         finite = all(map(math.isfinite, source))
         if finite:
@@ -165,6 +165,6 @@ def test_head(scores, batch):
     labels = label_head(
         torch.zeros(batch, 2, 1, 1), torch.zeros(3, 2), bias, size=1,
         offset=torch.zeros(batch, 2, dtype=torch.int64),
-    )  # fmt: skip
+    )
     # numpy's argmax ranks a NaN highest and takes the first of equals, too
     assert labels.flatten().tolist() == [int(np.argmax(bias.numpy()))] * batch

@@ -127,7 +127,7 @@ def test_by_hand():
 @pytest.mark.parametrize("scores, route", [
     ([0, NAN, INF, NAN], 1), ([INF, 1, INF, 2], 0), ([-INF] * 4, 0), ([-INF, -INF, -3, -INF], 2),
     ([NAN] * 4, 0), ([1, 2, 2, 2], 1), ([0, -0.0, 0, 0], 0), ([0, 0, 0, NAN], 3),
-])  # fmt: skip
+])
 def test_the_first_largest_logit_wins(scores, route):
     logits = torch.tensor([scores])
     assert logits.argmax(1).item() == route
@@ -155,7 +155,7 @@ def test_the_models_place_and_the_engines_tile():
             corners, starts = found.corner[group, :150].tolist(), found.start[group, :150].tolist()
             for corner, start in zip(corners, starts, strict=True):
                 tiles = [Tile.around(c, crop, side, reach // 2)
-                         for c, side in zip(corner, SIZE, strict=True)]  # fmt: skip
+                         for c, side in zip(corner, SIZE, strict=True)]
                 assert start == [tile.start for tile in tiles]
 
 
@@ -192,12 +192,12 @@ def test_every_groups_part_is_aligned_as_an_allocation(samples):
     ({"seen": torch.ones(2)}, r"seen must be integers \[N\], got torch.float32 \[2\]"),
     ({"seen": torch.ones(2, 1, dtype=torch.int32)}, r"got torch.int32 \[2, 1\]"),
     ({"frames": FRAMES.float()}, r"frames must be int32 \[R, 4, 2\], got torch.float32"),
-])  # fmt: skip
+])
 def test_bad_arguments(change, message):
     arguments = {
         "logits": torch.zeros(2, 4), "places": torch.zeros(2, 2), "seen": flags(2),
         "frames": FRAMES, **change,
-    }  # fmt: skip
+    }
     for function in FUNCTIONS:
         with pytest.raises(ValueError, match=message):
             function(**arguments)

@@ -47,7 +47,7 @@ def choose(function, selector, images, features, **options):
      {"channels": 33, "inputs": 4}, {"image": (8, 8), "feature": (1, 3)},
      {"image": (48, 64), "feature": (48, 64), "channels": 3, "samples": 2}],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_against_the_layers(shape, dtype):
     selector, images, features = problem(**shape)
@@ -69,7 +69,7 @@ def test_views_slots_and_count(count):
     views = torch.stack([
         images[n, :, y : y + 11, x : x + 13]
         for n, (y, x) in zip(slots.tolist(), offset.tolist(), strict=True)
-    ])  # fmt: skip
+    ])
     balance(selector, views, features)
     with torch.no_grad():
         expected = selector(image_gradients(views.double()), features.double())
@@ -78,7 +78,7 @@ def test_views_slots_and_count(count):
     found = choose(
         select_bits, selector, images, features, slots=slots, offset=offset, size=(11, 13),
         count=used,
-    )  # fmt: skip
+    )
     assert found.tolist() == expected.tolist()
 
 
@@ -108,7 +108,7 @@ def test_bad_arguments(change, message):
         "image": torch.zeros(1, 1, 4, 4), "feature": torch.zeros(1, 3, 2, 2),
         "weight": torch.zeros(2, 5), "bias": torch.zeros(2), "widths": torch.tensor([8, 16]),
         **change,
-    }  # fmt: skip
+    }
     for function in (select_bits, select_bits_reference):
         with pytest.raises(ValueError, match=message):
             function(**arguments)

@@ -22,7 +22,7 @@ LAST = torch.channels_last
 STAGES = [
     (12, 24, 2, 4), (24, 48, 2, 3), (48, 96, 2, 2), (96, 192, 2, 2), (24, 24, 1, 1),
     (192, 192, 1, 1), (5, 14, 2, 1), (10, 10, 1, 3), (6, 16, 1, 2), (40, 50, 2, 2),
-]  # fmt: skip
+]
 FEW = [(12, 24, 2, 1), (24, 24, 1, 2), (12, 24, 2, 3)]
 
 
@@ -219,7 +219,7 @@ def test_wide_units_run_in_the_reference(branch, dtype, monkeypatch):
     ("quantised", "stages"),
     [("stages.1.main.0.0", [1, 0, 2, 8, 4]), ("stages.4.project.0.0", [4, 0, 7, 4]),
      ("stages.15.main.2.0", [4, 8, 3, 0])],
-)  # fmt: skip
+)
 def test_a_unit_with_a_quantised_layer_keeps_its_layers(quantised, stages):
     network = in_float(build_decision_network("shufflenetv2-m", 4, 4))
     layer = quantized_layers(network)[quantised]
@@ -259,7 +259,7 @@ def layer(*shape, dtype=torch.float32):
         ({"side": [layer(4, 1, 3, 3), layer(3, 4, 1, 1)]},
          r"side_mix must have weight \[4, 4, 1, 1\]"),
     ],
-)  # fmt: skip
+)
 def test_layers_that_do_not_fit(change, message):
     layers = {"expand": layer(6, 4, 1, 1), "depth": layer(6, 1, 3, 3), "mix": layer(6, 6, 1, 1)}
     with pytest.raises(ValueError, match=message):

@@ -227,7 +227,7 @@ def test_inputs_that_do_not_fit(x, message):
 
 @pytest.mark.parametrize("seen", [
     torch.ones(2, dtype=torch.int32), torch.ones(1), torch.ones(1, dtype=torch.int32, device="meta")
-], ids=["samples", "dtype", "device"])  # fmt: skip
+], ids=["samples", "dtype", "device"])
 def test_flags_that_do_not_fit(seen):
     stem = pack_stem(torch.zeros(6, 4, 3, 3), torch.zeros(6))
     with pytest.raises(ValueError, match=r"seen must be int32 \[1\] on cpu, got"):

@@ -42,7 +42,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("scale", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 3, 3), (3, 4, 16, 24), (2, 5, 21, 9), (2, 4, 67, 81)],
-                         ids=str)  # fmt: skip
+                         ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_squares_are_averaged(shape, scale, dtype):
     images = torch.randn(shape)
@@ -53,7 +53,7 @@ def test_squares_are_averaged(shape, scale, dtype):
         torch.testing.assert_close(
             view.double(), average(images.double(), scale),
             rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps,
-        )  # fmt: skip
+        )
         assert seen.all()
 
 
@@ -82,7 +82,7 @@ def test_any_part_of_any_slice():
 
 @pytest.mark.parametrize(("value", "seen"), [
     (float("nan"), True), (float("inf"), True), (-0.0, False), (1e-45, True)
-])  # fmt: skip
+])
 def test_what_is_not_zero(value, seen):
     images = torch.zeros(1, 1, 4, 4)
     images[0, 0, 3, 0] = value
@@ -105,7 +105,7 @@ def test_any_layout_and_none_at_all():
     (torch.zeros(1, 1, 4, 4, dtype=torch.int32), 2, "in floating point, got torch.int32"),
     (torch.zeros(1, 1, 4, 3), 4, "scale must be 1 to 3 for images of 4x3, got 4"),
     (torch.zeros(1, 1, 4, 4), 0, "scale must be 1 to 4"),
-])  # fmt: skip
+])
 def test_bad_arguments(images, scale, message):
     for function in FUNCTIONS:
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ class WayUp:
         self.channels, self.widths = channels, widths
         self.ranges = [torch.full((1,), value) for value in ranges]
         shapes = ((channels, 2 * channels, 1, 1), (channels, channels, 2, 2),
-                  (channels, 2 * channels, 1, 1))  # fmt: skip
+                  (channels, 2 * channels, 1, 1))
         self.weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
         self.biases = [torch.randn(channels) for _ in shapes]
         norm = torch.nn.BatchNorm2d(channels).eval()
@@ -74,14 +74,14 @@ def patches(net: WayUp, below: torch.Tensor, skip: torch.Tensor, dtype=torch.flo
         return quant_conv2d_reference(
             source, conv, step[0], num_bits=step[1], output_amax=target[0],
             output_num_bits=target[1],
-        ).codes  # fmt: skip
+        ).codes
 
     small = made(reduce, below, chain[0], chain[1])
     large = made(up, small, chain[1], chain[2])
     found = quant_conv2d_reference(
         torch.cat([skip, large], 1), fuse, chain[2][0], num_bits=chain[2][1], stream=dtype,
         affine=net.affine, relu=True, output_amax=net.ranges[3], output_num_bits=net.widths[3],
-    )  # fmt: skip
+    )
     return found.stream, found.codes
 
 
@@ -98,7 +98,7 @@ def run(backend, device):
         call = WayUpCall(
             below.to(device), skip.to(device), net.packed(device), on_device(shifts), size,
             on_device(None if count is None else [count]),
-        )  # fmt: skip
+        )
         shape = len(below), *size, net.channels
         stream = torch.full(shape, float("nan"), dtype=dtype, device=device).permute(0, 3, 1, 2)
         made = torch.full(shape, -128, dtype=torch.int8, device=device).permute(0, 3, 1, 2)
@@ -237,7 +237,7 @@ def test_packed_sizes():
         way = WayUp(channels).packed()
         assert [tuple(weight.shape) for weight in way.weights] == [
             (block, 2 * block), (4 * block, columns), (2, columns, columns)
-        ]  # fmt: skip
+        ]
         assert way.constants.shape == (2 * block + 6 * columns,) and way.grids.shape == (3, 3)
         # nothing but zeros is added, and each of two neighbouring pixels has weights of its own
         sums = [int(weight.long().sum()) for weight in way.weights]
@@ -251,7 +251,7 @@ def test_packed_sizes():
     ((1.0, 1.0, 1.0, 1e-30), "no kernel for codes in steps of 7.8"),
     ((1.0, 1.0, 1.0, 2e32), "no kernel for codes in steps of 1.5"),
     ((float("inf"), 1.0, 1.0, 1.0), "scales of a way up are not finite"),
-])  # fmt: skip
+])
 def test_ranges_that_only_single_convolutions_take(ranges, message):
     with pytest.raises(ValueError, match=message):
         WayUp(4, ranges).packed()
