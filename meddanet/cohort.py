@@ -16,7 +16,8 @@ from .data.results import check_kept, digest, is_result, marked, report_of, resu
 from .data.storage import Staged, write_json
 from .finished import Request, is_finished
 from .predictor import Prediction, VolumePredictor
-from .report import case_report, write_preview
+from .preview import write_preview
+from .report import case_report
 
 # what may be wrong with one case while the others go on
 # (PyTorch's and OpenVINO's own errors, memory that is not there among them, are RuntimeErrors)

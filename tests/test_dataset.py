@@ -15,8 +15,9 @@ from meddanet.data import VolumeError, find_cases, load_volume
 from meddanet.data.phantom import write_phantom
 from meddanet.dataset import prepare_dataset
 from meddanet.predictor import VolumePredictor
+from meddanet.preview import write_preview
 from meddanet.recipe import PhaseConfig, TrainConfig
-from meddanet.report import case_report, write_preview
+from meddanet.report import case_report
 from meddanet.training import train
 from meddanet.weights import load_model
 

@@ -17,7 +17,7 @@ FLOORS = (
     },
     {"layers", "losses", "choice"},
     {"networks", "routing", "med_danet", "med_danet_v2", "engine", "predictor"},
-    {"build", "report"},
+    {"build", "report", "preview"},
     {
         "bench", "training", "run_checks", "objectives_v1", "phase", "objectives", "batches",
         "checkpoint", "monitor", "dataset", "cache", "weights", "cohort", "evaluation", "pairs",

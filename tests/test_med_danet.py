@@ -14,7 +14,8 @@ from meddanet.cost import cost_table, count_macs
 from meddanet.data import Volume
 from meddanet.med_danet import MedDANet
 from meddanet.predictor import VolumePredictor
-from meddanet.report import case_report, write_preview
+from meddanet.preview import write_preview
+from meddanet.report import case_report
 from meddanet.weights import load_model, save_model
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -12,7 +12,8 @@ from PIL import Image, ImageFont
 from meddanet.data import Volume, VolumeError
 from meddanet.data.storage import write_json
 from meddanet.predictor import Prediction
-from meddanet.report import COLOURS, ROUTE_COLOURS, case_report, write_preview
+from meddanet.preview import COLOURS, ROUTE_COLOURS, write_preview
+from meddanet.report import case_report
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (60, 50, 20)
