@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from .batches import Batches
 from .build import build_segmenter
 from .cases import output_folder
-from .checkpoint import (
-    check_config,
-    check_out,
-    checkpoint_files,
-    hold_run,
-    keep_config,
-    load_checkpoint,
-    load_part,
-)
+from .checkpoint import checkpoint_files, load_checkpoint, load_part
 from .dataset import Dataset, prepare_dataset
 from .distributed import first_alone, process_group, rank, world
 from .layers import quantized_layers, set_quantization
@@ -40,6 +32,7 @@ from .phase import run_phase
 from .recipe import PhaseConfig, TrainConfig
 from .routing import to_memory_format
 from .run_checks import check_run, objectives_of, untrained_model, warn_of_emulation
+from .run_folder import check_config, check_out, hold_run, keep_config
 from .weights import part_of, save_model, take_weights
 
 # quantised?, ranges still learnt?

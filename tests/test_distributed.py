@@ -85,7 +85,7 @@ FIRST_FAILS = """
 import os, sys, time
 from pathlib import Path
 from meddanet.distributed import first_alone, process_group
-from meddanet.checkpoint import hold_run
+from meddanet.run_folder import hold_run
 
 task, out = sys.argv[1], Path(sys.argv[2])
 number, began = os.environ["RANK"], time.monotonic()

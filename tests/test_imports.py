@@ -19,8 +19,9 @@ FLOORS = (
     {"networks", "routing", "med_danet", "med_danet_v2", "engine", "predictor"},
     {"build", "report", "preview"},
     {
-        "bench", "training", "run_checks", "objectives_v1", "phase", "objectives", "batches",
-        "checkpoint", "monitor", "dataset", "cache", "weights", "cohort", "evaluation", "pairs",
+        "bench", "training", "run_checks", "run_folder", "objectives_v1", "phase", "objectives",
+        "batches", "checkpoint", "monitor", "dataset", "cache", "weights", "cohort", "evaluation",
+        "pairs",
     },
     {"arguments", "messages", "commands", "cli"},
     {"meddanet", "__main__"},  # the public list and the launcher stand above everything
