@@ -139,7 +139,9 @@ class QuantizedInput(nn.Module):
         if input.dim() < -axis or input.shape[axis] != channels:
             axes = ("...", str(channels), "H", "W")[: 1 - axis]
             raise ValueError(f"input must be [{', '.join(axes)}], got shape {list(input.shape)}")
-        alike = input.dtype == self.weight.dtype or torch.is_autocast_enabled(input.device.type)
+        device = input.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        alike = input.dtype == self.weight.dtype or mixed
         if not (alike and input.is_floating_point()):
             raise ValueError(f"input is {input.dtype}, the layer's weights are {self.weight.dtype}")
 
@@ -405,6 +407,19 @@ def sobel_kernel(channels: int) -> Tensor:
     rows = [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]
     sobel = torch.tensor(rows, dtype=torch.float32, device="cpu") / 8
     return torch.stack([sobel, sobel.T])[:, None].repeat(channels, 1, 1, 1)
+
+
+def as_made(module: nn.Module) -> bool:
+    """Tells whether a module does what its class says: no hooks, no method of the object's own.
+
+    A quantised layer has to be one of this file's, no subclass, which may do more.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    kinds = QuantConv2d, QuantConvTranspose2d, QuantLinear
+    if isinstance(module, QuantizedInput) and type(module) not in kinds:
+        return False
+    return not any(callable(getattr(type(module), name, None)) for name in vars(module))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedInput]:

@@ -99,7 +99,7 @@ class MedDANetV2(RoutedSegmenter):
     def decide(self, slices: Tensor) -> Tensor:
         """Returns route logits [N, R] of slices [N, C, H, W]."""
         logits = self.policy(self.at_a_glance(slices))
-        check_shape("policy", logits, (len(slices), len(self.routes)))
+        check_shape("policy", logits, (slices.shape[0], len(self.routes)))
         return logits
 
     def locate(self, slices: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class MedDANetV2(RoutedSegmenter):
         P is the smallest crop's side; larger ones have the same centre, as far as the slice goes.
         """
         logits = self.position(self.at_a_glance(slices))
-        check_shape("position", logits, (len(slices), 2))
+        check_shape("position", logits, (slices.shape[0], 2))
         return logits.sigmoid()
 
     def at_a_glance(self, slices: Tensor) -> Tensor:
@@ -135,8 +135,9 @@ class MedDANetV2(RoutedSegmenter):
             return chosen[-1]
 
         features = self.segmenter.features(input, choose_bits)
-        size = input.shape[2:]
-        check_shape("segmenter.features", features, (len(input), features.shape[1], *size))
+        # not len(), which would fix the number of slices of an exported graph
+        batch, size = input.shape[0], input.shape[2:]
+        check_shape("segmenter.features", features, (batch, features.shape[1], *size))
         if len(chosen) != self.num_stages:
             raise ValueError(
                 f"segmenter.features must ask choose_bits once for each of {self.num_stages} "

@@ -133,7 +133,7 @@ class AugmentConfig:
         transplant: Chance of a window to get another one's lesion.
         contrast: Chance of a slice's lesion to be made fainter, or a little stronger.
         texture: Chance of a slice to be blurred, and of one to be roughened; where it is not 0,
-            half of the modalities have their grey values bent.
+            half of the modalities have their grey values bent, from the least to the largest.
     """
 
     rotation: float = 15.0

@@ -48,16 +48,22 @@ def check_facts(facts: Mapping[str, Any]) -> None:
         if given is not None and not _are_numbers(given, count, kind, least):
             what = "whole numbers" if kind is int else "numbers"
             bound = "" if least == -math.inf else f" above {least:g}"
-            raise ValueError(f"{name} is {given}, expected {count} {what}{bound}")
+            raise ValueError(f"{name} is {_short(given)}, expected {count} {what}{bound}")
     low, high = facts.get("window_hu") or (0, 1)
     if low >= high:
         raise ValueError(f"window_hu is {low}, {high}, expected the lower value first")
-    names = facts.get("modalities", [])
+    names = facts.get("modalities") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"modalities are {names}, expected a list of names")
-    values = facts.get("label_values", {})
+        raise ValueError(f"modalities are {_short(names)}, expected a list of names")
+    values = facts.get("label_values") or {}
     if not isinstance(values, Mapping):
-        raise ValueError(f"label_values are {values}, expected class -> value")
+        raise ValueError(f"label_values are {_short(values)}, expected class -> value")
+
+
+def _short(given: Any) -> str:
+    """Says a value in one line that is not too long."""
+    text = " ".join(str(given).split())
+    return text if len(text) < 80 else f"{text[:80]}..."
 
 
 def _are_numbers(given: Any, count: int, kind: Any, least: float) -> bool:

@@ -917,6 +917,43 @@ def test_a_policy_of_other_routes(executor, routes):
         compile_engine(model, "cpu", executor).segment(slices_for([1, 2]))
 
 
+class OfTwo(torch.nn.Module):
+    """Answers with so many numbers of ones, for each slice."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, slices):
+        return slices.mean() * 0 + torch.ones(slices.shape[0], *self.shape)
+
+
+@pytest.mark.parametrize("executor", ["torch", "eager"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1, 1)])
+def test_a_position_of_other_numbers(executor, shape):
+    """One number would be broadcast to both axes."""
+    model = build()
+    model.position = OfTwo(*shape)
+    with pytest.raises(ValueError, match=r"^position must return shape \[[12], 2\], got \[[12], "):
+        compile_engine(model, "cpu", executor).segment(slices_for([1, 2]))
+
+
+class HalfAsLarge(UNet):
+    """A U-Net whose features have half the size."""
+
+    def decode(self, *given):
+        return super().decode(*given)[:, :, ::2, ::2]
+
+
+@pytest.mark.parametrize("executor", ["torch", "eager"])
+@pytest.mark.parametrize("route", [1, 3])
+def test_features_of_another_size(executor, route):
+    model = build()
+    model.segmenter.__class__ = HalfAsLarge
+    with pytest.raises(ValueError, match="^segmenter.* must (keep the size|return shape)"):
+        compile_engine(model, "cpu", executor).segment(slices_for([route]))
+
+
 class Negated(UNet):
     """A U-Net with something after its parts."""
 

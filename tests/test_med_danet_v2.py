@@ -70,6 +70,25 @@ class Own(nn.Module):
         return self.last_stage(self.features(input))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_branches_are_exported_for_any_number_of_slices(strict):
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build_med_danet_v2("unet-4", 2, 3, crop_sizes=(16,)).eval()
+            set_quantization(self.model, quantize=False, update_range=False)
+
+        def forward(self, slices):
+            return self.model.decide(slices), self.model.locate(slices)
+
+    whole, dims = Whole(), ({0: torch.export.Dim("slices", min=2, max=64)},)
+    program = torch.export.export(
+        whole, (torch.rand(2, 2, 32, 32),), dynamic_shapes=dims, strict=strict
+    ).module()
+    slices = torch.rand(5, 2, 32, 32)
+    torch.testing.assert_close(program(slices), whole(slices))
+
+
 def test_a_segmenter_of_another_make_without_widths():
     """It segments whole volumes, and its cost is told by its own parts."""
     torch.manual_seed(0)

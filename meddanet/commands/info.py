@@ -40,7 +40,8 @@ def run(options: Namespace) -> int:
 
 def _info_weights(name: str) -> int:
     path = locate(name)
-    facts = {"file": str(path), "sha256": digest(path), **dict(sorted(read_facts(path).items()))}
+    own = {"file": str(path), "sha256": digest(path)}
+    facts = {**own, **dict(sorted(read_facts(path).items())), **own}
     told = yaml.safe_dump(
         facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
     )

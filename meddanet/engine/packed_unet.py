@@ -12,7 +12,7 @@ from ..kernels import conv_int_triton as conv_kernel
 from ..kernels.conv_call import is_mild
 from ..kernels.pairs import split_floats
 from ..kernels.way_up_pack import PackedWayUp, pack_way_up
-from ..layers import QuantConvTranspose2d, quantized_layers
+from ..layers import QuantConvTranspose2d, as_made, quantized_layers
 from ..med_danet_v2 import MedDANetV2
 from ..networks.unet import ResidualBlock, UNet
 
@@ -151,6 +151,13 @@ def _check(model: MedDANetV2) -> None:
     blocks = [getattr(last, "block", None) for last in lasts] + [getattr(segmenter, "dec3", None)]
     if type(segmenter) is not UNet or not all(type(block) is ResidualBlock for block in blocks):
         raise ValueError("executor triton runs unet-* segmenters only; use auto or eager")
+    for part in (segmenter, model.crop_last_stages):
+        for name, module in part.named_modules():
+            if not as_made(module):
+                raise ValueError(
+                    f"executor triton runs parts as their classes say, {name or 'the segmenter'} "
+                    "has hooks or methods of its own; use auto or eager"
+                )
     routed = {f"segmenter.encoder.{index}" for index in range(len(segmenter.encoder))}
     for name, layer in quantized_layers(model).items():
         if not name.startswith(("segmenter.", "crop_last_stages.")):

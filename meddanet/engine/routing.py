@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers import QuantConv2d
+from ..layers import QuantConv2d, as_made
 from ..med_danet_v2 import MedDANetV2, place
 from ..networks.transbts import PostActivationBlock
 from ..networks.unet import LastStage, ResidualBlock
-from ..routing import Segmentation
+from ..routing import Segmentation, check_shape
 from .slices import Array, Deciding, SliceEngine
 from .torch_networks import Frozen
 
@@ -35,8 +35,6 @@ _PIXELWISE = (
     nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.PReLU, nn.Identity,
     nn.Dropout, nn.Dropout2d,
 )
-# the forward passes, not the types: a subclass may do more
-_CONVOLVING = nn.Conv2d.forward, QuantConv2d.forward
 # labels of empty canvases that are kept: one per crop size and size of slices
 _BACKGROUNDS = 16
 
@@ -143,6 +141,7 @@ class CropEngine(SliceEngine):
         cropped = (routes > 0) & (routes < len(self._model.routes) - 1)
         if cropped.any():
             places = self._in_batches(self._networks.locate, views, np.flatnonzero(cropped))
+            check_shape("position", places, (len(places), 2))
             sizes = np.array(self._model.crop_sizes)[routes[cropped] - 1]
             height, width = result.labels.shape[1:]
             result.offsets[seen[cropped]] = self._offsets(places, sizes, (height, width))
@@ -172,6 +171,11 @@ class CropEngine(SliceEngine):
             result = ends(*self._encode(image, num_bits))
         else:
             result, num_bits[:] = guess
+        if result.shape[:2] != image.shape[1:]:
+            raise ValueError(
+                f"segmenter must keep the size {list(image.shape[1:])} of its input, got "
+                f"{list(result.shape[:2])}"
+            )
         # threads may lose a count to each other: only the pace depends on it
         self._chosen[tuple(num_bits.tolist())] += 1
         return result
@@ -251,10 +255,10 @@ def halo(stage: nn.Module) -> int:
     """
     reach = 0
     for module in stage.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if not as_made(module):
             return EVERYWHERE
-        if isinstance(module, nn.Conv2d) and type(module).forward in _CONVOLVING:
-            found = _reach(module)
+        if type(module) in (nn.Conv2d, QuantConv2d):
+            found = _reach(cast(nn.Conv2d, module))
             if found is None:
                 return EVERYWHERE
             reach += found

@@ -22,6 +22,7 @@ from ..layers import (
     QuantConv2d,
     QuantConvTranspose2d,
     QuantLinear,
+    as_made,
     image_gradients,
     quantized_layers,
     spread_of,
@@ -129,21 +130,14 @@ class TorchBank:
 def _freeze(model: nn.Module) -> nn.Module:
     """Fixes the quantised layers of a model, in place, and lays its weights out channels last.
 
-    A layer with hooks or a `forward` of its own stays as it is.
+    A layer that does more than its kind, by hooks or as a subclass, stays as it is.
     """
     integer = onednn_runs(torch.empty(0, device="cpu"))
     for name, layer in quantized_layers(model).items():
-        if layer.quantize and _as_made(layer):
+        if layer.quantize and as_made(layer):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, Frozen(layer, integer))
     return to_memory_format(model, torch.channels_last)
-
-
-def _as_made(layer: Any) -> bool:
-    """Tells whether a layer does what its kind does: no hooks, no `forward` of its own."""
-    kinds = QuantConv2d, QuantConvTranspose2d, QuantLinear
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and getattr(layer.forward, "__func__", None) in [k.forward for k in kinds]
 
 
 class Frozen(nn.Module):

@@ -23,7 +23,14 @@ from meddanet.engine.decisions import _OneKernel
 from meddanet.engine.plan import overflows, rooms
 from meddanet.engine.triton_engine import TritonEngine
 from meddanet.kernels import affine_paste, bilinear_crop, use_backend
-from meddanet.layers import QuantLinear, image_gradients, quantized_layers, set_quantization
+from meddanet.layers import (
+    QuantConv2d,
+    QuantLinear,
+    image_gradients,
+    quantized_layers,
+    set_quantization,
+)
+from meddanet.networks.unet import UNet
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -478,6 +485,15 @@ def test_what_has_no_plan_says_so(model, engine):
         quantized_layers(broken)[layer].input_amax.fill_(value)
         with pytest.raises(ValueError, match="has no kernel for .* whose inputs reach up to"):
             compile_engine(broken, device, "triton")
+    hooked = deepcopy(model)
+    hooked.segmenter.init.register_forward_hook(lambda layer, given, output: -output)
+    replaced = deepcopy(model)
+    replaced.segmenter.decode = lambda *given: -UNet.decode(replaced.segmenter, *given)
+    derived = deepcopy(model)
+    derived.crop_last_stages[0].block.conv1.__class__ = type("Own", (QuantConv2d,), {})
+    for name, odd in (("init", hooked), ("the segmenter", replaced), ("0.block.conv1", derived)):
+        with pytest.raises(ValueError, match=f", {name} has hooks or methods of its own; use auto"):
+            compile_engine(odd, device, "triton")
     transformer = build_med_danet_v2("transbts-light", 2, 3, (16,))
     for layer in quantized_layers(transformer).values():
         layer.input_amax.fill_(4.0)
