@@ -101,6 +101,14 @@ class Hooked(nn.ReLU):
         self.register_forward_hook(lambda module, given, result: -result)
 
 
+class Negated(nn.Sequential):
+    """A layer with a forward of its own, which the layer's kind does not show."""
+
+    def __init__(self) -> None:
+        super().__init__(QuantConv2d(2, 2, 3))
+        self[0].forward = lambda input: -QuantConv2d.forward(self[0], input)
+
+
 class Meaning(nn.Module):
     def forward(self, slices):
         return slices.mean(dim=(2, 3), keepdim=False, dtype=torch.float64)
@@ -112,6 +120,7 @@ class Meaning(nn.Module):
     (Sized(), "output_size has no translation"),
     (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode, dilation, indices"),
     (Hooked(), "Hooked has hooks, which OpenVINO would not call"),
+    (Negated(), "OpenVINO would not call, or methods of its own"),
 ])
 def test_what_would_be_translated_wrongly(module, message):
     with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from ..kernels import norm_affine
 from ..kernels.grid import qmax, quantize_codes, step_size
-from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear
+from ..layers import QuantConv2d, QuantConvTranspose2d, QuantizedInput, QuantLinear, as_made
 from ..networks.heatmap import HeatCentre
 from .operations import (
     ELEMENTWISE,
@@ -100,11 +100,12 @@ def record(module: nn.Module) -> Recorded:
     """Records a module's forward pass, once for inputs of any size.
 
     Raises:
-        ValueError: If the pass depends on values or sizes, or a layer has hooks.
+        ValueError: If the pass depends on values or sizes, or a layer has hooks or methods of its
+            own.
     """
     name = type(module).__name__
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-        raise ValueError(f"{name} has hooks, which OpenVINO would not call")
+    if not all(map(as_made, module.modules())):
+        raise ValueError(f"{name} has hooks, which OpenVINO would not call, or methods of its own")
     try:
         with _recording:
             return Recorded(module, _Tracer().trace(module))
