@@ -40,12 +40,8 @@ def run(options: Namespace) -> int:
 
 def _info_weights(name: str) -> int:
     path = locate(name)
-    own = {"file": str(path), "sha256": digest(path)}
-    facts = {**own, **dict(sorted(read_facts(path).items())), **own}
-    told = yaml.safe_dump(
-        facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
-    )
-    say(told.rstrip())
+    facts = read_facts(path) | {"file": str(path), "sha256": digest(path)}
+    say(yaml.safe_dump(facts, default_flow_style=None, allow_unicode=True, width=100).rstrip())
     return 0
 
 
