@@ -23,6 +23,7 @@ RANGE_MOMENTUM = 0.05
 
 # what layers take, for type checkers, which a mixin's *args tell nothing
 Size = int | tuple[int, int]
+Width = int | Tensor | None
 Device = torch.device | str | int | None
 
 
@@ -134,20 +135,41 @@ class QuantizedInput(nn.Module):
         Args:
             input: As given to `forward`.
             channels: How many it has to have.
-            axis: Where, counted from the end.
+            axis: Where, counted from the end: -1 after any axes, -3 of an image or a batch.
         """
-        if input.dim() < -axis or input.shape[axis] != channels:
-            axes = ("...", str(channels), "H", "W")[: 1 - axis]
-            raise ValueError(f"input must be [{', '.join(axes)}], got shape {list(input.shape)}")
+        if axis == -1:
+            axes, taken = f"[..., {channels}]", input.dim() > 0
+        else:
+            axes = f"[{channels}, H, W] or [N, {channels}, H, W]"
+            taken = input.dim() in (3, 4)
+        if not taken or input.shape[axis] != channels:
+            raise ValueError(f"input must be {axes}, got shape {list(input.shape)}")
         device = input.device.type
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         alike = input.dtype == self.weight.dtype or mixed
         if not (alike and input.is_floating_point()):
             raise ValueError(f"input is {input.dtype}, the layer's weights are {self.weight.dtype}")
 
-    def quantized_input(self, input: Tensor, input_num_bits: int | Tensor | None) -> Tensor:
-        """Fake-quantises `input` [N, ...] by the layer's range and width."""
-        width = self.input_num_bits if input_num_bits is None else input_num_bits
+    def call_widths(
+        self, num_bits: Width, input_num_bits: Width, batch: int
+    ) -> tuple[int | Tensor, int | Tensor]:
+        """Returns the widths of a call, the layer's own where it gives none.
+
+        Raises ValueError for what is no width, before a range is learnt.
+
+        Args:
+            num_bits: Of the weights; one, or one per sample, [N].
+            input_num_bits: Of the input likewise.
+            batch: Number of samples N.
+        """
+        num_bits = self.num_bits if num_bits is None else num_bits
+        input_num_bits = self.input_num_bits if input_num_bits is None else input_num_bits
+        check_num_bits("num_bits", num_bits, batch)
+        check_num_bits("input_num_bits", input_num_bits, batch)
+        return num_bits, input_num_bits
+
+    def quantized_input(self, input: Tensor, width: int | Tensor) -> Tensor:
+        """Fake-quantises `input` [N, ...] by the layer's range to a width, or one per sample."""
         amax = self.input_range(input)
         if amax is None and isinstance(width, int):
             width = torch.full((input.shape[0],), width, device=input.device)
@@ -189,8 +211,8 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
     def forward(
         self,
         input: Tensor,
-        num_bits: int | Tensor | None = None,
-        input_num_bits: int | Tensor | None = None,
+        num_bits: Width = None,
+        input_num_bits: Width = None,
     ) -> Tensor:
         """Convolves [N, Cin, H, W] or [Cin, H, W]; widths per call or per sample, [N], override."""
         if not self.quantize:
@@ -198,6 +220,7 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
         self.check_input(input, self.in_channels, -3)
         if input.dim() == 3:
             return self.forward(input[None], num_bits, input_num_bits)[0]
+        width, input_width = self.call_widths(num_bits, input_num_bits, input.shape[0])
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -210,8 +233,8 @@ class QuantConv2d(QuantizedInput, nn.Conv2d):
             padding,
             self.dilation,
             self.groups,
-            num_bits=self.num_bits if num_bits is None else num_bits,
-            input_num_bits=self.input_num_bits if input_num_bits is None else input_num_bits,
+            num_bits=width,
+            input_num_bits=input_width,
             input_amax=self.input_range(input),
             per_channel=self.per_channel,
         )
@@ -265,7 +288,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
         self,
         input: Tensor,
         num_bits: int | Tensor | list[int] | tuple[int, ...] | None = None,
-        input_num_bits: int | Tensor | None = None,
+        input_num_bits: Width = None,
         output_size: Sequence[int] | None = None,
     ) -> Tensor:
         """Convolves as `QuantConv2d` does; output_size: as PyTorch's, (height, width).
@@ -279,6 +302,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
         self.check_input(input, self.in_channels, -3)
         if input.dim() == 3:
             return self.forward(input[None], num_bits, input_num_bits, output_size)[0]
+        width, input_width = self.call_widths(num_bits, input_num_bits, input.shape[0])
         output_padding = self.output_padding_for(input, output_size)
 
         def convolve(x: Tensor, w: Tensor) -> Tensor:
@@ -286,8 +310,7 @@ class QuantConvTranspose2d(QuantizedInput, nn.ConvTranspose2d):
                 x, w, None, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
 
-        width = self.num_bits if num_bits is None else num_bits
-        output = _run(convolve, self.quantized_input(input, input_num_bits), self.weight, width,
+        output = _run(convolve, self.quantized_input(input, input_width), self.weight, width,
                       self.weight_range())
         return output if self.bias is None else output + _like(self.bias, output)[:, None, None]
 
@@ -310,8 +333,8 @@ class QuantLinear(QuantizedInput, nn.Linear):
     def forward(
         self,
         input: Tensor,
-        num_bits: int | Tensor | None = None,
-        input_num_bits: int | Tensor | None = None,
+        num_bits: Width = None,
+        input_num_bits: Width = None,
     ) -> Tensor:
         """Maps [N, ..., Cin] to [N, ..., Cout], or [Cin] to [Cout]; widths override the layer's."""
         if not self.quantize:
@@ -319,8 +342,8 @@ class QuantLinear(QuantizedInput, nn.Linear):
         self.check_input(input, self.in_features, -1)
         if input.dim() == 1:
             return self.forward(input[None], num_bits, input_num_bits)[0]
-        width = self.num_bits if num_bits is None else num_bits
-        output = _run(F.linear, self.quantized_input(input, input_num_bits), self.weight, width,
+        width, input_width = self.call_widths(num_bits, input_num_bits, input.shape[0])
+        output = _run(F.linear, self.quantized_input(input, input_width), self.weight, width,
                       self.weight_range())
         return output if self.bias is None else output + _like(self.bias, output)
 
@@ -331,7 +354,6 @@ def _like(bias: Tensor, output: Tensor) -> Tensor:
 
 
 def _run(function, input: Tensor, weight: Tensor, num_bits: int | Tensor, amax: Tensor) -> Tensor:
-    check_num_bits("num_bits", num_bits, input.shape[0])
     if isinstance(num_bits, Tensor) and input.shape[0] > 0:
         return conv_per_width(function, input, weight, num_bits, amax)
     width = num_bits if isinstance(num_bits, int) else 8

@@ -143,8 +143,12 @@ def test_widths_per_sample_are_as_each_sample_alone():
 )
 def test_what_is_no_width_is_refused(name, num_bits, message):
     layer, _, args, kwargs, shape = CASES[name]
+    made = layer(*args, **kwargs)
     with pytest.raises(ValueError, match=message):
-        layer(*args, **kwargs)(torch.randn(shape), num_bits)
+        made(torch.randn(shape), num_bits)
+    with pytest.raises(ValueError, match=f"input_{message}" if "num_bits" in message else message):
+        made(torch.randn(shape), None, num_bits)
+    assert made.input_amax == 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,8 +200,11 @@ def test_an_input_that_is_refused_teaches_no_range(name):
     axis = -1 if quantised is QuantLinear else -3
     wider = list(shape)
     wider[axis] += 1
+    axes, shapes = r"\[\.\.\., 6\]", [wider, ()]
+    if axis == -3:
+        axes, shapes = r"\[6, H, W\] or \[N, 6, H, W\]", [wider, (), (1, *shape)]
     refused = {
-        r"^input must be \[\.\.\., 6(, H, W)?\], got shape": [torch.ones(wider), torch.ones(())],
+        rf"^input must be {axes}, got shape \[": [torch.ones(s) for s in shapes],
         r"^input is torch\.(float64|int64), the layer's weights are torch\.float32$": [
             torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.int64)
         ],
