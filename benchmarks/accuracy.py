@@ -3,8 +3,9 @@
     python benchmarks/accuracy.py DATA RUN [RUN ...] [--out benchmarks/results/NAME.json]
 
 Each RUN is the output folder of `meddanet train`, usually one per fold: `model.safetensors`,
-`split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`. What is in the file of
-`--out` from the same weights is not scored again. Rows per held-out case:
+`split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`; or weights alone, a file
+or the name of shipped ones, of whose cases the file of `--out` keeps its rows `static`. What is
+there from the same weights and commit is not scored again. Rows per held-out case:
 
     static    a plain segmenter in float32 on every slice, trained as long on the same split
     whole     the dynamic model's own whole branch in float32 on every slice
@@ -12,6 +13,7 @@ Each RUN is the output folder of `meddanet train`, usually one per fold: `model.
     Q         its whole branch on every slice, 8 or 16 bit
     S+Q       its decisions, 8 or 16 bit: what `meddanet segment` does
     8, 16     S+Q with every stage at this width; "random": widths drawn with the selectors' mean
+    whole+L, S+Q+L    only the largest part of the label map kept, whose voxels touch by a corner
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from decisions import decision_report
+from scipy import ndimage
 from tables import accuracy, accuracy_cases
+from timing import environment
 from torch import Tensor, nn
 
 from meddanet.build import build_segmenter
@@ -36,6 +40,7 @@ from meddanet.layers import set_quantization
 from meddanet.machine import machine
 from meddanet.metrics import brats_regions, dice_score, hausdorff_distance_95
 from meddanet.predictor import VolumePredictor
+from meddanet.weight_files import locate
 from meddanet.weights import load_model
 
 REGIONS = brats_regions("brats2023")
@@ -86,10 +91,23 @@ def run_whole(logits: Callable[[Tensor], Tensor], volume) -> np.ndarray:
     return from_slices(torch.cat(classes).numpy(), volume)
 
 
+def largest_part(classes: np.ndarray) -> np.ndarray:
+    """Makes background of all but the largest part [H, W, D]; voxels of one touch by a corner."""
+    parts, count = ndimage.label(classes > 0, np.ones((3, 3, 3)))
+    if count < 2:
+        return classes
+    return np.where(parts == np.bincount(parts[parts > 0]).argmax(), classes, 0)
+
+
+def weights_of(run: Path) -> Path:
+    """Returns the weights of a run's folder, or those that are named."""
+    return run / "model.safetensors" if run.is_dir() else locate(run)
+
+
 def evaluate_run(data: Path, run: Path) -> dict[str, dict]:
     """Returns {held-out case: {"rows": {row: scores}, "decisions": report}} of one run."""
-    split = json.loads((run / "split.json").read_text())
-    model = load_model(run / "model.safetensors")
+    model = load_model(weights_of(run))
+    split = json.loads((run / "split.json").read_text()) if run.is_dir() else model.metadata
     plain = build_segmenter(model.config["segmenter"], model.in_channels, model.num_classes)
     if (run / "baseline.pt").exists():
         plain.load_state_dict(torch.load(run / "baseline.pt", weights_only=True)["model"])
@@ -119,6 +137,8 @@ def evaluate_case(model, plain: nn.Module | None, case) -> dict:
         return prediction
 
     routed = dynamic("S+Q")
+    largest = largest_part(routed.labels)
+    rows["S+Q+L"] = {**rows["S+Q"], **score(largest, truth, volume)}
     ran = routed.num_bits[routed.decisions > 0]
     narrow, wide = (float(model.bit_selectors[0].widths[i]) for i in (0, -1))
     mean = ((ran - narrow) / (wide - narrow)).mean(0) if len(ran) else np.zeros(ran.shape[1])
@@ -129,20 +149,22 @@ def evaluate_case(model, plain: nn.Module | None, case) -> dict:
     with in_float(model):
         dynamic("S")
         rows["S"]["scaled_paper"] = rows["S"]["paper"]
-        rows["whole"] = static_row(lambda x: model.whole_branch(x)[0], volume, truth, model)
-    rows["Q"] = quantised_row(model, volume, truth)
+        whole = run_whole(lambda slices: model.whole_branch(slices)[0], volume)
+    static = static_cost(model, volume)
+    rows["whole"] = {**score(whole, truth, volume), **static}
+    rows["whole+L"] = {**score(largest_part(whole), truth, volume), **static}
+    rows["Q"] = {**static, **quantised_row(model, volume, truth)}
     if plain is not None:
-        rows["static"] = static_row(plain.eval(), volume, truth, model)
+        rows["static"] = {**score(run_whole(plain.eval(), volume), truth, volume), **static}
     return {"rows": rows, "decisions": decision_report(model, routed, volume, truth)}
 
 
-def static_row(logits: Callable[[Tensor], Tensor], volume, truth: np.ndarray, model) -> dict:
-    """Scores a function on every slice at the cost of the plain segmenter."""
+def static_cost(model, volume) -> dict[str, float]:
+    """Returns what the plain segmenter costs in float32 on every slice."""
     shape = (1, model.in_channels, *volume.data.shape[1:3])
     depth = volume.data.shape[3]
     cost = {c: depth * count_macs(model.segmenter, shape, c) for c in CONVENTIONS}
-    cost["scaled_paper"] = cost["paper"]
-    return {**score(run_whole(logits, volume), truth, volume), **cost}
+    return {**cost, "scaled_paper": cost["paper"]}
 
 
 def quantised_row(model, volume, truth: np.ndarray) -> dict:
@@ -154,11 +176,11 @@ def quantised_row(model, volume, truth: np.ndarray) -> dict:
         chosen.append(num_bits)
         return output
 
-    row = static_row(logits, volume, truth, model)
+    scores = score(run_whole(logits, volume), truth, volume)
     table = cost_table(model.segmenter, (1, model.in_channels, *volume.data.shape[1:3]), "paper")
     bits = torch.cat(chosen)
-    row["scaled_paper"] = table.slice_cost(torch.zeros(len(bits), dtype=torch.long), bits).sum()
-    return {**row, "scaled_paper": row["scaled_paper"].item()}
+    cost = table.slice_cost(torch.zeros(len(bits), dtype=torch.long), bits.double())
+    return {**scores, "scaled_paper": cost.sum().item()}
 
 
 def score(classes: np.ndarray, truth: np.ndarray, volume) -> dict:
@@ -177,6 +199,22 @@ def training_seconds(run: Path) -> dict[str, float]:
     return {line["phase"]: line["cpu_seconds"] for line in lines}
 
 
+def cases_of(run: Path, data: Path, known: dict[str, dict]) -> dict[str, dict]:
+    """Returns the held-out cases of a run, scored unless they are known from it and this commit."""
+    own = {
+        "run": run.name, "weights_sha256": digest(weights_of(run)),
+        "commit": environment()["commit"],
+    }
+    if done := {name: case for name, case in known.items() if own.items() <= case.items()}:
+        return done
+    cases = {name: {**own, **case} for name, case in evaluate_run(data, run).items()}
+    for name in () if run.is_dir() else cases.keys() & known.keys():
+        # weights alone have no plain network beside them
+        rows = known[name]["rows"]
+        cases[name]["rows"] |= {row: rows[row] for row in ("static",) if row in rows}
+    return cases
+
+
 def main() -> None:
     """Evaluates the runs, stores the result and prints its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -185,16 +223,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    seconds = {run.name: training_seconds(run) for run in args.runs if run.is_dir()}
     result: dict = {
-        "machine": machine(),
-        "training_cpu_seconds": {run.name: training_seconds(run) for run in args.runs},
-        "cases": {},
+        "machine": machine(), "cases": {},
+        "training_cpu_seconds": seconds or before.get("training_cpu_seconds", {}),
     }
     for run in args.runs:
-        of_run = {"run": run.name, "weights_sha256": digest(run / "model.safetensors")}
-        scored = {n: c for n, c in before.get("cases", {}).items() if of_run.items() <= c.items()}
-        scored = scored or {n: {**of_run, **c} for n, c in evaluate_run(args.data, run).items()}
-        result["cases"] |= scored
+        result["cases"] |= cases_of(run, args.data, before.get("cases", {}))
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -139,7 +139,7 @@ def accuracy_against_cost(results: Results) -> Figure:
     kinds = {"mac": "true multiply-adds of a case, G", "scaled_paper": "papers' count, b / 32, G"}
     for line, (kind, xlabel) in zip(axes, kinds.items(), strict=True):
         for axis, region in zip(line, ("WT", "TC", "ET"), strict=True):
-            for row in present_rows(results.folds):
+            for row in [row for row in present_rows(results.folds) if row in MARKS]:
                 cases = scored(results.folds, row)
                 label, colour, marker = MARKS[row]
                 star = marker == "*"

@@ -29,8 +29,8 @@ PEERS = {
     "eager slice by slice": "static, eager slice by slice, as the official code runs",
     "eager batched": "static, eager batches of 8",
 }
-FLOAT_ROWS = ("static", "whole", "S")
-ROWS = ("static", "whole", "S", "Q", "S+Q", "8", "16", "random")
+FLOAT_ROWS = ("static", "whole", "whole+L", "S")
+ROWS = ("static", "whole", "S", "Q", "S+Q", "8", "16", "random", "whole+L", "S+Q+L")
 # rows: what README calls them
 NAMES = {"S+Q": "Med-DANet V2", "whole": "whole", "static": "plain"}
 COSTS = {"mac": "true MACs, G", "paper": "papers' count, G", "scaled_paper": "b/32, G"}

@@ -288,7 +288,7 @@ class VolumePredictor:
     ) -> dict[str, float]:
         """Adds up what every slice (or window) of a shape took; one without signal took nothing."""
         seen = seen.flatten()
-        route, bits = result.decisions.flatten(), result.num_bits.flatten(0, -2).float()
+        route, bits = result.decisions.flatten(), result.num_bits.flatten(0, -2).double()
         cost: dict[str, float] = {}
         if shape not in self._tables:
             self._tables[shape] = cost_tables(self.model, shape)
@@ -296,9 +296,9 @@ class VolumePredictor:
         for convention, table in tables.items():
             cost[convention] = (table.slice_macs(route) * seen).sum().item()
             cost[f"static_{convention}"] = float(table.static_macs() * len(route))
-        scaled = tables["paper"].slice_cost(route, bits).double()
+        scaled = tables["paper"].slice_cost(route, bits)
         cost["scaled_paper"] = (scaled * seen).sum().item()
-        operations = tables["mac"].slice_bit_operations(route, bits.double())
+        operations = tables["mac"].slice_bit_operations(route, bits)
         cost["bit_operations"] = (operations * seen).sum().item()
         return cost
 

@@ -1,0 +1,35 @@
+"""What `benchmarks/accuracy.py` adds of its own to the package's scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+accuracy = pytest.importorskip("accuracy")
+
+
+def test_the_largest_part_is_kept_whatever_its_classes():
+    classes = np.zeros((6, 6, 6), np.uint8)
+    classes[0, 0, :3] = 1
+    # touches the row by a corner alone
+    classes[1, 1, 3] = 2
+    classes[4:, 4, 4] = 3
+    kept = accuracy.largest_part(classes)
+    assert kept[4:].sum() == 0
+    np.testing.assert_array_equal(kept[:4], classes[:4])
+    np.testing.assert_array_equal(accuracy.largest_part(kept), kept)
+    assert not accuracy.largest_part(np.zeros_like(classes)).any()
+
+
+def test_weights_alone_keep_the_plain_network_of_their_cases(monkeypatch):
+    """Neither rows of other weights nor those of another commit are taken for theirs."""
+    fresh = {"a": {"rows": {"S+Q": "new"}, "decisions": {}}}
+    monkeypatch.setattr(accuracy, "evaluate_run", lambda data, run: fresh)
+    known = {"a": {"commit": "older", "rows": {"S+Q": "old", "whole": "old", "static": "plain"}}}
+    first = accuracy.cases_of(Path("brats2021"), Path("data"), known)
+    assert first["a"]["rows"] == {"S+Q": "new", "static": "plain"}
+    assert first["a"]["run"] == "brats2021" and len(first["a"]["weights_sha256"]) == 64
+    monkeypatch.delattr(accuracy, "evaluate_run")
+    assert accuracy.cases_of(Path("brats2021"), Path("data"), first) == first
