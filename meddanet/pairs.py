@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Case, VolumeError, find_cases
-from .data.conventions import is_nifti, labelled_case, labels_among, stem
+from .data.conventions import is_label_name, is_nifti, labelled_case, labels_among, stem
 from .data.survey import listing, look_through, some, with_unique_names
 
 # the label files of each case, one unless it is there twice
@@ -113,9 +113,12 @@ def _label_files(folder: Path) -> Files:
 def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path], Case]]:
     """Returns label files and case by name: of labelled cases, or without any of loose files.
 
-    Labels whose scans lie nowhere are of a case, too.
+    Labels whose scans lie nowhere are of a case, too. A prediction in a folder below is no scan of
+    its case, which `<case>.nii.gz` may be.
     """
-    found = look_through(folder)
+    ours = [path for paths in predictions.values() for path in paths if not is_label_name(path)]
+    below = {path.parent.resolve() / path.name for path in ours if not _same(path.parent, folder)}
+    found = look_through(folder, below)
     for fault in found.faulty.values():
         if found.cases or found.lone_labels:
             # of this line, so that it is said once however often references are looked for
@@ -139,6 +142,10 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
             raise VolumeError(_lie_apart(folder, apart))
         warnings.warn(_lie_apart(folder, apart), stacklevel=1)
     return known
+
+
+def _same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
 
 
 def _lie_apart(folder: Path, labels: list[Path]) -> str:

@@ -218,6 +218,11 @@ def test_references_in_a_decathlon_folder(tmp_path):
     write(task / "labelsTr" / "BRATS_001.nii.gz", {(1, 1, 1): 1, (2, 2, 2): 2, (3, 3, 3): 3})
     ours = write(tmp_path / "out" / "BRATS_001.nii.gz", {(1, 1, 1): 2, (2, 2, 2): 1, (3, 3, 3): 4})
     (pair,) = find_pairs(tmp_path / "out", task)
+    # named as the scan is, which predictions within the task are not taken for
+    within = write(task / "p" / "BRATS_001.nii.gz", {(1, 1, 1): 2})
+    (inner,) = find_pairs(within.parent, task)
+    assert (inner.prediction, inner.reference) == (within, pair.reference)
+    assert not any(unpaired([inner], within.parent, task).values())
     wanted = r"values 1, 2, 4 are not those of the msd convention, .* by --prediction-labels$"
     with pytest.raises(VolumeError, match=wanted):
         compare(pair)

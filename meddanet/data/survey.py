@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,17 +100,24 @@ def survey(path: str | Path) -> Survey:
     return found
 
 
-def look_through(folder: Path) -> Survey:
-    """Does what `survey` does of a folder, also where it holds no case."""
+def look_through(folder: Path, ignored: Collection[Path] = ()) -> Survey:
+    """Does what `survey` does of a folder, also where it holds no case.
+
+    Args:
+        folder: To be looked through.
+        ignored: Files that are passed over, in folders without links.
+    """
     if not folder.is_dir():
         raise _dead_link(folder) or VolumeError(f"{folder}: no such file or folder")
     found = Survey()
-    _walk(folder, _MAX_DEPTH, found, set())
+    _walk(folder, _MAX_DEPTH, found, set(), ignored)
     cases = sorted(with_unique_names(found.cases, folder), key=lambda case: case.name)
     return replace(found, cases=cases)
 
 
-def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
+def _walk(
+    folder: Path, depth: int, found: Survey, walked: set[Path], ignored: Collection[Path]
+) -> None:
     """Adds what lies in a folder and below; what is wrong with one folder stops no other.
 
     Where links lead to a folder again it is passed over.
@@ -123,7 +130,10 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
         with listing(folder):
             entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
             below = [entry for entry in entries if entry.is_dir() and not is_label_folder(entry)]
-            images = [entry for entry in entries if is_nifti(entry) and not is_result(entry)]
+            images = [
+                entry for entry in entries
+                if is_nifti(entry) and here / entry.name not in ignored and not is_result(entry)
+            ]
             found.unread.extend(entry for entry in entries if _is_unread(entry))
             # without a suffix it may have been a case's folder; files of a case tell themselves
             # (a number may follow a full stop: W39_1998.09.19)
@@ -142,7 +152,7 @@ def _walk(folder: Path, depth: int, found: Survey, walked: set[Path]) -> None:
     found.lone_labels.extend(path for path in others if is_label_name(path))
     for entry in below:
         if depth:
-            _walk(entry, depth - 1, found, walked)
+            _walk(entry, depth - 1, found, walked, ignored)
         else:
             found.deep.append(entry)
 
