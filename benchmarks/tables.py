@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import stdev
 
 from committed import Cases, Content, Results, markdown, mean, routes, short
 from gpu_tables import (
@@ -157,6 +158,25 @@ def _means(cases: Cases, names: dict[str, str], distances: bool) -> str:
     hd95 = ("HD95 WT", "TC", "ET") if distances else ()
     header = [f"mean of {len(cases)} held-out cases", *regions, *hd95, *COSTS.values()]
     return markdown(header, rows)
+
+
+def differences(cases: Cases) -> str:
+    """Med-DANet V2 minus its static rivals, with standard errors over patients and over folds."""
+    rows = []
+    for rival in ("whole", "static"):
+        for kind, name, unit in (("dice", "Dice, points", 100), ("hd95_mm", "HD95, mm", 1)):
+            cells = []
+            for region in ("WT", "TC", "ET"):
+                found: dict[str, list[float]] = {}
+                for case in cases.values():
+                    ours, theirs = (case["rows"][row][kind][region] for row in ("S+Q", rival))
+                    found.setdefault(case["run"], []).append(unit * (ours - theirs))
+                patients = [difference for fold in found.values() for difference in fold]
+                of_folds = [mean(fold) for fold in found.values()]
+                errors = (stdev(x) / len(x) ** 0.5 for x in (patients, of_folds))
+                cells.append(f"{mean(patients):+.1f} ({', '.join(f'{e:.1f}' for e in errors)})")
+            rows.append((NAMES[rival], name, *cells))
+    return markdown(["S+Q minus", "", "WT", "TC", "ET"], rows)
 
 
 def accuracy_cases(cases: Cases) -> str:
@@ -315,6 +335,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "decisions": lambda results: decisions(results.accuracy),
     "folds-headline": lambda results: headline(results.folds),
     "folds": lambda results: accuracy(results.folds),
+    "folds-differences": lambda results: differences(results.folds),
     "folds-cases": lambda results: accuracy_cases(results.folds),
     "folds-decisions": lambda results: decisions(results.folds),
     "folds-confusion": lambda results: confusion(results.folds),

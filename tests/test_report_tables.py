@@ -114,6 +114,22 @@ def test_tables_by_hand(results):
     assert cells(tables.confusion(results.accuracy), 3) == ["**crop-96**", "2", "8", "2"]
 
 
+def test_differences_by_hand():
+    def case(run: str, ours: float, plain: float) -> dict:
+        rows = {"S+Q": ours, "whole": 0.5, "static": plain}
+        return {"run": run, "rows": {
+            row: {"dice": dict.fromkeys(("WT", "TC", "ET"), x),
+                  "hd95_mm": dict.fromkeys(("WT", "TC", "ET"), 10 * x)} for row, x in rows.items()
+        }}
+
+    cases = {"a": case("0", 0.5, 0.5), "b": case("0", 0.7, 0.5), "c": case("1", 0.8, 0.4)}
+    table = tables.differences(cases)
+    # 0, 20 and 30 points: 16.7 with a deviation of 15.3; folds 10 and 30
+    assert cells(table, 2)[:3] == ["whole", "Dice, points", "+16.7 (8.8, 10.0)"]
+    # 0, 2 and 4 mm; folds 1 and 4
+    assert cells(table, 5)[:3] == ["plain", "HD95, mm", "+2.0 (1.2, 1.5)"]
+
+
 def test_ablations_by_hand(tmp_path):
     fold = {"dice": {"a": {"WT": 0.5}, "b": {"WT": 0.7}},
             "slice_mega": {"mac": 10.0, "scaled_paper": 4.0}}
