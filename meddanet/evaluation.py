@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -266,15 +267,30 @@ def mean_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
     NaN, which the rule "nan" gives where a structure is in neither, does not count; infinity, where
     it was missed, does.
     """
+    return {
+        measure: {r: fmean(scores) if scores else math.nan for r, scores in regions.items()}
+        for measure, regions in _by_region(table).items()
+    }
+
+
+def counted_scores(table: Mapping[str, Scores]) -> dict[str, dict[str, int]]:
+    """Returns over how many cases each mean of `mean_scores` is taken."""
+    return {
+        measure: {region: len(scores) for region, scores in regions.items()}
+        for measure, regions in _by_region(table).items()
+    }
+
+
+def _by_region(table: Mapping[str, Scores]) -> dict[str, dict[str, list[float]]]:
+    """Returns the scores of all cases by measure and region, without NaN."""
     rows = list(table.values())
     regions = list(dict.fromkeys(region for row in rows for region in row["dice"]))
 
-    def mean(measure: str, region: str) -> float:
-        scores = [row[measure][region] for row in rows if region in row[measure]]
-        counted = [score for score in scores if not math.isnan(score)]
-        return sum(counted) / len(counted) if counted else math.nan
+    def scores(measure: str, region: str) -> list[float]:
+        found = (row[measure].get(region, math.nan) for row in rows)
+        return [score for score in found if not math.isnan(score)]
 
-    return {measure: {r: mean(measure, r) for r in regions} for measure in rows[0]}
+    return {measure: {r: scores(measure, r) for r in regions} for measure in rows[0]}
 
 
 def json_ready(value: Any) -> Any:

@@ -750,6 +750,17 @@ def test_evaluate(cohort, tmp_path, capsys):
     content = json.loads(table.read_text())
     assert content["mean"]["dice"]["WT"] == 0.5 and content["empty_rule"] == "brats"
     assert len(sheet.read_text().splitlines()) == 3
+    # what is in neither file of case_1 counts in no mean, and over how many it is taken is said
+    labels = np.asarray(nib.load(truth).dataobj).copy()
+    labels[0, 0, 0] = 5
+    nib.save(nib.Nifti1Image(labels, nib.load(truth).affine), out / "case_0.nii.gz")
+    assert main([*arguments, "--empty", "nan", "--groups", "WT=1,2,4;odd=5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("  (odd of 1)")
+    content = json.loads(table.read_text())
+    assert content["counted"]["dice"] == {"WT": 2, "odd": 1} and content["empty_rule"] == "nan"
+    assert content["groups"] == {"WT": [1, 2, 4], "odd": [5]}
+    assert (content["predictions"], content["references"]) == (str(out), str(cohort))
+    shutil.copy(truth, out / "case_0.nii.gz")
     # one that cannot be read is reported, the other one is scored
     (out / "case_1.nii.gz").write_bytes(b"")
     assert main(arguments) == 1

@@ -17,6 +17,7 @@ from meddanet.data import VolumeError
 from meddanet.evaluation import (
     check_groups,
     compare,
+    counted_scores,
     json_ready,
     mean_scores,
     parse_groups,
@@ -313,6 +314,7 @@ def test_the_table(tmp_path):
     assert mean_scores(table) == {
         "dice": {"WT": 0.625, "ET": 0.5}, "hd95_mm": {"WT": 2.5, "ET": 373.13 / 2},
     }
+    assert counted_scores(table)["dice"] == {"WT": 2, "ET": 2}
     write_csv(table, tmp_path / "table.csv", missing=["c"])
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))

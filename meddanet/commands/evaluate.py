@@ -13,6 +13,7 @@ from ..data.storage import write_json
 from ..evaluation import (
     check_groups,
     compare,
+    counted_scores,
     json_ready,
     listed,
     mean_scores,
@@ -22,6 +23,7 @@ from ..evaluation import (
 from ..messages import complain, say
 from ..metrics import check_tolerance
 from ..pairs import find_pairs, unpaired
+from ..version import __version__
 from .options import check_targets
 
 
@@ -42,13 +44,18 @@ def run(options: Namespace) -> int:
     failed = [pair.name for pair in pairs if pair.name not in table]
     missing = sorted([*alone["without_prediction"], *failed])
     total = len(table) + len(missing)
-    mean = mean_scores(table)
-    say(f"mean of {len(table)} of {total} cases  {score_line(mean)}")
+    mean, counted = mean_scores(table), counted_scores(table)
+    fewer = [f"{region} of {n}" for region, n in counted["dice"].items() if n < len(table)]
+    note = f"  ({', '.join(fewer)})" if fewer else ""
+    say(f"mean of {len(table)} of {total} cases  {score_line(mean)}{note}")
     written = True
     if options.json:
         content = {
-            "mean": json_ready(mean), "scored": len(table), "expected": total,
-            "empty_rule": options.empty, "tolerance_mm": options.tolerance, **alone,
+            "mean": json_ready(mean), "counted": counted, "scored": len(table), "expected": total,
+            "empty_rule": options.empty, "tolerance_mm": options.tolerance,
+            "labels": options.labels, "prediction_labels": options.prediction_labels,
+            "groups": groups, "predictions": options.predictions,
+            "references": options.references, "meddanet": __version__, **alone,
             "failed": failed, "cases": json_ready(table),
         }
         written &= _tried(write_json, content, Path(options.json))
