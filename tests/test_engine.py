@@ -154,7 +154,10 @@ def assert_as_exact_as_the_model(labels, model, slices, tolerances) -> None:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (16, 16, 16, 16), (16, 8, 8, 8), (8, 16, 8, 16)])
+@pytest.mark.parametrize("widths", [
+    (8, 8, 8, 8), (8, 16, 8, 16), pytest.param((16, 16, 16, 16), marks=pytest.mark.long),
+    pytest.param((16, 8, 8, 8), marks=pytest.mark.long),
+])
 def test_every_mix_of_decisions(model, executor, widths, tolerances):
     choose(model, widths)
     decisions = [0, 1, 2, 3, 3, 2, 0, 1]
@@ -423,8 +426,9 @@ def test_neighbours_and_threads_change_nothing(model, executor):
 
 @needs_openvino
 @pytest.mark.parametrize(("widths", "segmenter"), [
-    ((8, 8, 8, 8), "unet-12"), ((4, 8, 4, 4), "unet-12"), ((16, 8, 8, 8), "unet-12"),
-    (None, "unet-12"), ((8, 8, 8, 8), "transbts-light"),
+    ((4, 8, 4, 4), "unet-12"), (None, "unet-12"), ((8, 8, 8, 8), "transbts-light"),
+    pytest.param((8, 8, 8, 8), "unet-12", marks=pytest.mark.long),
+    pytest.param((16, 8, 8, 8), "unet-12", marks=pytest.mark.long),
 ])
 def test_the_uninterrupted_way_answers_to_the_bit(widths, segmenter, monkeypatch):
     """Usual widths run in one graph; all others, and none in float, stage by stage."""
@@ -635,8 +639,11 @@ def test_bytes_are_multiplied_only_where_their_sums_are_exact(model, monkeypatch
 
 
 @needs_openvino
-@pytest.mark.parametrize("unsigned", [True, False])
-@pytest.mark.parametrize("segmenter", ["unet-12", "transbts-light"])
+@pytest.mark.parametrize(("segmenter", "unsigned"), [
+    ("unet-12", True), ("transbts-light", False),
+    pytest.param("unet-12", False, marks=pytest.mark.long),
+    pytest.param("transbts-light", True, marks=pytest.mark.long),
+])
 def test_a_machine_without_exact_sums_of_bytes(segmenter, unsigned, tolerances, monkeypatch):
     from meddanet.engine.openvino_graphs import exact_sums, ov
 

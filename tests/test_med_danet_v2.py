@@ -70,7 +70,7 @@ class Own(nn.Module):
         return self.last_stage(self.features(input))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_branches_are_exported_for_any_number_of_slices(strict):
     class Whole(torch.nn.Module):
         def __init__(self):
