@@ -131,9 +131,19 @@ def _store(path: Path, name: str, compiled: Any) -> None:
 
 
 def writable_folder() -> Path:
-    """Returns the package's folder of entries if it can be written, else the user's."""
+    """Returns the package's folder of entries if it can be written, else the user's.
+
+    Raises:
+        ValueError: If the user has none.
+    """
     place = PACKAGED if PACKAGED.exists() else PACKAGED.parent
-    return PACKAGED if os.access(place, os.W_OK) else user_folder()
+    folder = PACKAGED if os.access(place, os.W_OK) else user_folder()
+    if folder is None:
+        raise ValueError(
+            f"compiled kernels have no place: {place} cannot be written, and there is no home "
+            "folder; set XDG_CACHE_HOME to a folder"
+        )
+    return folder
 
 
 def listing() -> list[str]:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +25,21 @@ from typing import Any
 PACKAGED = Path(__file__).resolve().parent / "compiled"
 
 
-def user_folder() -> Path:
-    """Returns the folder of entries that belong to the user, read after the package's own."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def user_folder() -> Path | None:
+    """Returns the folder of entries that belong to the user, read after the package's own.
+
+    None for a user without a home, as in a container, unless XDG_CACHE_HOME names a folder.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "meddanet" / "kernels"
 
 
 def folders() -> tuple[Path, ...]:
     """Returns where entries may lie, in the order in which they are looked up."""
-    return PACKAGED, user_folder()
+    return tuple(folder for folder in (PACKAGED, user_folder()) if folder is not None)
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,21 @@ class Entry:
 
 def entries(folder: Path) -> Iterator[Entry]:
     """Yields what lies in a folder of `folders`, for every version of triton."""
-    for path in sorted(folder.glob("[!.]*/[!.]*/*.json")):
+    found: list[Path] = []
+    with suppress(OSError):
+        found = sorted(folder.glob("[!.]*/[!.]*/*.json"))
+    for path in found:
         facts = json.loads(path.read_text())
         yield Entry(path.stem, facts["target"]["arch"], path.parts[-3], path.parent)
 
 
 def _versions() -> set[str]:
-    return {path.name for folder in folders() if folder.is_dir() for path in folder.iterdir()}
+    found: set[str] = set()
+    for folder in folders():
+        # one that is not there, or another user's, holds nothing for us
+        with suppress(OSError):
+            found.update(path.name for path in folder.iterdir())
+    return found
 
 
 class _Overlay:
@@ -76,8 +91,9 @@ class _Overlay:
     def get_group(self, filename: str) -> dict[str, str] | None:
         """Returns the paths of an entry's files by their names; None if it is in neither."""
         for place in self._places:
-            if (place / filename).is_file():
-                return {path.name: str(path) for path in place.iterdir()}
+            with suppress(OSError):
+                if (place / filename).is_file():
+                    return {path.name: str(path) for path in place.iterdir()}
         return self._own.get_group(filename)
 
     def __getattr__(self, name: str) -> Any:

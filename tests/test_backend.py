@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from meddanet.kernels import aot, bilinear_crop, fake_quantize, precompiled, use_backend
 from meddanet.kernels import backend as chooser
-from meddanet.kernels import bilinear_crop, fake_quantize, use_backend
 
 x = torch.ones(1, 1, 4, 4)
 offset = torch.zeros(1, 2)
@@ -174,6 +176,37 @@ def test_the_environment_makes_the_first_choice(monkeypatch, value, answer):
     code = "from meddanet.kernels import backend; print(backend._chosen)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer in run.stdout + run.stderr
+
+
+def test_a_user_without_a_home_has_the_packages_own_kernels(monkeypatch, tmp_path):
+    """As in a container whose user is in no list."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(precompiled, "PACKAGED", tmp_path / "compiled")
+    assert precompiled.folders() == (tmp_path / "compiled",)
+    precompiled.install(None)
+    assert not list(precompiled.entries(tmp_path / "compiled"))
+    monkeypatch.setattr(aot, "PACKAGED", tmp_path / "absent" / "compiled")
+    with pytest.raises(ValueError, match="absent cannot be written.*; set XDG_CACHE_HOME to a"):
+        aot.writable_folder()
+
+
+def test_a_home_that_may_not_be_entered_holds_no_kernels(monkeypatch, tmp_path):
+    def locked(folder: Path, *_) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("iterdir", "is_file", "is_dir", "glob"):
+        monkeypatch.setattr(Path, name, locked)
+    precompiled.install(None)
+    assert not list(precompiled.entries(tmp_path))
+    kept = SimpleNamespace(get_group=lambda filename: {filename: "own"})
+    overlay = precompiled._Overlay("key", "3.9.0", lambda: kept)
+    assert overlay.get_group("a.json") == {"a.json": "own"}
 
 
 def test_triton_is_imported_by_the_first_kernel_alone():
