@@ -232,7 +232,8 @@ class VolumePredictor:
         parts = []
         for chunk in slices.split(CHUNK):
             chunk = chunk.to(self.device, next(self.model.parameters()).dtype)
-            part = self.model.segment_windows(channels_last(chunk), self.window)
+            with torch.autocast(self.device.type, enabled=False):
+                part = self.model.segment_windows(channels_last(chunk), self.window)
             parts.append([tensor.cpu() for tensor in part])
         return Segmentation.joined(parts)
 

@@ -216,6 +216,21 @@ def test_a_dtype_as_default_changes_nothing(model, executor):
 
 
 @pytest.mark.parametrize("executor", CPU_EXECUTORS)
+def test_the_callers_autocast_changes_nothing(model, executor):
+    model = deepcopy(model)
+    with torch.no_grad():  # whole, of features that are not 0
+        model.policy.last[1].bias.fill_(1.0)
+        model.policy.classifier.weight.copy_(torch.tensor([[-1.0], [-1.0], [1.0]]))
+    slices, engine = torch.randn(8, 2, 32, 48), compile_engine(model, "cpu", executor)
+    expected = engine.segment(slices)
+    assert (expected.decisions == 2).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine.segment(slices)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("executor", CPU_EXECUTORS)
 def test_a_device_as_default_changes_nothing(model, executor):
     """As torch.set_default_device("cuda") sets it: whatever is made on "meta" has no values."""
     slices = torch.randn(3, 2, 32, 48)

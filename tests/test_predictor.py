@@ -615,6 +615,18 @@ def test_windows_of_a_model_of_another_dtype(built, dtype):
     assert prediction.labels.shape == (24, 32, 2) and len(prediction.windows) > 1
 
 
+def test_the_callers_autocast_does_not_reach_windows(built):
+    whole = deepcopy(built)
+    with torch.no_grad():  # of features that are not 0
+        whole.policy.last[1].bias.fill_(1.0)
+        whole.policy.classifier.weight.copy_(torch.tensor([[-1.0], [-1.0], [1.0]]))
+    scan, predictor = volume(noise(24, 32, 4)), VolumePredictor(whole, "cpu", window=16)
+    expected = predictor.predict(scan).labels
+    assert len(np.unique(expected)) > 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(predictor.predict(scan).labels, expected)
+
+
 def test_a_convention_with_too_few_labels_is_refused_before_the_work():
     many = build_med_danet(("unet-2",), num_classes=6)
     with pytest.raises(ValueError, match="brats2023 has three classes, the model 5; say by label_"):

@@ -68,7 +68,9 @@ class EagerEngine(Immovable):
         if not slices.isfinite().all():
             raise ValueError(NOT_FINITE)
         chunks = (channels_last(chunk.to(self._device)) for chunk in slices.split(CHUNK))
-        parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
+        # float32 whatever the caller's autocast is, as in every executor
+        with torch.autocast(self._device.type, enabled=False):
+            parts = [[part.cpu() for part in self._model.segment(chunk)] for chunk in chunks]
         return Segmentation.joined(parts)
 
 
