@@ -76,6 +76,13 @@ def test_brats_2023(tmp_path: Path) -> None:
     }
 
 
+def test_a_name_with_a_line_break_is_a_name(tmp_path: Path) -> None:
+    for kind in ("flair", "t1ce", "t1", "t2"):
+        (tmp_path / f"a\nb_{kind}.nii.gz").touch()
+    (tmp_path / "c\nd_0000.nii.gz").touch()
+    assert [case.name for case in find_cases(tmp_path)] == ["a\nb", "c\nd"]
+
+
 def test_graded_folders_are_walked_and_sorted(tmp_path: Path) -> None:
     brats2021(tmp_path / "LGG", "BraTS19_TCIA_1")
     brats2021(tmp_path / "HGG", "BraTS19_CBICA_2")

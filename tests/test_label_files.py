@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from itertools import permutations, product
@@ -197,6 +198,26 @@ def test_a_read_only_output_folder(scans, tmp_path: Path, volume: Volume) -> Non
     message = scans.error(lambda: save_volume(labels_of(volume), path, like=volume))
     assert message.startswith(f"{path}: cannot be written (")
     assert message.endswith("; expected a writable folder")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_cannot_be_waited_for(
+    scans, tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some file systems have no fsync; what fails in one that has is no matter of permissions."""
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    path = tmp_path / "p1.nii.gz"
+    if number == errno.EIO:
+        message = scans.error(lambda: save_volume(labels_of(volume), path, like=volume))
+        assert message.endswith("(Input/output error); name a folder on another disk")
+        assert not list(tmp_path.glob("*p1*"))
+    else:
+        save_volume(labels_of(volume), path, like=volume)
+        assert np.array_equal(nib.load(path).get_fdata(), labels_of(volume))
 
 
 def test_an_interrupted_write_leaves_what_was_there(

@@ -153,14 +153,14 @@ def _parse(path: Path) -> tuple[str, str, str] | None:
     """Returns (convention, case name, modality, channel digits or "label"), None if not known."""
     name = stem(path)
     for convention, pattern in _BRATS.items():
-        if match := re.fullmatch(pattern, name, re.IGNORECASE):
+        if match := re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL):
             kind = match[2].lower()
             return convention, match[1], _LABEL if kind == "seg" else canonical_modality(kind)
     if re.fullmatch(r"(?:test-)?volume-\d+", name):
         return "lits", name, "ct"
     if match := re.fullmatch(r"segmentation-(\d+)", name):
         return "lits", f"volume-{match[1]}", _LABEL
-    if match := re.fullmatch(r"(.+)_(\d{4})", name):
+    if match := re.fullmatch(r"(.+)_(\d{4})", name, re.DOTALL):
         return "nnunet", match[1], match[2]
     return None
 

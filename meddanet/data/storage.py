@@ -31,7 +31,13 @@ _CURES = {
     errno.EDQUOT: "make room on the disk",
     errno.EFBIG: "raise the limit of files' size, ulimit -f",
     errno.ENAMETOOLONG: "give it a shorter name",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+        "expected a writable folder",
+    ),
 }
+# of file systems that cannot be told to put a file on disk
+_NO_FSYNC = errno.EINVAL, errno.ENOTSUP
 
 
 def read_head(path: Path, size: int) -> bytes:
@@ -92,7 +98,7 @@ class Staged:
             self.partials[path] = partial
             stream.writelines(parts)
             stream.flush()
-            os.fsync(stream.fileno())
+            _put_on_disk(stream)
 
     def appear(self) -> None:
         """Puts the files under their names, in the order in which they were written.
@@ -113,6 +119,14 @@ class Staged:
                 partial.unlink(missing_ok=True)
 
 
+def _put_on_disk(stream: BinaryIO) -> None:
+    try:
+        os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Writes a file that appears under its name only when it is complete and on disk.
 
@@ -130,7 +144,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = _CURES.get(error.errno or 0, "expected a writable folder")
+        cure = _CURES.get(error.errno or 0, "name a folder on another disk")
         raise VolumeError(
             f"{path}: cannot be written ({error.strerror or error}); {cure}"
         ) from error
