@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +112,8 @@ def output_folder(path: str | Path) -> Path:
         raise VolumeError("--out is empty; name a folder, . for the current one")
     folder = Path(path)
     probe = folder / ".meddanet-write-test"
+    if folder.is_symlink() and not folder.exists():
+        raise VolumeError(f"{folder}: is a link that leads nowhere; name another folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -187,6 +189,8 @@ class ReadAhead:
 
     Args:
         cases, out, modalities, overwrite: As for `read_case`.
+        is_finished: Tells whether another process has finished a case meanwhile, which then is not
+            read: its reading is None.
 
     Attributes:
         out: As given.
@@ -198,11 +202,12 @@ class ReadAhead:
         out: Path,
         modalities: tuple[str, ...] | None = None,
         overwrite: bool = False,
+        is_finished: Callable[[Case], bool] | None = None,
     ) -> None:
         return_freed_volumes()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="meddanet-read")
         self._waiting = iter(cases)
-        self.out, self._options = out, (modalities, overwrite)
+        self.out, self._options, self._is_finished = out, (modalities, overwrite), is_finished
         self._ahead = self._read_next()
 
     def __enter__(self) -> ReadAhead:
@@ -212,13 +217,16 @@ class ReadAhead:
         # an error is told at once, however slow the disk
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
-    def _read_next(self) -> tuple[Case, Future[Reading]] | None:
+    def _read_next(self) -> tuple[Case, Future[Reading | None]] | None:
         case = next(self._waiting, None)
-        return None if case is None else (
-            case, self._pool.submit(read_case, case, self.out, *self._options)
-        )
+        return None if case is None else (case, self._pool.submit(self._read, case))
 
-    def __iter__(self) -> Iterator[tuple[Case, Future[Reading]]]:
+    def _read(self, case: Case) -> Reading | None:
+        if self._is_finished is not None and self._is_finished(case):
+            return None
+        return read_case(case, self.out, *self._options)
+
+    def __iter__(self) -> Iterator[tuple[Case, Future[Reading | None]]]:
         """Yields each case, in order and once, when its reading has ended, well or not."""
         while self._ahead is not None:
             current, self._ahead = self._ahead, None

@@ -69,7 +69,7 @@ def segment_cases(
     with ThreadPoolExecutor(1) as writer:
         written: tuple[Case, Future] | None = None
         for case, reading in readings:
-            outcome: _Predicted | Exception
+            outcome: _Predicted | Exception | None
             try:
                 outcome = _predict(predictor, reading.result())
             except CASE_ERRORS as error:
@@ -85,7 +85,9 @@ def segment_cases(
             yield written[0], _outcome(written[1])
 
 
-def _predict(predictor: VolumePredictor, reading: Reading) -> _Predicted:
+def _predict(predictor: VolumePredictor, reading: Reading | None) -> _Predicted | None:
+    if reading is None:
+        return None
     began = time.perf_counter()
     prediction = predictor.predict(reading.volume)
     return reading, prediction, reading.seconds + time.perf_counter() - began
@@ -105,15 +107,19 @@ def _write(
     run: Mapping[str, object],
     preview: bool,
     asked: Request | None,
-    outcome: _Predicted | Exception,
+    outcome: _Predicted | Exception | None,
 ) -> dict:
     """Writes labels, picture and report, which replace earlier ones at once; returns the report.
+
+    Without an outcome another process has written all that.
 
     Raises:
         Exception: The outcome, if it is one.
     """
     if isinstance(outcome, Exception):
         raise outcome
+    if outcome is None:
+        return report_of(result_paths(case.name, out)[0])
     reading, prediction, seconds = outcome
     volume = reading.volume
     labels, report, picture = results = result_paths(case.name, out)

@@ -13,7 +13,7 @@ import pytest
 
 from meddanet import cases
 from meddanet.cases import ReadAhead, gather_cases, output_folder
-from meddanet.data import MODALITIES, Case
+from meddanet.data import MODALITIES, Case, VolumeError
 
 
 def test_gathering_tells_what_it_leaves_out(tmp_path):
@@ -101,6 +101,13 @@ def reading(monkeypatch) -> dict[str, threading.Event]:
 
 def case(name: str) -> Case:
     return Case(name, {"t1": Path(f"/nowhere/{name}_t1.nii.gz")}, "brats2021", ("t1",))
+
+
+def test_an_output_folder_that_is_a_dead_link(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(VolumeError, match="/out: is a link that leads nowhere; name another"):
+        output_folder(tmp_path / "out")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_the_first_case_is_read_at_once_and_the_others_one_ahead(reading, tmp_path):

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -376,6 +377,27 @@ def test_results_of_another_run_that_appear_meanwhile_stay(volumes, tmp_path, th
         assert str(outcome).startswith(error.format(tmp_path))
     assert (nib.load(tmp_path / "a.nii.gz").get_fdata() == 1).all()
     assert {path.name for path in tmp_path.iterdir()} == {"a.nii.gz", "a.json"}
+
+
+def test_a_case_that_another_run_has_finished_meanwhile_is_not_read(volumes, tmp_path):
+    """As in jobs that share a cohort and a folder of results."""
+    asked = finished.Request("mine", "", {})
+
+    class Watched(Predictor):
+        seen: list[str] = []
+
+        def predict(self, volume: Volume) -> Prediction:
+            self.seen.append(volume.name)
+            if volume.name == "a":
+                segment_case(case("c"), Predictor(label=1), tmp_path, weights="mine")
+            return super().predict(volume)
+
+    ask = partial(finished.is_finished, out=tmp_path, asked=asked)
+    with ReadAhead([case(name) for name in "abc"], tmp_path, is_finished=ask) as readings:
+        outcomes = list(segment_cases(readings, Watched(), asked=asked, weights="mine"))
+    assert Watched.seen == ["a", "b"] and len(volumes) == 3
+    assert outcomes[2] == (case("c"), json.loads((tmp_path / "c.json").read_text()))
+    assert (nib.load(tmp_path / "c.nii.gz").get_fdata() == 1).all()
 
 
 def test_two_processes_of_one_number_do_not_meet(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def run(options: Namespace) -> int:
         say(f"{finished} finished before, skipped (see --overwrite)", sys.stderr)
     failed = 0
     if pending:
-        with ReadAhead(pending, out, asked.modalities, options.overwrite) as readings:
+        # another process may finish cases of this folder meanwhile
+        ask = None if options.overwrite else partial(is_finished, out=out, asked=asked)
+        with ReadAhead(pending, out, asked.modalities, options.overwrite, ask) as readings:
             failed = _segment_all(readings, len(pending), options, asked)
     return 1 if errors or failed else 0
 
