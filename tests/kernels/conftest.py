@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,18 +186,17 @@ def in_a_third_of_the_time() -> None:
     # a look for integer overflows of which it does not tell unless it is asked to
     builder, asked = interpreter.interpreter_builder, os.environ.get("MEDDANET_OVERFLOWS") == "1"
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=asked, debug=asked)
-    # changes to triton.language, made once more for every function that a kernel calls
+    # changes to triton.language, made and undone for every launch and function that it calls:
+    # here all is interpreted, so that they stay
     theirs, changed = interpreter._patch_lang, set()
+    nothing_to_undo = SimpleNamespace(restore=lambda: None)
 
     def patch_lang(function):
         module = id(function.__globals__)
-        if module in changed:
-            return None
-        scope = theirs(function)
-        if not changed:  # the launch's own: what its functions changed stays, as ever
-            scope.restore = lambda restore=scope.restore: (changed.clear(), restore())
-        changed.add(module)
-        return scope
+        if module not in changed:
+            theirs(function)
+            changed.add(module)
+        return nothing_to_undo
 
     interpreter._patch_lang = patch_lang
     make_types_once()
@@ -205,10 +205,12 @@ def in_a_third_of_the_time() -> None:
 def make_types_once() -> None:
     """Lets the interpreter, which makes a type and a shape for every value, make each kind once."""
     from triton.language import core
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    np_dtype, block_type, tensor = (
-        interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__
+    np_dtype, block_type, tensor, broadcast = (
+        interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__,
+        TritonSemantic.broadcast_impl_value,
     )
     dtypes, types, shapes = {}, {}, {}
 
@@ -219,21 +221,29 @@ def make_types_once() -> None:
         return dtypes[name]
 
     def init_block_type(self, element_ty, shape):
-        key = element_ty.name, getattr(element_ty, "address_space", 0), *map(int, shape)
+        sizes = *map(int, shape),
+        key = element_ty.name, getattr(element_ty, "address_space", 0), sizes
         if key not in types:
             block_type(self, element_ty, shape)
-            types[key] = dict(vars(self))
+            types[key] = {**vars(self), "sizes": sizes}
         vars(self).update(types[key])
 
     def init_tensor(self, handle, kind):
-        key = kind.shape if kind.is_block() else ()
-        if key not in shapes:
+        sizes = vars(kind).get("sizes", ())  # their own shapes take long to compare
+        if sizes not in shapes:
             tensor(self, handle, kind)
-            shapes[key] = {"shape": self.shape, "numel": self.numel}
-        vars(self).update(shapes[key], handle=handle, type=kind, dtype=kind.scalar)
+            shapes[sizes] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[sizes], handle=handle, type=kind, dtype=kind.scalar)
+
+    def broadcast_impl_value(self, left, right):
+        sizes = vars(left.type).get("sizes")
+        if sizes is not None and sizes == vars(right.type).get("sizes"):
+            return left, right
+        return broadcast(self, left, right)
 
     interpreter._get_np_dtype = get_np_dtype
     core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
 
 
 @pytest.fixture(autouse=True, scope="session")
