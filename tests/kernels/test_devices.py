@@ -1,7 +1,8 @@
 """The operations on a GPU, where there is one, against float64 references on the CPU.
 
-Elsewhere the same tests run on the CPU. `benchmarks/gpu.sh sanitize` runs this file under
-compute-sanitizer: few shapes, none a multiple of a block.
+Elsewhere the same tests run on the CPU; those marked `long` repeat there, interpreted, what the
+operations' own tests look at. `benchmarks/gpu.sh sanitize` runs this file under compute-sanitizer:
+few shapes, none a multiple of a block.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def leaf(device, *shape, layout=DENSE):
     x = torch.randn(*shape).to(device)
     x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     return x.requires_grad_()
+
+
+def long(value):
+    """A parameter that a GPU is to have in any case."""
+    return pytest.param(value, marks=pytest.mark.long)
 
 
 def with_gradients(op, leaves, grad):
@@ -322,9 +328,9 @@ def test_route_slices(device, samples):
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("branch", [12, 48, 96])
-@pytest.mark.parametrize("units", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float16, long(torch.float32)])
+@pytest.mark.parametrize("branch", [12, 48, long(96)])
+@pytest.mark.parametrize("units", [1, 2, long(7)])
 @pytest.mark.parametrize("halved", [True, False], ids=["stride 2", "stride 1"])
 def test_shuffle_stage(device, halved, units, branch, dtype, tolerances):
     """Maps that programs take in parts, the last one not full."""
@@ -365,7 +371,7 @@ def many(device: torch.device, there: int, here: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [(120, 120), (13, 18)], ids=str)
+@pytest.mark.parametrize("size", [long((120, 120)), (13, 18)], ids=str)
 def test_shuffle_stem(device, size, dtype, tolerances):
     """Programs whose rows and columns reach beyond the output."""
     weight, bias = (torch.randn(12, 4, 3, 3) / 6).to(dtype), torch.randn(12).to(dtype)
@@ -386,7 +392,7 @@ def head_layers(channels, hidden, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [(4, 4), (7, 9)], ids=str)
+@pytest.mark.parametrize("size", [(4, 4), long((7, 9))], ids=str)
 def test_pooled_head(device, size, dtype, tolerances):
     """A block of pixels and several, the last one not full."""
     last, classifier = head_layers(96, 250, dtype), (torch.randn(3, 250) / 8).to(dtype)
@@ -405,7 +411,7 @@ def test_pooled_head(device, size, dtype, tolerances):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [(8, 8), (13, 9)], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), long((13, 9))], ids=str)
 def test_heat_head(device, size, dtype, tolerances):
     """A block of pixels and several, the last one not full."""
     last, map_weight = head_layers(48, 60, dtype), (torch.randn(1, 60, 1, 1) / 3).to(dtype)
@@ -426,6 +432,7 @@ def test_heat_head(device, size, dtype, tolerances):
     tolerances.reduction(actual.cpu(), native=native, exact=exact)
 
 
+@pytest.mark.long
 def test_what_is_not_seen_is_left_out(device):
     """Of a chunk of 240 x 240 slices, most of them blank, the others are as ever."""
     network = build_decision_network("shufflenetv2-m", 4, 4).eval()
@@ -447,15 +454,14 @@ NETWORKS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.long) if name == "shufflenetv2" else name
-    for name in NETWORKS
+    long(name) if name == "shufflenetv2" else name for name in NETWORKS
 ])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, long(torch.float32), torch.float64])
 def test_frozen_decision_networks(device, name, dtype, tolerances):
     """A network with its stem, stages and head as operations, against itself in float64."""
     build, parts = NETWORKS[name]
     network = build().double()
-    x = torch.randn(5, 4, 64, 72, dtype=torch.float64).to(dtype)
+    x = torch.randn(many(device, 5, 3), 4, 64, 72, dtype=torch.float64).to(dtype)
     for norm in network.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
