@@ -13,6 +13,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from meddanet.data import VolumeError
+from meddanet.networks.decision import ShuffleNetV2
 
 # the same examples on every run, and no deadline: a busy machine is no failure
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -23,6 +24,7 @@ torch.set_num_threads(
     max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 )
 
+REPEATS = ShuffleNetV2.repeats
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -114,6 +116,24 @@ def seed() -> None:
 def no_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def few_units() -> Iterator[None]:
+    """Decision networks of two, two and one units, not of four, eight and four, which are alike.
+
+    For modules in which they are beside the point: their units are most of what a step of training,
+    an engine's graphs and a file of weights take. Shipped weights need `all_units`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShuffleNetV2, "repeats", (2, 2, 1))
+        yield
+
+
+@pytest.fixture
+def all_units(monkeypatch) -> None:
+    """Decision networks as they are, for a test in a module of `few_units`."""
+    monkeypatch.setattr(ShuffleNetV2, "repeats", REPEATS)
 
 
 class Scans:

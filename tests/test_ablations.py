@@ -18,6 +18,8 @@ from meddanet.cost import count_macs
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.weights import load_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("no benchmarks here: an sdist has none", allow_module_level=True)

@@ -40,6 +40,8 @@ from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.weight_files import read_facts
 from meddanet.weights import save_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 ROOT = Path(__file__).resolve().parents[1]
 MRI = ("flair", "t1ce", "t1", "t2")
 SHAPE = (44, 48, 18)
@@ -1069,6 +1071,7 @@ def test_info_of_weights(tmp_path, capsys):
         assert message in line
 
 
+@pytest.mark.usefixtures("all_units")
 @pytest.mark.parametrize(
     ("name", "routes"),
     [
@@ -1165,6 +1168,7 @@ def test_bench_refuses_weights_of_v1(cohort, tmp_path, capsys):
     assert "MedDANetV2 only, these weights are a MedDANet" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("all_units")
 def test_demo(tmp_path, capsys):
     assert main(["demo", "-o", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -1196,6 +1200,7 @@ def test_demo_replaces_its_own_files_alone(tmp_path, monkeypatch, capsys, name):
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("all_units")
 def test_demo_runs_again_where_it_ran(tmp_path, monkeypatch, capsys):
     """Also where it was ended, or with files that another machine compressed."""
     monkeypatch.setattr(demo_command, "write_phantom", partial(write_phantom, shape=SHAPE))
@@ -1215,6 +1220,7 @@ def test_demo_runs_again_where_it_ran(tmp_path, monkeypatch, capsys):
     assert "is not as meddanet demo writes it" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("all_units")
 def test_a_real_case_scores_what_the_results_say(real_data, tmp_path, segment):
     case = real_data / "brats2021" / "BraTS2021_00000"
     assert segment(case, "-o", tmp_path, "--weights", "brats2021")[0] == 0

@@ -22,6 +22,8 @@ from meddanet.cohort import segment_case, segment_cases
 from meddanet.data import Case, Volume, VolumeError, lock, storage
 from meddanet.predictor import Prediction
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 MRI = ("flair", "t1ce", "t1", "t2")
 
 

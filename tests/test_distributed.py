@@ -19,6 +19,7 @@ from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.layers import set_quantization
 from meddanet.monitor import Monitor
+from meddanet.networks.decision import ShuffleNetV2
 from meddanet.objectives import OBJECTIVES
 from meddanet.phase import run_phase
 from meddanet.recipe import PhaseConfig, TrainConfig
@@ -128,7 +129,10 @@ def batches_of(cache, **options) -> Batches:
 
 def tiny_model():
     torch.manual_seed(3)
-    model = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
+    with pytest.MonkeyPatch.context() as patch:
+        # the decision networks' further units are alike
+        patch.setattr(ShuffleNetV2, "repeats", (2, 2, 1))
+        model = build_med_danet_v2("unet-12", 1, 3, crop_sizes=(16,))
     model.segmenter.dropout.p = 0.0
     return model
 

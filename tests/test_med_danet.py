@@ -18,6 +18,8 @@ from meddanet.preview import write_preview
 from meddanet.report import case_report
 from meddanet.weights import load_model, save_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -134,6 +136,7 @@ def test_forward_is_every_members_answer_and_differentiable(model):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.usefixtures("all_units")
 def test_the_papers_bank_is_the_default():
     with torch.device("meta"):
         model = build_med_danet()

@@ -15,7 +15,10 @@ from meddanet.data import Volume, from_slices, to_slices
 from meddanet.layers import BitSelector, QuantConv2d, set_quantization
 from meddanet.losses import segmentation_loss
 from meddanet.med_danet_v2 import MedDANetV2
+from meddanet.networks.decision import ShuffleNetV2
 from meddanet.predictor import VolumePredictor
+
+pytestmark = pytest.mark.usefixtures("few_units")
 
 
 class FixedLogits(nn.Module):
@@ -70,8 +73,10 @@ class Own(nn.Module):
         return self.last_stage(self.features(input))
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_branches_are_exported_for_any_number_of_slices(strict):
+@pytest.mark.parametrize("strict", [False, True])
+def test_branches_are_exported_for_any_number_of_slices(strict, monkeypatch):
+    monkeypatch.setattr(ShuffleNetV2, "repeats", (1, 1, 1))
+
     class Whole(torch.nn.Module):
         def __init__(self):
             super().__init__()

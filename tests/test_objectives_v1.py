@@ -17,6 +17,8 @@ from meddanet.objectives_v1 import DecisionObjective, bank, decision_labels, mem
 from meddanet.phase import run_phase
 from meddanet.recipe import DecisionConfig, PhaseConfig
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 
 @pytest.fixture
 def batches(tmp_path) -> Batches:

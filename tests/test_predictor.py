@@ -24,6 +24,8 @@ from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.predictor import VolumePredictor
 from meddanet.routing import Segmentation
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 MRI = ("flair", "t1ce", "t1", "t2")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

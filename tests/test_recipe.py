@@ -27,6 +27,8 @@ from meddanet.phase import phase_share, run_phase, segmenter_loss, train_parts
 from meddanet.recipe import AugmentConfig, PhaseConfig, TrainConfig
 from meddanet.schedules import RECIPES
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 
 def test_the_papers_epochs_share_one_schedule():
     """224,000 steps of 640 an epoch, as the code counts them (spec: 5 volume batches of 128)."""

@@ -24,14 +24,18 @@ from meddanet.data.slices import read_cache
 from meddanet.dataset import prepare_dataset
 from meddanet.engine import compile_engine
 from meddanet.monitor import Monitor
+from meddanet.networks.decision import ShuffleNetV2
 from meddanet.objectives import OBJECTIVES, Objective
 from meddanet.phase import phase_share, run_phase, schedule
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import compile_parts, train
 from meddanet.weights import load_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 KILLED_IN_ITS_FOURTH_CHECKPOINT = """
 import os, signal, sys, json
+from meddanet.networks.decision import ShuffleNetV2
 from meddanet.recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
 
@@ -47,7 +51,7 @@ def fsync(descriptor):
     sync(descriptor)
 
 os.fsync = fsync
-values = json.loads(sys.argv[1])
+values, ShuffleNetV2.repeats = map(json.loads, sys.argv[1:])
 values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
 values["augment"] = AugmentConfig(**values["augment"])
 values["decision"] = DecisionConfig(**values["decision"])
@@ -60,7 +64,7 @@ def config(decathlon, tmp_path) -> TrainConfig:
     """Two steps that learn ranges, two with the Gumbel choice, a checkpoint after each."""
     return TrainConfig(
         str(decathlon), str(tmp_path / "run"), cache=str(tmp_path / "cache"), window=None,
-        segmenter="unet-12", crop_sizes=(16,), baseline=None, threads=1, device="cpu",
+        segmenter="unet-4", crop_sizes=(16,), baseline=None, threads=1, device="cpu",
         checkpoint_steps=1, validate_every=0,
         phases=[
             PhaseConfig("quantised", 2, batch=2, autocast="bfloat16"),
@@ -94,7 +98,10 @@ def assert_same_bits(one, other):
 def kill_in_a_write(config):
     """Trains in a process that dies with half of its last checkpoint written."""
     child = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_ITS_FOURTH_CHECKPOINT, json.dumps(asdict(config))],
+        [
+            sys.executable, "-c", KILLED_IN_ITS_FOURTH_CHECKPOINT, json.dumps(asdict(config)),
+            json.dumps(ShuffleNetV2.repeats),
+        ],
         capture_output=True, text=True,
     )
     assert child.returncode == -9, child.stderr

@@ -38,6 +38,8 @@ from meddanet.recipe import AugmentConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
 from meddanet.weights import load_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 
 def labels_with_boxes(*boxes: tuple[int, int, int, int] | None, side: int = 64) -> torch.Tensor:
     """One [side, side] label map per (top, left, height, width), None for no lesion."""

@@ -21,6 +21,8 @@ from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.weight_files import PRETRAINED, pretrained_names, read_facts
 from meddanet.weights import load_model, save_model, take_weights
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 
 @pytest.fixture(scope="module")
 def model() -> MedDANetV2:
@@ -350,6 +352,7 @@ def test_weights_of_other_sizes_do_not_fit(path):
         load_model(path)
 
 
+@pytest.mark.usefixtures("all_units")
 def test_every_shipped_file_is_small_and_has_its_card():
     assert "brats2021" in pretrained_names()
     for name in pretrained_names():
