@@ -26,6 +26,8 @@ from meddanet.med_danet_v2 import MedDANetV2
 from meddanet.networks.unet import LastStage, ResidualBlock
 from meddanet.predictor import VolumePredictor
 
+pytestmark = pytest.mark.usefixtures("few_units")
+
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 CPU_EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch", "eager"]
 
@@ -115,9 +117,13 @@ def test_a_forked_process_can_drop_an_engine():
     """OpenVINO's destructors wait for threads that a forked process has not: for ever."""
     program = """
 import gc, os, sys, torch
-from meddanet import compile_engine, load_model
-engine = compile_engine(load_model(), "cpu", "openvino")
-engine.segment(torch.randn(2, 4, 128, 128))
+from meddanet import compile_engine
+from meddanet.build import build_med_danet_v2
+from meddanet.layers import set_quantization
+model = build_med_danet_v2("unet-4", 2, 3, (16,))
+set_quantization(model, quantize=False, update_range=False)
+engine = compile_engine(model, "cpu", "openvino")
+engine.segment(torch.randn(2, 2, 32, 32))
 graphs = len(engine._networks._graphs)
 for leave in (os._exit, sys.exit):
     if os.fork() == 0:
