@@ -21,6 +21,9 @@ from meddanet.report import case_report
 from meddanet.training import train
 from meddanet.weights import load_model
 
+pytestmark = pytest.mark.usefixtures("few_units")
+SMALL = 72, 80, 40  # of a phantom
+
 
 def config(data, out, **options) -> TrainConfig:
     return TrainConfig(str(data), str(out), **options)
@@ -286,7 +289,7 @@ def test_one_modality_is_no_glioma_whatever_its_name(decathlon, tmp_path, modali
 )
 def test_gliomas_in_nnunet_layout_train_as_the_error_says(tmp_path, convention, values):
     """A phantom, whose own label file has 1, 2 and 4, as each convention writes it."""
-    source = write_phantom(tmp_path / "source", seed=1, name="p")
+    source = write_phantom(tmp_path / "source", seed=1, name="p", shape=SMALL)
     task = tmp_path / "Dataset001"
     for kind in ("imagesTr", "labelsTr"):
         (task / kind).mkdir(parents=True)
@@ -348,7 +351,7 @@ def test_a_file_that_changed_is_cached_again(decathlon, tmp_path):
 
 
 def test_cases_that_do_not_belong_together_or_hold_no_numbers(decathlon, tmp_path):
-    write_phantom(decathlon, seed=1, name="brain")
+    write_phantom(decathlon, seed=1, name="brain", shape=SMALL)
     with pytest.raises(VolumeError, match=r"disc_000: modalities is .*mri.* in brain"):
         prepare_dataset(config(decathlon, tmp_path / "a"))
     path = decathlon / "imagesTr" / "disc_003.nii.gz"
@@ -364,7 +367,7 @@ def test_cases_that_do_not_belong_together_or_hold_no_numbers(decathlon, tmp_pat
 
 
 def test_the_parts_of_a_tumour_keep_their_convention(tmp_path):
-    write_phantom(tmp_path / "data", seed=1, name="p")
+    write_phantom(tmp_path / "data", seed=1, name="p", shape=SMALL)
     data = prepare_dataset(config(tmp_path / "data", tmp_path / "run", folds=0, phantoms=1))
     assert data.num_classes == 4 and data.facts["label_convention"] == "brats2021"
     assert [case.name for case in data.phantoms] == ["phantom-1000"]
