@@ -1,5 +1,7 @@
 """The operators keep PyTorch's rules for them, whatever executes them: opcheck."""
 
+import os
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from meddanet.kernels import (
 from meddanet.kernels.conv_call import checked_call
 from meddanet.kernels.conv_int import flat
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = torch.ops.meddanet
 
 
@@ -224,4 +227,6 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name):
     operator, arguments = SAMPLES[name]()
-    torch.library.opcheck(operator.default, arguments)
+    # how it is differentiated and traced is the same whatever computes it
+    some = {"test_utils": ("test_schema", "test_faketensor")} if INTERPRETING else {}
+    torch.library.opcheck(operator.default, arguments, **some)
