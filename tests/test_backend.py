@@ -185,6 +185,37 @@ def test_the_environment_makes_the_first_choice(monkeypatch, value, answer):
     assert answer in run.stdout + run.stderr
 
 
+def test_a_user_without_a_home_has_the_packages_own_kernels(monkeypatch, tmp_path):
+    """As in a container whose user is in no list."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(precompiled, "PACKAGED", tmp_path / "compiled")
+    assert precompiled.folders() == (tmp_path / "compiled",)
+    precompiled.install(None)
+    assert not list(precompiled.entries(tmp_path / "compiled"))
+    monkeypatch.setattr(aot, "PACKAGED", tmp_path / "absent" / "compiled")
+    with pytest.raises(ValueError, match="absent cannot be written.*; set XDG_CACHE_HOME to a"):
+        aot.writable_folder()
+
+
+def test_a_home_that_may_not_be_entered_holds_no_kernels(monkeypatch, tmp_path):
+    def locked(folder: Path, *_) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("iterdir", "is_file", "is_dir", "glob"):
+        monkeypatch.setattr(Path, name, locked)
+    precompiled.install(None)
+    assert not list(precompiled.entries(tmp_path))
+    kept = SimpleNamespace(get_group=lambda filename: {filename: "own"})
+    overlay = precompiled._Overlay("key", "3.9.0", lambda: kept)
+    assert overlay.get_group("a.json") == {"a.json": "own"}
+
+
 def test_triton_is_imported_by_the_first_kernel_alone(monkeypatch):
     """Also where the variable is set to nothing, which chooses nothing."""
     monkeypatch.setenv("MEDDANET_BACKEND", "")
