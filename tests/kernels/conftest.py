@@ -84,8 +84,14 @@ class Memory:
         addresses = pointers[mask].astype(np.int64)
         # places are those of a tile: which thread has which is up to the compiler
         readers = (program << 32) + np.flatnonzero(mask)
+        if not len(addresses):
+            return
+        ends = addresses.min(), addresses.max()
+        first, last = np.searchsorted(self.starts, ends, "right") - 1
+        assert first >= 0, "an address before all arguments"
+        if first == last:  # as nearly always
+            return self._touch(first, addresses, size, readers[:, None], stores)
         spans = np.searchsorted(self.starts, addresses, "right") - 1
-        assert (spans >= 0).all(), "an address before all arguments"
         for span in np.unique(spans):
             here = spans == span
             self._touch(span, addresses[here], size, readers[here, None], stores)
