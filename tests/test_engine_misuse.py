@@ -32,14 +32,24 @@ needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO 
 CPU_EXECUTORS = [pytest.param("openvino", marks=needs_openvino), "torch", "eager"]
 
 
-@pytest.fixture
-def model() -> MedDANetV2:
+def made_model() -> MedDANetV2:
     torch.manual_seed(0)
     model = build_med_danet_v2("unet-8", 2, 3, crop_sizes=(16,))
     for layer in quantized_layers(model).values():
         layer.input_amax.fill_(4.0)
     set_quantization(model, quantize=True, update_range=False)
     return model.eval()
+
+
+@pytest.fixture
+def model() -> MedDANetV2:
+    return made_model()
+
+
+@pytest.fixture(scope="module", params=CPU_EXECUTORS)
+def engine(request):
+    """An engine of that model, for tests that ask it alone."""
+    return compile_engine(made_model(), "cpu", request.param)
 
 
 # threads and processes -------------------------------------------------------------------------
@@ -94,14 +104,14 @@ def test_a_forked_process_is_told(model):
 
 
 @pytest.mark.parametrize("executor", CPU_EXECUTORS)
-@pytest.mark.parametrize("move", [pickle.dumps, copy, deepcopy])
-def test_an_engine_stays_where_it_is(model, executor, move):
+def test_an_engine_stays_where_it_is(model, executor):
     predictor = VolumePredictor(model, "cpu", executor=executor)
-    with pytest.raises(TypeError, match="send the model and make an engine in each process"):
-        move(predictor.engine)
-    if move is not copy:  # a shallow one shares the engine
+    for move in (pickle.dumps, copy, deepcopy):
         with pytest.raises(TypeError, match="send the model and make an engine in each process"):
-            move(predictor)
+            move(predictor.engine)
+        if move is not copy:  # a shallow one shares the engine
+            with pytest.raises(TypeError, match="send the model and make an engine in each proc"):
+                move(predictor)
 
 
 def test_so_does_an_engine_on_a_gpu():
@@ -186,31 +196,26 @@ def test_a_gpu_has_its_number(monkeypatch):
 # slices ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("executor", CPU_EXECUTORS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(model, executor, value):
+def test_values_that_are_not_finite(engine, value):
     """Not a route, as if the slice had been seen: the largest of NaN is the first."""
     slices = torch.randn(3, 2, 32, 32)
     slices[1, 0, 5, 7] = value
-    engine = compile_engine(model, "cpu", executor)
     with pytest.raises(ValueError, match="slices hold NaN or infinite values"):
         engine.segment(slices)
     slices[1] = 1e37  # whose sum is infinite
     engine.segment(slices)
 
 
-@pytest.mark.parametrize("executor", CPU_EXECUTORS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int16])
-def test_other_dtypes(model, executor, dtype):
+def test_other_dtypes(engine, dtype):
     slices = (torch.randn(2, 2, 32, 32) * 2).round().to(dtype)
-    engine = compile_engine(model, "cpu", executor)
     for found, expected in zip(engine.segment(slices), engine.segment(slices.float()), strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("executor", CPU_EXECUTORS)
-def test_a_dtype_as_default_changes_nothing(model, executor):
-    slices, engine = torch.randn(3, 2, 32, 48), compile_engine(model, "cpu", executor)
+def test_a_dtype_as_default_changes_nothing(engine):
+    slices = torch.randn(3, 2, 32, 48)
     expected = engine.segment(slices)
     torch.set_default_dtype(torch.float64)
     try:
@@ -259,20 +264,16 @@ def test_a_model_of_another_dtype_runs_in_float32(model, executor, dtype):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("executor", CPU_EXECUTORS)
-def test_slices_of_another_shape_or_beyond_float32(model, executor):
-    engine = compile_engine(model, "cpu", executor)
+def test_slices_of_another_shape_or_beyond_float32(engine):
     with pytest.raises(ValueError, match=r"input must be \[N, 2, H, W\], got shape \[2, 32, 48\]"):
         engine.segment(torch.zeros(2, 32, 48))
     with pytest.raises(ValueError, match="slices hold NaN or infinite values"):
         engine.segment(torch.full((1, 2, 32, 48), 1e300, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("executor", CPU_EXECUTORS)
-def test_what_segment_returns_can_be_changed(model, executor):
+def test_what_segment_returns_can_be_changed(model, engine):
     """As tensors of inference mode cannot be, outside of it."""
     slices = torch.randn(2, 2, 32, 48)
-    engine = compile_engine(model, "cpu", executor)
     bank = build_med_danet(("unet-4",), 2, 3).eval()
     for result in (
         engine.segment(slices), model.segment(slices), bank.segment(slices),
