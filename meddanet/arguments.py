@@ -10,7 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from jsonargparse.typing import restricted_string_type
 
 from .recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
@@ -23,9 +24,45 @@ LABEL_CONVENTIONS = ("brats2021", "brats2023", "msd")
 Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
 
 
+_read_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Reads YAML, but nothing that jsonargparse would import, nor aliases, which explode.
+
+    Raises:
+        ValueError: If it names a class, or repeats a part by an alias.
+    """
+    if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("aliases (*name) are not read; write the values out")
+    if _names_a_class(value := _read_yaml(text)):
+        raise ValueError("class_path is no option: nothing is imported that a file names")
+    return value
+
+
+def _names_a_class(value: object) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_a_class, value.values()))
+    return isinstance(value, list) and any(map(_names_a_class, value))
+
+
+set_loader("yaml", _load, exceptions=(yaml.YAMLError, ValueError))
+
+
+def printable(text: str) -> str:
+    """Returns a line with control characters, which could hide or forge others, escaped."""
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
+
+
 def error_line(error: object) -> str:
     """Returns what stderr says of an error, in one line."""
-    return f"meddanet: error: {' '.join(str(error).split())}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        text = f"not enough memory ({text})" if text else "not enough memory"
+    return printable(f"meddanet: error: {text or type(error).__name__}")
 
 
 class UsageError(ValueError):
@@ -180,8 +217,6 @@ def _train_parser(recipe: str) -> ArgumentParser:
 
 def _asked_recipe(arguments: Sequence[str]) -> str:
     """Returns the recipe that options, or the files among them, name last."""
-    from yaml import YAMLError, safe_load
-
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--recipe", action="append", dest="asked")
     parser.add_argument("--config", action="append", dest="asked", type=Path)
@@ -189,11 +224,11 @@ def _asked_recipe(arguments: Sequence[str]) -> str:
     for asked in parser.parse_known_args(arguments)[0].asked or []:
         if isinstance(asked, Path):
             try:
-                content = safe_load(asked.read_text(encoding="utf-8"))
-            except (OSError, ValueError, YAMLError):
+                content = _load(asked.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError):
                 continue  # the command's own parser says what is wrong
             asked = content.get("recipe") if isinstance(content, dict) else None
-        recipe = asked if asked in RECIPES else recipe
+        recipe = asked if isinstance(asked, str) and asked in RECIPES else recipe
     return recipe
 
 
@@ -232,6 +267,10 @@ def _phase(name: str, values: dict[str, Any]) -> PhaseConfig:
     for needed in ("objective", "steps"):
         if needed not in values:
             raise UsageError(f"{name} has no {needed}")
+    for field, kind in (("objective", str), ("parts", list), ("stay", list)):
+        if not isinstance(values.get(field, kind()), kind):
+            what = "a name" if kind is str else "a list"
+            raise UsageError(f"{name}.{field} is {values[field]!r}, expected {what}")
     try:
         return PhaseConfig(**values)
     except ValueError as error:

@@ -6,6 +6,7 @@ Nothing here imports torch, which takes a second: a command reads its first case
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,13 +112,13 @@ def output_folder(path: str | Path) -> Path:
     if not str(path):
         raise VolumeError("--out is empty; name a folder, . for the current one")
     folder = Path(path)
-    probe = folder / ".meddanet-write-test"
+    probe = folder / f".meddanet-write-test-{secrets.token_hex(4)}"
     if folder.is_symlink() and not folder.exists():
         raise VolumeError(f"{folder}: is a link that leads nowhere; name another folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        # another process may try the same folder
+        probe.touch(exist_ok=False)
+        # another user of the folder may clear it
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise VolumeError(

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, by default the process's own, and returns its exit code."""
     stdout = sys.stdout
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"meddanet: warning: {message}", sys.stderr)
+        warnings.showwarning = lambda message, *_: say(
+            f"meddanet: warning: {' '.join(str(message).split())}", sys.stderr
+        )
         try:
             options = parse_command(argv)
             command = import_module(f".commands.{options.command}", __package__)

@@ -159,7 +159,14 @@ def _labels_told(
     told = isinstance(values, dict) and all(isinstance(v, int) for v in values.values())
     if not told or not values:
         raise VolumeError(f"{path}: the report beside it names no label_values; see --groups")
-    if untold := _values(reference) - set(values.values()):
+    held = _values(reference)
+    if held and held.isdisjoint(values.values()):
+        # regions in neither file would score as perfect
+        raise VolumeError(
+            f"{path}: the report beside it tells of labels {listed(set(values.values()))}, the "
+            f"reference has others ({listed(held)}); name regions with --groups"
+        )
+    if untold := held - set(values.values()):
         # as where training has merged labels into one
         warnings.warn(
             f"label values {listed(untold)} of references are none that the reports know, and "
@@ -318,7 +325,13 @@ def write_csv(table: Mapping[str, Scores], path: Path, missing: Sequence[str] = 
     columns = [(m, region) for m, regions in mean_scores(table).items() for region in regions]
     writer.writerow(["case", *(f"{measure}_{region}" for measure, region in columns)])
     for name, scores in table.items():
-        writer.writerow([name, *(scores[measure].get(region, "") for measure, region in columns)])
-    writer.writerows([name, *[""] * len(columns)] for name in missing)
+        cells = (scores[measure].get(region, "") for measure, region in columns)
+        writer.writerow([_as_text(name), *cells])
+    writer.writerows([_as_text(name), *[""] * len(columns)] for name in missing)
     # a file's name may hold bytes that are no text
     write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def _as_text(name: str) -> str:
+    """Returns a cell that no spreadsheet takes for a formula."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name

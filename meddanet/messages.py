@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from .arguments import error_line
+from .arguments import error_line, printable
 
 
 def prepare_streams() -> None:
@@ -31,7 +31,7 @@ def complain(error: object) -> None:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """Prints one line, above the progress bar if there is one.
+    """Prints one line, above the progress bar if there is one; what could forge others is escaped.
 
     Where nobody reads on, the command ends; where stdout has no room, it goes on without.
     """
@@ -39,7 +39,7 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
     stream = stream or sys.stdout
     try:
-        tqdm.write(line, file=stream)
+        tqdm.write(printable(line), file=stream)
         stream.flush()
     except BrokenPipeError as error:
         _discard(stream)
@@ -50,6 +50,12 @@ def say(line: str, stream: TextIO | None = None) -> None:
         if shown:
             complain(f"standard output: cannot be written ({error.strerror}); redirect it "
                      "elsewhere, or make room on the disk")
+
+
+def say_lines(text: str) -> None:
+    """Prints a text of several lines on stdout."""
+    for line in text.split("\n"):
+        say(line)
 
 
 def _discard(stream: TextIO) -> None:

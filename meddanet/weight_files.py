@@ -55,6 +55,9 @@ def check_facts(facts: Mapping[str, Any]) -> None:
     names = facts.get("modalities") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"modalities are {_short(names)}, expected a list of names")
+    convention = facts.get("label_convention")
+    if convention is not None and not isinstance(convention, str):
+        raise ValueError(f"label_convention is {_short(convention)}, expected a name")
     values = facts.get("label_values") or {}
     if not isinstance(values, Mapping):
         raise ValueError(f"label_values are {_short(values)}, expected class -> value")
@@ -85,7 +88,13 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def facts_in(file: Any, path: Path) -> dict[str, Any]:
     """Returns the facts of an open safetensors file."""
-    facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    try:
+        facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: is not a meddanet weights file (another program's facts are in it); expected "
+            "one written by save_model"
+        ) from error
     try:
         check_facts(facts)
     except ValueError as error:
@@ -100,8 +109,3 @@ def weight_errors(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a meddanet weights file ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: is not a meddanet weights file (another program's facts are in it); expected "
-            "one written by save_model"
-        ) from error

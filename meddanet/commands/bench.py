@@ -14,7 +14,7 @@ from ..data.phantom import write_phantom
 from ..data.sources import as_case, unnamed_channels
 from ..data.storage import write_json
 from ..heap import keep_freed_memory
-from ..messages import say
+from ..messages import say, say_lines
 from ..weights import load_model
 from .options import channel_names, check_targets
 
@@ -40,7 +40,7 @@ def run(options: Namespace) -> int:
     )
     say(f"{result['case']} on {result['machine']['processor']}, {result['device']}, "
         f"executor {result['executor']}, {result['machine']['threads']} threads")
-    say(render(result))
+    say_lines(render(result))
     if options.json:
         write_json(result, Path(options.json))
     return 0

@@ -15,7 +15,7 @@ from ..build import MODELS, build_segmenter
 from ..cost import cost_tables
 from ..data.results import digest
 from ..kernels.aot import build, listing, parse_archs
-from ..messages import say
+from ..messages import say, say_lines
 from ..version import __version__
 from ..weight_files import locate, pretrained_names, read_facts
 from ..weights import load_model
@@ -41,7 +41,8 @@ def run(options: Namespace) -> int:
 def _info_weights(name: str) -> int:
     path = locate(name)
     facts = read_facts(path) | {"file": str(path), "sha256": digest(path)}
-    say(yaml.safe_dump(facts, default_flow_style=None, allow_unicode=True, width=100).rstrip())
+    text = yaml.safe_dump(facts, default_flow_style=None, allow_unicode=True, width=100)
+    say_lines(text.rstrip())
     return 0
 
 
@@ -61,7 +62,7 @@ def _info_cost(name: str, size: int) -> int:
             raise ValueError(f"{error}, {others}, or a .safetensors file") from error
     for convention, table in cost_tables(model, (1, model.in_channels, size, size)).items():
         counted = "true multiply-adds" if convention == "mac" else "as the papers count"
-        say(f"{name}, one slice of {size}x{size}, {counted}\n{table.render()}\n")
+        say_lines(f"{name}, one slice of {size}x{size}, {counted}\n{table.render()}\n")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .storage import read_small
 from .volume import VolumeError
 
 MODALITIES = ("flair", "t1ce", "t1", "t2")
@@ -247,10 +248,10 @@ def _channel_names(folder: Path) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
         channels = content.get("channel_names") or content["modality"]
         names = tuple(canonical_modality(channels[key]) for key in sorted(channels, key=int))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VolumeError(
             f"{path}: holds no channel order; "
             'expected "channel_names" or "modality" such as {"0": "FLAIR", "1": "T1w"}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -41,6 +42,8 @@ def hold(lock: Path, *, wait: bool = False) -> AbstractContextManager[object]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return nullcontext()
+    if lock.exists() and not lock.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(lock))
     stream = lock.open("ab")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .storage import write_bytes
+from .storage import read_small, write_bytes
 from .volume import VolumeError
 
 _CHUNK = 1 << 20
@@ -65,7 +65,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Returns what a file says if it is a report of meddanet's, of whichever case; else nothing."""
     # Python gives up on JSON that is nested too deeply
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path))
         if content["case"] and content["versions"]["meddanet"]:
             return content
     return {}
@@ -121,7 +121,7 @@ def _is_marked(labels: Path) -> bool:
 def _marks(labels: Path) -> list[str]:
     # a name may leave no room for that of a mark
     with suppress(OSError, ValueError):
-        return _mark(labels).read_text().split()
+        return read_small(_mark(labels)).decode().split()
     return []
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # deflate cannot shrink further than 258 bytes to two bits
 _MAX_RATIO = 1032
 _CHUNK = 1 << 20
+_SMALL = 64 << 20
 # of compressed bytes, which may become a thousand times as many
 _BLOCK = 1 << 14
 _CURES = {
@@ -72,6 +74,26 @@ def read_bytes(path: Path, size: int) -> np.ndarray:
             if compressed:
                 _count(stream)
     return buffer
+
+
+def read_small(path: Path) -> bytes:
+    """Returns what a file of some pages, such as a report, holds.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file (a pipe has no end), or no small one.
+    """
+    with open(path, "rb", opener=_at_once) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        content = stream.read(_SMALL + 1)
+    if len(content) > _SMALL:
+        raise OSError(errno.EFBIG, f"is larger than {_SMALL >> 20} MiB", str(path))
+    return content
+
+
+def _at_once(path: str, flags: int) -> int:
+    # a pipe that nobody writes to would be waited for; Windows has neither
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class Staged:
@@ -162,8 +184,8 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
         raise VolumeError(f"{path}: is damaged ({error}); {cure}") from error
     if not isinstance(content, dict):
         raise VolumeError(f"{path}: holds no record; {cure}")
