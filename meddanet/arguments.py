@@ -50,11 +50,16 @@ set_loader("yaml", _load, exceptions=(yaml.YAMLError, ValueError))
 
 
 def printable(text: str) -> str:
-    """Returns a line with control characters, which could hide or forge others, escaped."""
+    """Returns a line with control characters, which could hide or forge others, escaped.
+
+    Bytes of names that are no text stay: the stream's own rule says what becomes of them.
+    """
     if text.isprintable():
         return text
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(escaped)
+    return "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def error_line(error: object) -> str:

@@ -79,11 +79,11 @@ def test_the_same_files_count_once(tmp_path, monkeypatch):
 
 
 def test_two_processes_try_the_same_output_folder(tmp_path, monkeypatch):
-    """The other one takes its probe away between our two steps."""
+    """Another one takes the probe away between our two steps, as one that clears the folder."""
     touch = Path.touch
 
-    def touch_and_lose(path, *arguments):
-        touch(path, *arguments)
+    def touch_and_lose(path, **options):
+        touch(path, **options)
         path.unlink()
 
     monkeypatch.setattr(Path, "touch", touch_and_lose)
