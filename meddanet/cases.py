@@ -113,9 +113,9 @@ def output_folder(path: str | Path) -> Path:
         raise VolumeError("--out is empty; name a folder, . for the current one")
     folder = Path(path)
     probe = folder / f".meddanet-write-test-{secrets.token_hex(4)}"
-    if folder.is_symlink() and not folder.exists():
-        raise VolumeError(f"{folder}: is a link that leads nowhere; name another folder with --out")
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise VolumeError(f"{folder}: is a link that leads nowhere; name another with --out")
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         # another user of the folder may clear it

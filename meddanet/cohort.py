@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .cases import ReadAhead, Reading, read_case
-from .data import Case, save_volume
+from .data import Case, VolumeError, save_volume
 from .data.lock import alone_in
 from .data.results import check_kept, digest, is_result, marked, report_of, result_paths
 from .data.storage import Staged, write_json
@@ -115,11 +115,16 @@ def _write(
 
     Raises:
         Exception: The outcome, if it is one.
+        VolumeError: If what another process has written is gone.
     """
     if isinstance(outcome, Exception):
         raise outcome
     if outcome is None:
-        return report_of(result_paths(case.name, out)[0])
+        if there := report_of(result_paths(case.name, out)[0]):
+            return there
+        raise VolumeError(
+            f"{case.name}: another process had finished it, and its results are gone; run it again"
+        )
     reading, prediction, seconds = outcome
     volume = reading.volume
     labels, report, picture = results = result_paths(case.name, out)

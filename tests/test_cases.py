@@ -103,6 +103,11 @@ def case(name: str) -> Case:
     return Case(name, {"t1": Path(f"/nowhere/{name}_t1.nii.gz")}, "brats2021", ("t1",))
 
 
+def test_an_output_folder_of_too_long_a_name(tmp_path):
+    with pytest.raises(VolumeError, match=r"cannot write there \(File name too long\); name"):
+        output_folder(tmp_path / ("n" * 300))
+
+
 def test_an_output_folder_that_is_a_dead_link(tmp_path):
     (tmp_path / "out").symlink_to("nowhere")
     with pytest.raises(VolumeError, match="/out: is a link that leads nowhere; name another"):

@@ -25,7 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
-from meddanet import engine, predictor
+from meddanet import cases, engine, predictor
 from meddanet.arguments import EXECUTORS, LABEL_CONVENTIONS, command_parser
 from meddanet.build import build_med_danet, build_med_danet_v2
 from meddanet.cli import main
@@ -500,6 +500,23 @@ def test_the_labels_of_the_input_are_never_overwritten(tmp_path, segment):
     code, _, messages = segment(scan, "-o", tmp_path / "labelsTr")
     assert code == 1 and f"{reference}: was not written by meddanet; name another" in messages[0]
     assert reference.read_bytes() == before and names(reference.parent) == [reference.name]
+
+
+def test_a_case_that_another_process_finishes_meanwhile(cohort, tmp_path, segment, monkeypatch):
+    other, out, read = tmp_path / "other", tmp_path / "out", []
+    assert segment(cohort, "-o", other)[0] == 0
+    load = cases.load_volume
+
+    def load_and_be_overtaken(case, modalities):
+        read.append(case.name)
+        for ending in (".nii.gz", ".json"):
+            shutil.copy(other / f"case_1{ending}", out)
+        return load(case, modalities)
+
+    monkeypatch.setattr(cases, "load_volume", load_and_be_overtaken)
+    code, lines, messages = segment(cohort, "-o", out)
+    assert code == 0 and read == ["case_0"] and messages == ["2 of 2 cases done"]
+    assert [line.split()[0] for line in lines] == [f"{out}/case_{n}.nii.gz" for n in (0, 1)]
 
 
 def test_an_output_folder_that_cannot_be_made(cohort, tmp_path, segment):

@@ -22,8 +22,6 @@ from meddanet.cohort import segment_case, segment_cases
 from meddanet.data import Case, Volume, VolumeError, lock, storage
 from meddanet.predictor import Prediction
 
-pytestmark = pytest.mark.usefixtures("few_units")
-
 MRI = ("flair", "t1ce", "t1", "t2")
 
 
@@ -400,6 +398,13 @@ def test_a_case_that_another_run_has_finished_meanwhile_is_not_read(volumes, tmp
     assert Watched.seen == ["a", "b"] and len(volumes) == 3
     assert outcomes[2] == (case("c"), json.loads((tmp_path / "c.json").read_text()))
     assert (nib.load(tmp_path / "c.nii.gz").get_fdata() == 1).all()
+
+
+def test_results_of_another_run_that_are_gone_again_are_that_cases_error(volumes, tmp_path):
+    with ReadAhead([case("a"), case("b")], tmp_path, is_finished=lambda case: True) as readings:
+        first, second = segment_cases(readings, Predictor(), weights="")
+    for found, outcome in (first, second):
+        assert str(outcome).startswith(f"{found.name}: another process had finished it, and its")
 
 
 def test_two_processes_of_one_number_do_not_meet(tmp_path):

@@ -33,6 +33,9 @@ _CURES = {
     errno.EDQUOT: "make room on the disk",
     errno.EFBIG: "raise the limit of files' size, ulimit -f",
     errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EMFILE: "raise the limit of open files, ulimit -n",
+    errno.EIO: "name a folder on another disk",
+    errno.EXDEV: "name a folder on another disk",
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
         "expected a writable folder",
@@ -166,7 +169,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = _CURES.get(error.errno or 0, "name a folder on another disk")
+        cure = _CURES.get(error.errno or 0, "try again, or another folder")
         raise VolumeError(
             f"{path}: cannot be written ({error.strerror or error}); {cure}"
         ) from error

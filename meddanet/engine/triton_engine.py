@@ -79,8 +79,8 @@ class TritonEngine(Immovable):
         """
         self._model.check(slices)
         images = slices.detach().float()
-        # buffers are static: one volume at a time
-        with self._lock:
+        # buffers are static: one volume at a time; dtypes are the plan's, not the caller's autocast
+        with self._lock, torch.autocast(self.device.type, enabled=False):
             if not len(images):
                 return Segmentation.skipped(images, self._model.num_stages)
             if self.device.type == "cuda":
@@ -136,7 +136,7 @@ class TritonEngine(Immovable):
         plan = None
         try:
             # buffers outlive the mode in which the first volume happens to be segmented
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 self._compile(height, width)
                 plan = Plan(self._planned, capacity, (height, width), roomy)
                 return plan, plan.run if self.device.type == "cpu" else captured(plan)

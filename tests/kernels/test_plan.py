@@ -274,8 +274,9 @@ def test_nothing_to_label(engine):
 
 
 def test_neighbours_and_chunks_change_nothing(engine, mixed):
-    """A slice alone in its chunk, and in another slot than before."""
-    alone = engine.segment(MIXED[[4]])
+    """A slice alone in its chunk, in another slot than before, and under a caller's autocast."""
+    with torch.autocast(engine.device.type, torch.bfloat16):
+        alone = engine.segment(MIXED[[4]])
     assert all(torch.equal(a[0], b[4]) for a, b in zip(alone, mixed, strict=True))
 
 
