@@ -5,7 +5,7 @@
 Each RUN is the output folder of `meddanet train`, usually one per fold: `model.safetensors`,
 `split.json`, `log.jsonl` and, where it trained a baseline, `baseline.pt`; or weights alone, a file
 or the name of shipped ones, of whose cases the file of `--out` keeps its rows `static`. What is
-there from the same weights and commit is not scored again. Rows per held-out case:
+there from the same weights and a clean commit is not scored again. Rows per held-out case:
 
     static    a plain segmenter in float32 on every slice, trained as long on the same split
     whole     the dynamic model's own whole branch in float32 on every slice
@@ -29,7 +29,7 @@ import torch
 from decisions import decision_report
 from scipy import ndimage
 from tables import accuracy, accuracy_cases
-from timing import environment
+from timing import commit
 from torch import Tensor, nn
 
 from meddanet.build import build_segmenter
@@ -203,15 +203,18 @@ def cases_of(run: Path, data: Path, known: dict[str, dict]) -> dict[str, dict]:
     """Returns the held-out cases of a run, scored unless they are known from it and this commit."""
     own = {
         "run": run.name, "weights_sha256": digest(weights_of(run)),
-        "commit": environment()["commit"],
+        "commit": commit(),
     }
-    if done := {name: case for name, case in known.items() if own.items() <= case.items()}:
+    done = {name: case for name, case in known.items() if own.items() <= case.items()}
+    if done and not own["commit"].endswith(("-dirty", "unknown")):
         return done
     cases = {name: {**own, **case} for name, case in evaluate_run(data, run).items()}
     for name in () if run.is_dir() else cases.keys() & known.keys():
         # weights alone have no plain network beside them
-        rows = known[name]["rows"]
-        cases[name]["rows"] |= {row: rows[row] for row in ("static",) if row in rows}
+        if static := known[name]["rows"].get("static"):
+            of_run = {key: known[name].get(key) for key in own}
+            cases[name]["rows"]["static"] = static
+            cases[name]["static_of"] = known[name].get("static_of", of_run)
     return cases
 
 

@@ -173,7 +173,8 @@ def differences(cases: Cases) -> str:
                     found.setdefault(case["run"], []).append(unit * (ours - theirs))
                 patients = [difference for fold in found.values() for difference in fold]
                 of_folds = [mean(fold) for fold in found.values()]
-                errors = (stdev(x) / len(x) ** 0.5 for x in (patients, of_folds))
+                # one fold alone has no error of its own
+                errors = [stdev(x) / len(x) ** 0.5 for x in (patients, of_folds) if len(x) > 1]
                 cells.append(f"{mean(patients):+.1f} ({', '.join(f'{e:.1f}' for e in errors)})")
             rows.append((NAMES[rival], name, *cells))
     return markdown(["S+Q minus", "", "WT", "TC", "ET"], rows)

@@ -40,12 +40,13 @@ FLUSH_BYTES, QUEUE_CYCLES = 256 << 20, 3_000_000
 Provider = Callable[[], Any]
 
 
-def _commit() -> str:
-    commit = _git("describe", "--always", "--abbrev=12")
+def commit() -> str:
+    """Returns the checkout's commit, "-dirty" where files have changed, or "unknown"."""
+    found = _git("describe", "--always", "--abbrev=12")
     # results are written while others are still being measured
     changed = _git("status", "--porcelain", "--untracked-files=no", ":/", ":!results")
     suffix = "-dirty" if changed else ""
-    return commit + suffix if commit else os.environ.get("MEDDANET_COMMIT", "unknown")
+    return found + suffix if found else os.environ.get("MEDDANET_COMMIT", "unknown")
 
 
 def _git(*arguments: str) -> str:
@@ -56,7 +57,7 @@ def _git(*arguments: str) -> str:
 def environment() -> dict[str, Any]:
     """Returns what a result depends on: device, versions, commit."""
     facts: dict[str, Any] = {
-        "commit": _commit(), "date": date(), "dry_run": DRY_RUN,
+        "commit": commit(), "date": date(), "dry_run": DRY_RUN,
         "python": platform.python_version(), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "device": f"CPU, {platform.machine()}",
         **versions((*RUNTIMES, "torchvision", "torch-tensorrt", "tensorrt")),

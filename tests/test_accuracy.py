@@ -25,11 +25,22 @@ def test_the_largest_part_is_kept_whatever_its_classes():
 
 def test_weights_alone_keep_the_plain_network_of_their_cases(monkeypatch):
     """Neither rows of other weights nor those of another commit are taken for theirs."""
-    fresh = {"a": {"rows": {"S+Q": "new"}, "decisions": {}}}
-    monkeypatch.setattr(accuracy, "evaluate_run", lambda data, run: fresh)
-    known = {"a": {"commit": "older", "rows": {"S+Q": "old", "whole": "old", "static": "plain"}}}
-    first = accuracy.cases_of(Path("brats2021"), Path("data"), known)
+    def evaluate(data: Path, run: Path) -> dict:
+        scored.append(run)
+        return {"a": {"rows": {"S+Q": "new"}, "decisions": {}}}
+
+    scored, asked = [], (Path("brats2021"), Path("data"))
+    monkeypatch.setattr(accuracy, "evaluate_run", evaluate)
+    monkeypatch.setattr(accuracy, "commit", lambda: "abc")
+    rows = {"S+Q": "old", "whole": "old", "static": "plain"}
+    known = {"a": {"run": "fold0", "weights_sha256": "12", "commit": "older", "rows": rows}}
+    first = accuracy.cases_of(*asked, known)
     assert first["a"]["rows"] == {"S+Q": "new", "static": "plain"}
     assert first["a"]["run"] == "brats2021" and len(first["a"]["weights_sha256"]) == 64
-    monkeypatch.delattr(accuracy, "evaluate_run")
-    assert accuracy.cases_of(Path("brats2021"), Path("data"), first) == first
+    assert first["a"]["static_of"] == {"run": "fold0", "weights_sha256": "12", "commit": "older"}
+    assert accuracy.cases_of(*asked, first) == first and len(scored) == 1
+    # what has changed since may be anything
+    monkeypatch.setattr(accuracy, "commit", lambda: "abc-dirty")
+    dirty = accuracy.cases_of(*asked, first)
+    assert accuracy.cases_of(*asked, dirty) == dirty and len(scored) == 3
+    assert dirty["a"]["static_of"] == first["a"]["static_of"]
