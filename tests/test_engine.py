@@ -176,21 +176,21 @@ def test_every_mix_of_decisions(model, executor, widths, tolerances):
 def test_the_selectors_see_what_the_models_see(executor):
     """Widths follow gradients and spreads: random selectors that split slices of any contrast."""
     model = build()
-    slices = slices_for([3, 1, 2] * 8) * torch.linspace(0.2, 3, 24)[:, None, None, None]
+    slices = slices_for([3, 1, 2] * 4) * torch.linspace(0.2, 3, 12)[:, None, None, None]
     slices -= slices.mean((2, 3), keepdim=True)
-    slices[:, 0] += torch.tensor([3, 1, 2] * 8)[:, None, None]
+    slices[:, 0] += torch.tensor([3, 1, 2] * 4)[:, None, None]
     for selector in model.bit_selectors:
         torch.nn.init.normal_(selector.linear.weight)
         kept: list[torch.Tensor] = []
         hook = selector.linear.register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
         model.segment(slices)
         hook.remove()
-        lead = torch.cat(kept).diff(dim=1).flatten().sort().values[4:20]
+        lead = torch.cat(kept).diff(dim=1).flatten().sort().values[2:10]
         place = int(lead.diff().argmax())
         with torch.no_grad():  # the middle of the widest gap between slices
             selector.linear.bias[0] += lead[place : place + 2].mean()
     expected, found = model.segment(slices), compile_engine(model, "cpu", executor).segment(slices)
-    assert all(0 < (expected.num_bits[:, stage] == 8).sum() < 24 for stage in range(4))
+    assert all(0 < (expected.num_bits[:, stage] == 8).sum() < 12 for stage in range(4))
     assert torch.equal(found.num_bits, expected.num_bits)
 
 
@@ -439,7 +439,7 @@ def test_the_uninterrupted_way_answers_to_the_bit(widths, segmenter, monkeypatch
     # a convolution saturates alike in both
     assume_exact(monkeypatch, unsigned=True, signed=True)
     model = build(segmenter, num_bits=(4, 8, 16))
-    slices = slices_for([1, 3, 2, 3, 1, 2] * 5)
+    slices = slices_for([1, 3, 2, 3, 1, 2] * 3)
     if widths is None:  # the first stage's differ from slice to slice
         selector = model.bit_selectors[0].linear
         with torch.no_grad():
@@ -463,10 +463,10 @@ def test_the_uninterrupted_way_answers_to_the_bit(widths, segmenter, monkeypatch
         assert len(found) == 2 and min(found.values()) > 3
     else:
         assert set(found) == {widths}
-        assert asked[widths] + one_by_one[0] == 60
+        assert asked[widths] + one_by_one[0] == 36
         # the narrowest count as one slice: after nine others nine tenths are sure, when the
         # second of two callers may have begun another
-        assert one_by_one[0] in ((60,) if max(widths) > 8 else (9, 10))
+        assert one_by_one[0] in ((36,) if max(widths) > 8 else (9, 10))
     engine._networks.at_once = lambda *arguments: None
     for one, other in zip(fast, engine.segment(slices), strict=True):
         assert torch.equal(one, other)

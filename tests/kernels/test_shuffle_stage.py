@@ -81,7 +81,7 @@ def rounding_layers(stage, round_to):
     return stage
 
 
-def image(stage, dtype, *, samples=3, size=(7, 9)):
+def image(stage, dtype, *, samples=2, size=(7, 9)):
     channels = packed(folded(stage, dtype)).in_channels
     return torch.randn(samples, channels, *size).to(dtype).contiguous(memory_format=LAST)
 

@@ -65,7 +65,7 @@ def test_against_the_layers(shape, dtype, tolerances, narrow):
 )
 def test_sides_of_every_remainder(size, tolerances, narrow):
     """All border, and one program a sample."""
-    x = image(4, torch.float16, samples=20, size=size)
+    x = image(4, torch.float16, samples=6, size=size)
     check(folded(4, 12, torch.float16), x, tolerances, narrow)
 
 
