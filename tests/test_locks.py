@@ -16,7 +16,6 @@ import torch
 from meddanet.data import lock as lock_module
 from meddanet.data.lock import clear_leftovers, hold
 from meddanet.dataset import prepare_dataset
-from meddanet.networks.decision import ShuffleNetV2
 from meddanet.recipe import PhaseConfig, TrainConfig
 from meddanet.training import train
 
@@ -24,11 +23,10 @@ pytest.importorskip("fcntl")
 
 TRAIN = """
 import json, sys
-from meddanet.networks.decision import ShuffleNetV2
 from meddanet.recipe import AugmentConfig, DecisionConfig, PhaseConfig, TrainConfig
 from meddanet.training import train
 
-values, ShuffleNetV2.repeats = map(json.loads, sys.argv[1:])
+values = json.loads(sys.argv[1])
 values["phases"] = [PhaseConfig(**phase) for phase in values["phases"]]
 values["augment"] = AugmentConfig(**values["augment"])
 values["decision"] = DecisionConfig(**values["decision"])
@@ -70,8 +68,7 @@ def test_a_second_run_in_one_folder_is_refused_and_harms_nothing(decathlon, tmp_
         validate_every=0, phases=[PhaseConfig("static", 100_000, batch=2)],
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, json.dumps(asdict(config)), json.dumps(ShuffleNetV2.repeats)],
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", TRAIN, json.dumps(asdict(config))], stderr=subprocess.PIPE
     )
     try:
         wait_for(run / "0-static.pt", child)
