@@ -162,7 +162,9 @@ def _drawable(name: str) -> str:
     for letter in unicodedata.normalize("NFC", name):
         # its accents follow it
         bare = unicodedata.normalize("NFD", letter)[0]
-        letters.append(bare if bare.isascii() else letter)
+        shown = bare if bare.isascii() else letter
+        # of a line break Pillow would make two lines, which have no length
+        letters.append(shown if shown.isprintable() else ascii(shown)[1:-1])
     return "".join(letters).encode("ascii", "backslashreplace").decode()
 
 

@@ -156,7 +156,7 @@ def test_a_ct_is_shown_in_the_models_window(tmp_path):
 
 @pytest.mark.parametrize(("name", "shown"), [
     ("M\u00fcller 3", "Muller 3"), ("Mu\u0308ller 3", "Muller 3"), ("\u8133-1", r"\u8133-1"),
-    ("c\u00f8d\udcff", r"c\xf8d\udcff"),
+    ("c\u00f8d\udcff", r"c\xf8d\udcff"), ("a\nb\x1b", r"a\nb\x1b"),
 ])
 def test_a_name_is_shown_by_letters_that_the_font_has(lesion, tmp_path, name, shown):
     font, none = ImageFont.load_default(), bytes(ImageFont.load_default().getmask("\uffff"))
