@@ -116,9 +116,10 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
     Labels whose scans lie nowhere are of a case, too. A prediction in a folder below is no scan of
     its case, which `<case>.nii.gz` may be.
     """
+    here = folder.resolve()
     ours = [path for paths in predictions.values() for path in paths if not is_label_name(path)]
-    below = {path.parent.resolve() / path.name for path in ours if not _same(path.parent, folder)}
-    found = look_through(folder, below)
+    places = [(path.parent.resolve(), path.name) for path in ours]
+    found = look_through(folder, {place / name for place, name in places if place != here})
     for fault in found.faulty.values():
         if found.cases or found.lone_labels:
             # of this line, so that it is said once however often references are looked for
@@ -142,10 +143,6 @@ def _references(folder: Path, predictions: Files) -> dict[str, tuple[list[Path],
             raise VolumeError(_lie_apart(folder, apart))
         warnings.warn(_lie_apart(folder, apart), stacklevel=1)
     return known
-
-
-def _same(folder: Path, other: Path) -> bool:
-    return folder.resolve() == other.resolve()
 
 
 def _lie_apart(folder: Path, labels: list[Path]) -> str:
