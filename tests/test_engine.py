@@ -158,7 +158,7 @@ def assert_as_exact_as_the_model(labels, model, slices, tolerances) -> None:
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("widths", [(8, 8, 16, 16), (16, 16, 8, 8)])
 def test_every_mix_of_decisions(model, executor, widths, tolerances):
-    """Both widths in every stage, each after each."""
+    """Both widths in every stage, and in slices of every route."""
     choose(model, widths)
     decisions = [0, 1, 2, 3, 3, 2, 0, 1]
     slices = slices_for(decisions)

@@ -452,7 +452,7 @@ def assert_lean(row):
         assert found if row["kernel"] in kernels else not found, row
 
 
-def in_the_long_run(value):
+def long(value):
     """A parameter beside others that compile to much the same."""
     return pytest.param(value, marks=pytest.mark.long)
 
@@ -493,8 +493,8 @@ def test_machine_code_of_other_ways_up(channels, arch):
     assert_lean(machine_code_of(arch, "", launch))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, in_the_long_run(torch.bfloat16), torch.float32])
-@pytest.mark.parametrize("arch", [86, in_the_long_run(90)])
+@pytest.mark.parametrize("dtype", [torch.float16, long(torch.bfloat16), torch.float32])
+@pytest.mark.parametrize("arch", [86, long(90)])
 def test_machine_code_of_heads_of_floats(arch, dtype):
     """Which the shipped models do not launch."""
     assert_lean(machine_code_of(arch, "", partial(head_triton._launch_meta, dtype)))
@@ -515,7 +515,7 @@ def test_machine_code_of_wide_stages(shape, dtype):
     partial(heat_head_triton._launch_meta, 96, 64),
     partial(heat_head_triton._launch_meta, 128, 128),
 ], ids=["shufflenetv2", "widest pooled", "heat map of shufflenetv2", "widest map"])
-@pytest.mark.parametrize("dtype", [torch.float16, in_the_long_run(torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float16, long(torch.bfloat16)])
 def test_machine_code_of_wide_heads(launch, dtype):
     """No spill, and room on the smallest GPU."""
     assert_lean(machine_code_of(86, "", partial(launch, dtype=dtype)))
